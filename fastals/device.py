@@ -29,7 +29,9 @@ class Device:
     The parameter groups see what their unit remembers as 0-d tensors on the device.
     """
 
-    def __init__(self, groups: Sequence[dict], members: Sequence[list[dict]], kind: str, averages: bool, state: dict):
+    def __init__(
+        self, groups: Sequence[dict], members: Sequence[list[dict]], kind: str, averages: bool, state: dict
+    ) -> None:
         self.groups, self.steps = groups, 0
         rows = {id(g): i for i, g in enumerate(groups)}
         entries, starts = _entries(members, rows)
@@ -132,11 +134,14 @@ class DeviceBatch:
         """Attempt until the row's flag says stop; whether it says accepted."""
         while True:
             attempt()
-            go, accepted, refused = self.arena.flags[row].tolist()
+            go, accepted, refused = self._look(row)
             if refused:
                 raise non_finite(float(self.arena.state[-1, STATE.index("start")]))
             if not go:
                 return bool(accepted)
+
+    def _look(self, row: int) -> list[int]:
+        return self.arena.flags[row].tolist()
 
     def commit(self, state: dict) -> None:
         """Advance moments, counts and memory; the parameters have moved already."""

@@ -1,6 +1,5 @@
 """ALS: Armijo line search per unit as a ``torch.optim.Optimizer``."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any

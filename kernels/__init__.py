@@ -12,7 +12,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 __all__ = ["FUSED_DTYPES", "why_not_fused"]

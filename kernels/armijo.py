@@ -5,16 +5,15 @@ They compute what :class:`fastals.search.Search`, their plain version, computes:
     f(w − η d) ≤ R − c η s
 
 and multiplied by the backtracking factor otherwise; the last rejection puts the unit back. A NaN loss compares as a
-rejection, and the bound on the trials is in the kernel, so every loop on ``go`` ends. In a step whose f(w_t) is not finite
-(``refused``) nothing is tried and nothing is learned.
+rejection, and the bound on the trials is in the kernel, so every loop on ``go`` ends. In a step whose f(w_t) is not
+finite (``refused``) nothing is tried and nothing is learned.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastals.kernels.arena import FLAGS, MEMORY, OUTCOMES, RING, RULES, STATE, SUMS, Arena
+from torch import Tensor
 
 N_STATE: tl.constexpr = tl.constexpr(len(STATE))
 N_SUMS: tl.constexpr = tl.constexpr(len(SUMS))
@@ -64,7 +63,7 @@ def begin_kernel(state, flags, loss, units, eps, UP: tl.constexpr):
         value = tl.zeros([UP], tl.float64)
         if column == RESOLUTION:
             value += eps * tl.abs(f) / 2
-        if column == START or column == LOSS:
+        if column == START or column == LOSS:  # noqa: SIM109
             value = tl.where(o == units, f, value)
         tl.store(state + o * N_STATE + column, value, mask=o <= units)
     tl.store(flags + o * N_FLAGS + F_GO, tl.zeros([UP], tl.int32), mask=o <= units)
@@ -254,7 +253,7 @@ def judge_together_kernel(state, rules, lead, flags, loss, units, tries, SPLIT: 
         eta = tl.load(rows + ETA, mask=mask, other=0.0)
         tl.store(rows + AT, tl.load(rows + MOVE, mask=mask, other=0.0), mask=mask)
         tl.store(rows + MOVE, factor * eta, mask=mask)
-        if SPLIT:
+        if SPLIT:  # noqa: SIM102
             if accepted:
                 c = tl.load(rules + tl.load(lead + o, mask=mask, other=0) * N_RULES + C, mask=mask, other=0.0)
                 part = c * eta * tl.load(rows + REQUIRED_SLOPE, mask=mask, other=0.0) / required

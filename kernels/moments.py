@@ -13,9 +13,8 @@ advance 12. Plain torch versions: ``direction``, ``snapshot`` and ``advance`` of
 import torch
 import triton
 import triton.language as tl
-
 from fastals.kernels.arena import CONSTANTS, RULES, STATE, SUMS, Arena
-from fastals.kernels.table import BLOCK, Table
+from fastals.kernels.table import BLOCK, WARPS, Table
 
 N_SUMS: tl.constexpr = tl.constexpr(len(SUMS))
 N_CONSTANTS: tl.constexpr = tl.constexpr(len(CONSTANTS))
@@ -50,7 +49,7 @@ def constants_kernel(layout, counts, rules, out, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def direction_of(g, m, v, w, constants, averaged, ADAM: tl.constexpr, FIRST: tl.constexpr):
-    """x / (√v̂ + ε) + λ w, or x + λ w for SGD; x is the average m̂ where ``averaged``, else the gradient."""
+    """X / (√v̂ + ε) + λ w, or x + λ w for SGD; x is the average m̂ where ``averaged``, else the gradient."""
     x = g
     if ADAM:
         v = tl.load(constants + 2) * v + tl.load(constants + 3) * g * g
@@ -66,12 +65,10 @@ def direction_of(g, m, v, w, constants, averaged, ADAM: tl.constexpr, FIRST: tl.
 
 
 @triton.jit
-def master_of(p, w, LOW: tl.constexpr):
-    """The weight in float32: p, or below float32 its master unless someone else wrote p since."""
-    if LOW:
-        same = w.to(p.dtype).to(tl.int16, bitcast=True) == p.to(tl.int16, bitcast=True)
-        return tl.where(same, w, p.to(tl.float32))
-    return p
+def master_of(p, w):
+    """The master of a parameter below float32, or the parameter itself where someone else wrote it since."""
+    same = w.to(p.dtype).to(tl.int16, bitcast=True) == p.to(tl.int16, bitcast=True)
+    return tl.where(same, w, p.to(tl.float32))
 
 
 @triton.jit
@@ -86,7 +83,7 @@ def _survey_chunk(
     b_p = tl.load(p + o, mask=mask, other=other)
     b_v = tl.load(v + o, mask=mask, other=other) if ADAM else b_g
     b_m = tl.load(m + o, mask=mask, other=other) if FIRST else b_g
-    b_w = master_of(b_p, tl.load(w + o, mask=mask, other=other), LOW) if LOW else b_p
+    b_w = master_of(b_p, tl.load(w + o, mask=mask, other=other)) if LOW else b_p
     tl.store(w + o, b_w, mask=mask)
     scaled = b_g * scale
     d = direction_of(scaled, b_m, b_v, b_w, constants, False, ADAM, FIRST)
@@ -219,7 +216,8 @@ def survey(table: Table, arena: Arena) -> None:
         survey_kernel[(len(kind.chunks),)](
             kind.param, kind.gradient, arena.m, arena.v, arena.w, kind.chunks, table.places, table.layout,
             arena.constants, arena.grad_scale, arena.partials, table.chunks,
-            ADAM=arena.adam, FIRST=arena.first, LOW=is_low(kind.param), ALIGNED=table.aligned, BLOCK=BLOCK, num_warps=8,
+            ADAM=arena.adam, FIRST=arena.first, LOW=is_low(kind.param), ALIGNED=table.aligned, BLOCK=BLOCK,
+            num_warps=WARPS,
         )  # fmt: skip
     reduce_kernel[(arena.units,)](arena.partials, table.spans, arena.sums, table.chunks, ROWS=1024)
 
@@ -230,7 +228,8 @@ def advance(table: Table, arena: Arena) -> None:
         advance_kernel[(len(kind.chunks),)](
             kind.gradient, arena.m, arena.v, arena.w, kind.chunks, table.places, table.layout,
             arena.constants, arena.grad_scale, arena.state, arena.counts,
-            ADAM=arena.adam, FIRST=arena.first, LOW=is_low(kind.param), ALIGNED=table.aligned, BLOCK=BLOCK, num_warps=8,
+            ADAM=arena.adam, FIRST=arena.first, LOW=is_low(kind.param), ALIGNED=table.aligned, BLOCK=BLOCK,
+            num_warps=WARPS,
         )  # fmt: skip
 
 

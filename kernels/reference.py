@@ -73,8 +73,8 @@ def advance(
 def snapshot(params: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Copy every tensor into its flat view, in the view's dtype.
 
-    Where the view is wider and rounds to the bits of the tensor it stays as it is: it is the tensor's master. Elements that
-    someone else has written since replace theirs.
+    Where the view is wider and rounds to the bits of the tensor it stays as it is: it is the tensor's master. Elements
+    that someone else has written since replace theirs.
     """
     for p, view in zip(params, out, strict=True):
         if view.itemsize > p.itemsize:

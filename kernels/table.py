@@ -12,7 +12,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-BLOCK = 4096  # elements of one chunk, which one program handles in registers
+BLOCK = 2048  # elements of one chunk, which one program handles in registers
+WARPS = 8  # of such a program: 8 elements a thread, two 16-byte accesses to each float32 buffer
 ALIGNMENT = 64  # bytes; what the allocators give, and a multiple of 16 elements of any dtype here
 _gradient = attrgetter("grad")
 

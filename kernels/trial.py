@@ -9,10 +9,9 @@ Bytes per parameter (float32, Adam without average): 16. Plain torch versions: `
 
 import triton
 import triton.language as tl
-
 from fastals.kernels.arena import CONSTANTS, STATE, Arena
 from fastals.kernels.moments import direction_of
-from fastals.kernels.table import BLOCK, Table
+from fastals.kernels.table import BLOCK, WARPS, Table
 
 N_CONSTANTS: tl.constexpr = tl.constexpr(len(CONSTANTS))
 N_STATE: tl.constexpr = tl.constexpr(len(STATE))
@@ -80,5 +79,5 @@ def trial(table: Table, arena: Arena, unit: int | None = None) -> None:
             trial_kernel[(rows.stop - rows.start,)](
                 kind.param, kind.gradient, arena.m, arena.v, arena.w, kind.chunks, table.places, table.layout,
                 arena.constants, arena.grad_scale, arena.state, rows.start,
-                ADAM=arena.adam, FIRST=arena.first, ALIGNED=table.aligned, BLOCK=BLOCK, num_warps=8,
+                ADAM=arena.adam, FIRST=arena.first, ALIGNED=table.aligned, BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from fastals.kernels import reference as kernels
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastals.kernels import reference as kernels
 from fastals.buffers import ALIGNMENT, Scratch, Unit
 
 SIZES = st.sampled_from([1, 63, 64, 65, 1000])
