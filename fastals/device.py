@@ -48,10 +48,10 @@ class Device:
                 group.update({k: self.arena.memory[unit.row, i] for i, k in enumerate(DEVICE_MEMORY)})
 
     def _unit(self, u: int, groups: list[dict], starts: list[int], kind: str, averages: bool, state: dict) -> Unit:
-        own = slice(starts[u], starts[u + 1])
+        arena, own = self.arena, slice(starts[u], starts[u + 1])
         first = next(i for i, e in enumerate(self.table.entries) if e.unit == u)
-        flat = Flat(*(b[own] if b.numel() else b for b in (self.arena.m, self.arena.v, self.arena.w)),
-                    self.arena.counts[first:])  # fmt: skip
+        m, v, w = (buffer[own] if buffer.numel() else buffer for buffer in (arena.m, arena.v, arena.w))
+        flat = Flat(m, v, w, arena.counts[first:])
         unit = Unit(groups, kind, state, averages=averages, flat=flat)
         unit.row = u
         return unit
@@ -83,7 +83,9 @@ class DeviceBatch:
         self.device, self.arena, self.table, self.units = device, device.arena, device.table, units
         self.moved = device.refresh(self.seed)
         if max_grad_norm is not None:
-            norm = torch.nn.utils.get_total_norm([p.grad for u in units for p in u.active_params()])
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for u in units for p in u.active_params() if p.grad is not None]
+            )
             torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0, out=self.arena.grad_scale[0])
         armijo.begin(self.arena, loss)
         survey(self.table, self.arena)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from fastals.kernels.table import Table, upload
 from torch import Tensor
+
+from fastals.kernels.table import Table, upload
 
 #: Columns of ``state``: what a search stands at. One row per unit; the last row is that of all units together.
 STATE = (

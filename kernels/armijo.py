@@ -12,8 +12,9 @@ finite (``refused``) nothing is tried and nothing is learned.
 import torch
 import triton
 import triton.language as tl
-from fastals.kernels.arena import FLAGS, MEMORY, OUTCOMES, RING, RULES, STATE, SUMS, Arena
 from torch import Tensor
+
+from fastals.kernels.arena import FLAGS, MEMORY, OUTCOMES, RING, RULES, STATE, SUMS, Arena
 
 N_STATE: tl.constexpr = tl.constexpr(len(STATE))
 N_SUMS: tl.constexpr = tl.constexpr(len(SUMS))

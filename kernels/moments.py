@@ -13,6 +13,7 @@ advance 12. Plain torch versions: ``direction``, ``snapshot`` and ``advance`` of
 import torch
 import triton
 import triton.language as tl
+
 from fastals.kernels.arena import CONSTANTS, RULES, STATE, SUMS, Arena
 from fastals.kernels.table import BLOCK, WARPS, Table
 

@@ -108,8 +108,8 @@ class Table:
         for at, (i, _, _) in enumerate(rows):
             unit = self.entries[i].unit
             units[unit] = slice(units[unit].start if unit in units else at, at + 1)
-        anchors = [torch.zeros(1, dtype=dtype, device=self.device) for dtype in dtypes]
-        return Kind(*anchors, self._upload(rows, torch.int32), units)
+        param, gradient = (torch.zeros(1, dtype=dtype, device=self.device) for dtype in dtypes)
+        return Kind(param, gradient, self._upload(rows, torch.int32), units)
 
     def _place(self, gradients: Sequence[Tensor | None]) -> None:
         places, self.aligned = [[0, 0, 0] for _ in gradients], True
@@ -132,7 +132,7 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
 
 def _addresses(params: Sequence[Tensor]) -> list[int]:
     gradients = list(map(_gradient, params))
-    if None in gradients:
+    if any(g is None for g in gradients):  # "None in" would compare tensors
         found = [0 if g is None else g.data_ptr() for g in gradients]
     else:
         found = list(map(Tensor.data_ptr, gradients))

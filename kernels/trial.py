@@ -9,6 +9,7 @@ Bytes per parameter (float32, Adam without average): 16. Plain torch versions: `
 
 import triton
 import triton.language as tl
+
 from fastals.kernels.arena import CONSTANTS, STATE, Arena
 from fastals.kernels.moments import direction_of
 from fastals.kernels.table import BLOCK, WARPS, Table

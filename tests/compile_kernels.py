@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 
 import triton
-from fastals.kernels import armijo, moments, trial
-from fastals.kernels.table import BLOCK, WARPS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fastals.kernels import armijo, moments, trial
+from fastals.kernels.table import BLOCK, WARPS
 
 TABLES = {"chunks": "*i32", "places": "*i64", "layout": "*i64", "constants": "*fp32", "grad_scale": "*fp32"}
 FLAT = {"m": "*fp32", "v": "*fp32", "w": "*fp32"}

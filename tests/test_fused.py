@@ -8,15 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
+from fastals.buffers import Scratch, Unit
+from fastals.device import Device
 from fastals.kernels import armijo
 from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
 from fastals.kernels.arena import OUTCOMES, STATE, SUMS
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.table import BLOCK
 from fastals.kernels.trial import trial
-
-from fastals.buffers import Scratch, Unit
-from fastals.device import Device
 from fastals.search import INITIALS, MEMORY, REFERENCES, Search
 
 CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")

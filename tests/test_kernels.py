@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from fastals.kernels import reference as kernels
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastals.buffers import ALIGNMENT, Scratch, Unit
+from fastals.kernels import reference as kernels
 
 SIZES = st.sampled_from([1, 63, 64, 65, 1000])
 RTOL = {torch.bfloat16: 2**-8, torch.float32: 1e-5, torch.float64: 1e-12}  # of the value itself
