@@ -47,8 +47,10 @@ class Losses:
     ) -> None:
         self.closure, self.params, self.cache, self.learned, self.lazy = closure, params, cache, learned, lazy
         self.trusted = learned.trusted
+        self.before: rng.State
+        self.after: rng.State
         self.devices = rng.cuda_devices(params)
-        self.before = self.after = rng.get_state(self.devices)
+        self.restart()
         self.grads = [p.grad for p in params]
         found = list(model.buffers()) if model is not None else []
         if lazy and learned.written is not None:
@@ -57,10 +59,15 @@ class Losses:
         self.written: list[tuple[Tensor, Tensor]] = []
         self.forwards = 1.0  # full forwards so far, the first one included; a cached trial is a part of one
 
+    def restart(self) -> None:
+        """Start from where the generators stand now."""
+        self.before = self.after = rng.get_state(self.devices)
+
     def differentiate(self) -> Tensor:
         """f(w_t) with its gradients, by one forward and one backward."""
         for p in self.params:
             p.grad = None
+        torch.clear_autocast_cache()  # casts of the last trial's weights are stale
         with torch.enable_grad(), self._recording():
             loss = self._checked(self.closure())
         if any(p.grad is not None for p in self.params):

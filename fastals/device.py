@@ -32,7 +32,7 @@ class Device:
     def __init__(
         self, groups: Sequence[dict], members: Sequence[list[dict]], kind: str, averages: bool, state: dict
     ) -> None:
-        self.groups, self.steps = groups, 0
+        self.groups = groups
         rows = {id(g): i for i, g in enumerate(groups)}
         entries, starts = _entries(members, rows)
         self.table = Table(entries)
@@ -56,11 +56,15 @@ class Device:
         unit.row = u
         return unit
 
-    def refresh(self, seed: str) -> bool:
-        """Bring rules and addresses up to date; returns whether any tensor has moved."""
+    def refresh_rules(self, seed: str) -> None:
+        """Bring the constants of the groups up to date, and the numbers drawn for this step."""
         random_first = any(g["initial"] == "random" for g in self.groups)
         drawn = {id(g): uniform(seed, u.name) for u in self.units for g in u.groups} if random_first else {}
         self.arena.set_rules([_rules(g, drawn.get(id(g), 0.0)) for g in self.groups])
+
+    def refresh(self, seed: str) -> bool:
+        """Bring rules and addresses up to date; returns whether any tensor has moved."""
+        self.refresh_rules(seed)
         if not self.table.moved():
             return False
         for unit in self.units:
@@ -69,11 +73,42 @@ class Device:
         return True
 
 
+class Immediately:
+    """Runs the actions of a mini-batch one by one; the host looks at a flag after each trial."""
+
+    def do(self, action: Callable[[], object]) -> None:
+        """Run it."""
+        action()
+
+    def repeat(self, arena: Arena, row: int, attempt: Callable[[], object]) -> bool | None:
+        """Attempt until the row's flag says stop; whether it says accepted (None: not known yet).
+
+        Raises:
+            FloatingPointError: f(w_t) is not finite.
+        """
+        while True:
+            attempt()
+            go, accepted, refused = self.look(arena, row)
+            if refused:
+                raise non_finite(float(arena.state[-1, STATE.index("start")]))
+            if not go:
+                return bool(accepted)
+
+    def look(self, arena: Arena, row: int) -> list[int]:
+        """Wait for the device and read the row's flags."""
+        return arena.flags[row].tolist()
+
+    def skip_rest_if_accepted(self) -> None:
+        """What follows is reached only where it is needed."""
+
+
 class DeviceBatch:
     """Units and losses of one step; what it finds stays in the arena."""
 
-    def __init__(self, losses: Losses, *, momentum: str, seed: str) -> None:
+    def __init__(self, losses: Losses, *, momentum: str, seed: str, executor: Immediately | None = None) -> None:
         self.losses, self.momentum, self.seed = losses, momentum, seed
+        self.executor = executor or Immediately()
+        self.do = self.executor.do
         self.random = random.Random(seed)
         self.units: list[Unit] = []
         self.started = self.moved = self.committed = False
@@ -83,28 +118,28 @@ class DeviceBatch:
         self.device, self.arena, self.table, self.units = device, device.arena, device.table, units
         self.moved = device.refresh(self.seed)
         if max_grad_norm is not None:
-            norm = torch.nn.utils.get_total_norm(
-                [p.grad for u in units for p in u.active_params() if p.grad is not None]
-            )
-            torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0, out=self.arena.grad_scale[0])
-        armijo.begin(self.arena, loss)
-        survey(self.table, self.arena)
+            grads = [p.grad for u in units for p in u.active_params() if p.grad is not None]
+            self.do(partial(_scale_gradients, grads, max_grad_norm, self.arena.grad_scale[0]))
+        self.do(partial(armijo.begin, self.arena, loss))
+        self.do(partial(survey, self.table, self.arena))
         self.started = True
 
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, if its direction descends."""
-        armijo.open_search(self.arena, unit.row, tested=self.momentum == "tested")
+        self.do(partial(armijo.open_search, self.arena, unit.row, tested=self.momentum == "tested"))
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""
         self.propose(unit)
         params = unit.active_params()
-        accepted = self._repeat(unit.row, partial(self._try, unit, params, record))
+        accepted = self.executor.repeat(self.arena, unit.row, partial(self._try, unit, params, record))
         if put_back:
-            armijo.put_back(self.arena, unit.row)
-        trial(self.table, self.arena, unit.row)
-        if record and accepted:
-            self.losses.keep()
+            self.do(partial(armijo.put_back, self.arena, unit.row))
+        self.do(partial(trial, self.table, self.arena, unit.row))
+        if record and accepted is None:  # the last trial may have been rejected: evaluate where the unit stands now
+            self.do(partial(self.losses.at, unit.name, params, record=True))
+        if record and accepted is not False:
+            self.do(self.losses.keep)
 
     def _try(self, unit: Unit, params: Sequence[Tensor], record: bool) -> None:
         trial(self.table, self.arena, unit.row)
@@ -112,11 +147,12 @@ class DeviceBatch:
 
     def move_together(self, *, tries: int, split: bool) -> bool:
         """Move all units by a common factor of their steps; whether a factor was accepted."""
-        armijo.open_together(self.arena)
+        self.do(partial(armijo.open_together, self.arena))
         params = [p for unit in self.units for p in unit.active_params()]
-        accepted = self._repeat(self.arena.units, partial(self._try_together, params, tries, split))
-        trial(self.table, self.arena)
-        return accepted
+        accepted = self.executor.repeat(self.arena, self.arena.units, partial(self._try_together, params, tries, split))
+        self.do(partial(trial, self.table, self.arena))
+        self.executor.skip_rest_if_accepted()
+        return bool(accepted)
 
     def _try_together(self, params: Sequence[Tensor], tries: int, split: bool) -> None:
         trial(self.table, self.arena)
@@ -124,35 +160,26 @@ class DeviceBatch:
 
     def keep(self, unit: Unit) -> None:
         """Move the unit by its remembered step, untested."""
-        armijo.open_search(self.arena, unit.row, tested=self.momentum == "tested", keep=True)
-        trial(self.table, self.arena, unit.row)
+        self.do(partial(armijo.open_search, self.arena, unit.row, tested=self.momentum == "tested", keep=True))
+        self.do(partial(trial, self.table, self.arena, unit.row))
 
     def follow_momentum(self) -> None:
         """Carry the found steps over to the averaged direction; the new point is not tested."""
-        armijo.follow(self.arena)
-        trial(self.table, self.arena)
+        self.do(partial(armijo.follow, self.arena))
+        self.do(partial(trial, self.table, self.arena))
 
-    def _repeat(self, row: int, attempt: Callable[[], None]) -> bool:
-        """Attempt until the row's flag says stop; whether it says accepted."""
-        while True:
-            attempt()
-            go, accepted, refused = self._look(row)
-            if refused:
-                raise non_finite(float(self.arena.state[-1, STATE.index("start")]))
-            if not go:
-                return bool(accepted)
-
-    def _look(self, row: int) -> list[int]:
-        return self.arena.flags[row].tolist()
+    def learn(self) -> None:
+        """Advance moments, counts and memory; the parameters have moved already."""
+        self.do(partial(advance, self.table, self.arena))
+        self.do(partial(armijo.remember, self.arena))
 
     def commit(self, state: dict) -> None:
-        """Advance moments, counts and memory; the parameters have moved already."""
-        advance(self.table, self.arena)
-        armijo.remember(self.arena)
-        if self.moved or not self.device.steps:  # a parameter may have its first gradient
+        """Learn, and show the state of parameters that have their first gradient."""
+        self.learn()
+        if self.moved or not self.arena.steps:
             for unit in self.units:
                 unit.show(state, active=True)
-        self.device.steps += 1
+        self.arena.steps += 1
 
     def restore(self) -> None:
         """Put every unit back to w_t, bitwise."""
@@ -163,7 +190,12 @@ class DeviceBatch:
     def report(self) -> Callable[[], StepReport]:
         """Reads what happened from the ring of histories, units in forward order."""
         names = {unit.row: unit.name for unit in self.units}
-        return partial(_read, self.arena.history, names, self.device.steps - 1)
+        return partial(_read, self.arena.history, names, self.arena.steps - 1)
+
+
+def _scale_gradients(grads: list[Tensor], max_norm: float, scale: Tensor) -> None:
+    norm = torch.nn.utils.get_total_norm(grads)
+    torch.clamp(max_norm / (norm + 1e-6), max=1.0, out=scale)
 
 
 def _read(history: Tensor, names: dict[int, str], step: int) -> StepReport:

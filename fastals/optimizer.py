@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from fastals.report import Reports, StepReport
 from fastals.schedule import SCHEDULES, keep
 from fastals.search import MEMORY, plain_memory, schedule_next_search
 from fastals.units import observed, units
+
+if TYPE_CHECKING:
+    from fastals.graph import GraphedStep, GraphMode
 
 
 class ALS(torch.optim.Optimizer):
@@ -71,7 +74,7 @@ class ALS(torch.optim.Optimizer):
 
     Attributes:
         last_forwards: forward passes of the last step, the first one included; a cached trial counts as the share
-            of the blocks that it ran.
+            of the blocks that it ran. NaN after a graphed step.
 
     Raises:
         ValueError: an argument out of its range, parameters twice or units that do not fit the model.
@@ -135,6 +138,7 @@ class ALS(torch.optim.Optimizer):
         }  # fmt: skip
         check_ranges(defaults)
         self._reports, self.last_forwards = Reports(), 0.0
+        self._graphed: GraphedStep | None = None
         self._forget()
         super().__init__(units(params) if isinstance(params, nn.Module) else params, defaults | MEMORY)
         check_coverage(self.param_groups, self.model)
@@ -176,6 +180,23 @@ class ALS(torch.optim.Optimizer):
                 self._commit(batch, searched=due)
         return start
 
+    def graphed(
+        self, loss_fn: Callable[[Any], Tensor], *, pad_to_multiple_of: int | None = None, max_signatures: int = 8
+    ) -> "GraphedStep":
+        """A function of a batch that takes one step, on a CUDA GPU as captured graphs.
+
+        ``loss_fn(batch)`` evaluates the loss of a batch, any nest of tensors. See :class:`fastals.graph.GraphedStep`.
+        """
+        from fastals.graph import GraphedStep
+
+        self._graphed = GraphedStep(self, loss_fn, pad_to_multiple_of=pad_to_multiple_of, max_signatures=max_signatures)
+        return self._graphed
+
+    @property
+    def graph_mode(self) -> "GraphMode | None":
+        """How the steps of the last :meth:`graphed` function run and why, or None without one."""
+        return self._graphed.mode if self._graphed is not None else None
+
     def _step_of_length_zero(self) -> Tensor:
         """Make the state and move nothing: torch.distributed.checkpoint steps so, with every lr at 0, to have one."""
         if any(float(g["lr"]) for g in self.param_groups):
@@ -189,13 +210,18 @@ class ALS(torch.optim.Optimizer):
         params = [p for g in self.param_groups for p in g["params"]]
         cache, fused = self._current_cache(params), self._is_fused() if self._units is None else bool(self._device)
         losses = Losses(closure, params, self.model, cache, self._learned, lazy=fused)
-        seed = f"{self.settings.seed}-{self.param_groups[0]['count']}"
         if fused:
-            from fastals.device import DeviceBatch
-
-            return DeviceBatch(losses, momentum=self.settings.momentum, seed=seed)
+            return self._device_batch(losses)
         own = self.settings.schedule in ("independent", "joint")
-        return MiniBatch(losses, momentum=self.settings.momentum, keep_directions=own, seed=seed)
+        return MiniBatch(losses, momentum=self.settings.momentum, keep_directions=own, seed=self._seed())
+
+    def _device_batch(self, losses: Losses, executor: Any = None) -> Any:
+        from fastals.device import DeviceBatch
+
+        return DeviceBatch(losses, momentum=self.settings.momentum, seed=self._seed(), executor=executor)
+
+    def _seed(self) -> str:
+        return f"{self.settings.seed}-{self.param_groups[0]['count']}"
 
     def _current_cache(self, params: list[Tensor]) -> ActivationCache | None:
         """The cache of the model as it is now; a changed module tree starts a new one, verified anew."""
@@ -262,7 +288,8 @@ class ALS(torch.optim.Optimizer):
     def _transaction(self, batch: Any) -> Iterator[None]:
         """Undo everything if anything is raised before the commit; moments and memory are written in it alone."""
         try:
-            yield
+            with torch.cuda.device_of(batch.losses.params[0]):  # kernels go to the current device
+                yield
         except BaseException:
             if not batch.committed:
                 with uninterrupted():
@@ -272,16 +299,20 @@ class ALS(torch.optim.Optimizer):
 
     def _commit(self, batch: Any, searched: bool) -> None:
         batch.commit(self.state)
-        for group in self.param_groups:
-            group["count"] += 1
-            if searched:
-                schedule_next_search(group, self.settings.every)
-        self._reports.add(batch.report())
+        self._count(batch, searched)
         self.last_forwards = batch.losses.forwards
         if self.settings.merge_below is not None:
             self._merge(self.settings.merge_below)
         batch.losses.finish()
         batch.committed = True
+
+    def _count(self, batch: Any, searched: bool) -> None:
+        """What the host notes of a step."""
+        for group in self.param_groups:
+            group["count"] += 1
+            if searched:
+                schedule_next_search(group, self.settings.every)
+        self._reports.add(batch.report())
 
     def _merge(self, threshold: float) -> None:
         """Merge the unit of smallest step, if it is under the threshold, with the next smallest."""
@@ -371,6 +402,7 @@ class ALS(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._graphed = None
         self._forget()
 
     def __repr__(self) -> str:

@@ -70,6 +70,7 @@ class Arena:
         self.step = zeros(1, dtype=torch.int64)
         self.lead = upload(torch.tensor(lead, dtype=torch.int32), table.device)
         self.grad_scale = torch.ones(1, dtype=torch.float32, device=table.device)
+        self.steps = 0  # that have entered the history, as the host counts them
         self._rules: list[list[float]] = []
 
     def set_rules(self, rules: Sequence[Sequence[float]]) -> None:

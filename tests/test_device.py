@@ -224,7 +224,7 @@ def launches(monkeypatch):
         count(device_module, name)
     for name in ("begin", "open_search", "judge", "remember"):
         count(device_module.armijo, name)
-    count(device_module.DeviceBatch, "_look")
+    count(device_module.Immediately, "look")
     return counted
 
 
@@ -237,7 +237,7 @@ def test_launches_and_looks_of_a_sweep(launches):
     train(model, opt, data[2:])
     units, trials = len(opt._units), opt.report.trials
     assert launches == {
-        "begin": 1, "survey": 1, "advance": 1, "remember": 1, "open_search": units, "judge": trials, "_look": trials,
+        "begin": 1, "survey": 1, "advance": 1, "remember": 1, "open_search": units, "judge": trials, "look": trials,
         "trial": trials + units,
     }  # fmt: skip
 
@@ -295,18 +295,18 @@ def test_a_step_has_no_hidden_synchronization():
     model, opt = build()
     data = batches(4)
     train(model, opt, data[:3])
-    batch, look = data[3], device_module.DeviceBatch._look
+    batch, look = data[3], device_module.Immediately.look
 
-    def allowed(self, row):
+    def allowed(self, arena, row):
         torch.cuda.set_sync_debug_mode("default")
-        found = look(self, row)
+        found = look(self, arena, row)
         torch.cuda.set_sync_debug_mode("error")
         return found
 
-    device_module.DeviceBatch._look = allowed
+    device_module.Immediately.look = allowed
     torch.cuda.set_sync_debug_mode("error")
     try:
         opt.step(lambda: model(**batch))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        device_module.DeviceBatch._look = look
+        device_module.Immediately.look = look

@@ -1,0 +1,236 @@
+"""CUDA graphs as the back end of a captured step.
+
+Pieces are ordinary ``torch.cuda.CUDAGraph`` objects on one stream and in one memory pool. To run a whole tail by one
+launch they are put, as child graphs, into a graph of their own in which every loop is a conditional WHILE node: its
+condition is set, before it and at the end of its body, by a kernel of one thread that reads the loop's flag. Where that
+cannot be built the same pieces are replayed by the host.
+
+WHILE nodes: CUDA programming guide, "Conditional graph nodes". They need the package cuda-bindings and a driver
+of CUDA 12.4 or newer. From torch 2.12 on the generator's state is filled into a graph by its own replay only, so that a
+captured piece with dropout has to be replayed by the host.
+"""
+
+import ctypes
+import gc
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastals.program import Action, Loop, Operation, Run
+
+try:
+    from cuda.bindings import driver, runtime
+except ImportError:
+    driver = runtime = None
+
+OLDEST_DRIVER = 12040
+MOST_NOTED = 64  # steps that the host may be ahead of the device
+TORCH = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
+
+#: One thread: condition ← flag ≠ 0. The driver provides cudaGraphSetConditional.
+SET_CONDITION = b"""
+.version 7.0
+.target sm_70
+.address_size 64
+
+.extern .func cudaGraphSetConditional (.param .b64 handle, .param .b32 value);
+
+.visible .entry set_condition (.param .u64 handle, .param .u64 flag)
+{
+    .reg .pred  %set;
+    .reg .b32   %value;
+    .reg .b64   %handle, %address;
+
+    ld.param.u64        %handle, [handle];
+    ld.param.u64        %address, [flag];
+    cvta.to.global.u64  %address, %address;
+    ld.global.u32       %value, [%address];
+    setp.ne.u32         %set, %value, 0;
+    selp.b32            %value, 1, 0, %set;
+    {
+        .param .b64 first;
+        .param .b32 second;
+        st.param.b64 [first], %handle;
+        st.param.b32 [second], %value;
+        call.uni cudaGraphSetConditional, (first, second);
+    }
+    ret;
+}
+\0"""
+
+
+class CudaGraphs:
+    """Captures on one stream into one pool; all pieces live and die together.
+
+    Args:
+        device: the CUDA device.
+        stream: where everything is captured and replayed; warm up on it.
+        draws: whether the forward draws random numbers (dropout).
+    """
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream, *, draws: bool) -> None:
+        self.device, self.stream, self.draws = device, stream, draws
+        self.generator = torch.cuda.default_generators[device.index or 0]
+        self.pool: Any = None
+        self._noted: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self._module: Any = None
+        self._kept: list[Any] = []  # graphs of the driver that a launch needs
+
+    def capture_head(self, action: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Capture forward and backward."""
+        torch.cuda.synchronize(self.device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch._C._cuda_clearCublasWorkspaces()  # or the graphs would use workspaces that others may free
+        results: list[Tensor] = []
+        piece = self.capture(lambda: results.append(action()))
+        return piece, results[0]
+
+    def capture(self, action: Action) -> torch.cuda.CUDAGraph:
+        """Capture an action as a graph.
+
+        Raises:
+            Exception: whatever the action raises; allocator and generator are usable again.
+        """
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(*([self.pool] if self.pool else []), capture_error_mode="thread_local")
+            try:
+                action()
+            except BaseException:
+                self._abandon(graph)
+                raise
+            graph.capture_end()
+        graph.instantiate()
+        self.pool = graph.pool()
+        return graph
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a failed capture; a clean one after it takes allocator and generator out of capture."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            clean = torch.cuda.CUDAGraph()
+            clean.capture_begin(capture_error_mode="thread_local")
+            clean.capture_end()
+
+    def replay(self, piece: torch.cuda.CUDAGraph) -> None:
+        """Launch the graph on the stream."""
+        with torch.cuda.stream(self.stream):
+            piece.replay()
+
+    def look(self, flags: Tensor) -> list[int]:
+        """Wait for the stream and read the flags through pinned memory."""
+        event, copied = self._fetch(flags)
+        event.synchronize()
+        return copied.tolist()
+
+    def note(self, flags: Tensor) -> None:
+        """Start a copy of the flags to pinned memory."""
+        self._noted.append(self._fetch(flags))
+        if len(self._noted) > MOST_NOTED:
+            self._noted[0][0].synchronize()
+
+    def noted(self) -> list[list[int]]:
+        """The flags noted whose copies have arrived since the last call."""
+        arrived = []
+        while self._noted and self._noted[0][0].query():
+            arrived.append(self._noted.popleft()[1].tolist())
+        return arrived
+
+    def _fetch(self, flags: Tensor) -> tuple[torch.cuda.Event, Tensor]:
+        event, copied = torch.cuda.Event(), torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        with torch.cuda.stream(self.stream):
+            copied.copy_(flags, non_blocking=True)
+            event.record(self.stream)
+        return event, copied
+
+    def rng_state(self) -> Tensor:
+        """Seed and offset, which the host keeps."""
+        return self.generator.get_state()
+
+    def set_rng_state(self, state: Tensor) -> None:
+        """Set seed and offset for the next replay."""
+        self.generator.set_state(state)
+
+    def link(self, operations: Sequence[Operation], flags: Tensor) -> Action:
+        """One launch for all operations, every loop a WHILE node.
+
+        Raises:
+            RuntimeError: bindings, driver or torch do not allow it.
+        """
+        if runtime is None:
+            raise RuntimeError("the package cuda-bindings is not installed")
+        version = checked(runtime.cudaDriverGetVersion())
+        if version < OLDEST_DRIVER:
+            raise RuntimeError(f"the driver knows CUDA {version // 1000}.{version % 1000 // 10}; loops need 12.4")
+        if self.draws and TORCH >= (2, 12):
+            raise RuntimeError("the forward draws random numbers, which torch 2.12 and newer cannot replay in a loop")
+        graph = checked(runtime.cudaGraphCreate(0))
+        last: list[Any] = []
+        for operation in operations:
+            if isinstance(operation, Run):
+                last = [_child(graph, last, operation.piece)]
+            elif isinstance(operation, Loop):
+                last = [self._while(graph, last, operation, flags)]
+        executable = checked(runtime.cudaGraphInstantiate(graph, 0))
+        self._kept += [graph, executable]
+        return lambda: checked(runtime.cudaGraphLaunch(executable, self.stream.cuda_stream))
+
+    def _while(self, graph: Any, after: list[Any], loop: Loop, flags: Tensor) -> Any:
+        """While (flag) { piece }; the flag is 0 until the kernel before the node has read it."""
+        handle = checked(runtime.cudaGraphConditionalHandleCreate(graph, 0, 1))  # 1: assign the default at every launch
+        flag = flags[loop.row].data_ptr()
+        ready = self._set_condition(graph, after, handle, flag)
+        wanted = runtime.cudaGraphNodeParams()
+        wanted.type = runtime.cudaGraphNodeType.cudaGraphNodeTypeConditional
+        wanted.conditional.handle = handle
+        wanted.conditional.type = runtime.cudaGraphConditionalNodeType.cudaGraphCondTypeWhile
+        wanted.conditional.size = 1
+        # the bindings of CUDA 13 have an argument for edge data more than those of 12
+        edges = [] if hasattr(runtime, "cudaGraphAddNode_v2") else [None]
+        node = checked(runtime.cudaGraphAddNode(graph, [ready], *edges, 1, wanted))
+        body = runtime.cudaGraph_t(int(wanted.conditional.phGraph_out[0]))
+        self._set_condition(body, [_child(body, [], loop.piece)], handle, flag)
+        return node
+
+    def _set_condition(self, graph: Any, after: list[Any], handle: Any, flag: int) -> Any:
+        if self._module is None:
+            self._module = checked(driver.cuModuleLoadData(SET_CONDITION))
+        wanted = driver.CUDA_KERNEL_NODE_PARAMS()
+        wanted.func = checked(driver.cuModuleGetFunction(self._module, b"set_condition"))
+        for size in ("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ"):
+            setattr(wanted, size, 1)
+        wanted.kernelParams = ((int(handle), flag), (ctypes.c_uint64, ctypes.c_void_p))
+        return checked(driver.cuGraphAddKernelNode(graph, after, len(after), wanted))
+
+
+def _child(graph: Any, after: list[Any], piece: torch.cuda.CUDAGraph) -> Any:
+    """A copy of the piece's graph as one node."""
+    return checked(runtime.cudaGraphAddChildGraphNode(graph, after, len(after), piece.raw_cuda_graph()))
+
+
+def checked(returned: tuple) -> Any:
+    """The results of a call of the bindings.
+
+    Raises:
+        RuntimeError: the call returned an error.
+    """
+    error, *results = returned
+    if int(error):
+        raise RuntimeError(f"CUDA said {error!r}")
+    return results[0] if len(results) == 1 else results
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Run on the stream, after what the current one has been given and before what it will be given."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)

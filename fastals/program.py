@@ -1,0 +1,278 @@
+"""A step as captured pieces: the head (forward and backward) and, for each kind of step, a tail of runs and loops.
+
+Recording walks through the very schedules that the eager path runs. Between two loops everything is a straight line of
+device work and becomes one piece; the body of a loop is a piece of its own, repeated while its flag says so. A back end
+captures and replays pieces (:class:`fastals.cuda_graphs.CudaGraphs`).
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastals.cache import ActivationCache
+from fastals.closure import Learned, Losses, non_finite
+from fastals.device import Device, DeviceBatch, Immediately
+from fastals.kernels import armijo
+from fastals.kernels.arena import FLAGS, Arena
+from fastals.kernels.table import Table
+from fastals.kernels.trial import trial
+
+Action = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A piece that is replayed once."""
+
+    piece: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """A piece that is replayed while the flag of its row is set, at least once by a host."""
+
+    piece: Any
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class SkipIfAccepted:
+    """Up to the next :class:`Always` nothing is left to do where the loop before has accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Always:
+    """End of what may be skipped."""
+
+
+Operation = Run | Loop | SkipIfAccepted | Always
+
+
+class Backend(Protocol):
+    """Captures device work once and replays it."""
+
+    def capture_head(self, action: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        """Capture an action; its piece, and its result at an address that every replay writes to again."""
+
+    def capture(self, action: Action) -> Any:
+        """Capture an action as a piece."""
+
+    def replay(self, piece: Any) -> None:
+        """Do the piece's work again."""
+
+    def look(self, flags: Tensor) -> list[int]:
+        """Wait for the work so far and read the flags."""
+
+    def note(self, flags: Tensor) -> None:
+        """Start reading the flags without waiting."""
+
+    def noted(self) -> list[list[int]]:
+        """The flags noted so far that have arrived and have not been returned yet."""
+
+    def rng_state(self) -> Any:
+        """State of the generator that replays draw from."""
+
+    def set_rng_state(self, state: Any) -> None:
+        """Set that state."""
+
+    def link(self, operations: Sequence[Operation], flags: Tensor) -> Action:
+        """One launch that runs all operations, loops included, without the host.
+
+        Raises:
+            RuntimeError: this is not possible here; the message says why.
+        """
+
+
+class Recorder(Immediately):
+    """Takes the actions of a mini-batch down as operations instead of running them."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.operations, self._line = backend, list[Operation](), list[Action]()
+        self._skipping = False
+
+    def do(self, action: Action) -> None:
+        """Append to the straight line under way."""
+        self._line.append(action)
+
+    def repeat(self, arena: Arena, row: int, attempt: Action) -> bool | None:
+        """Record a loop; what it will say is not known."""
+        del arena
+        self._end_line()
+        self.operations.append(Loop(self.backend.capture(attempt), row))
+        return None
+
+    def skip_rest_if_accepted(self) -> None:
+        """Mark the start of what may be skipped."""
+        self._end_line()
+        self.operations.append(SkipIfAccepted())
+        self._skipping = True
+
+    def always(self) -> None:
+        """Mark its end, if it was marked."""
+        if self._skipping:
+            self._end_line()
+            self.operations.append(Always())
+            self._skipping = False
+
+    def finish(self) -> list[Operation]:
+        """All operations."""
+        self._end_line()
+        return self.operations
+
+    def _end_line(self) -> None:
+        line, self._line = self._line, []
+        if line:
+            self.operations.append(Run(self.backend.capture(partial(_run_all, line))))
+
+
+def _run_all(actions: Sequence[Action]) -> None:
+    for action in actions:
+        action()
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What follows the head in one kind of step, and its one launch where that is possible."""
+
+    operations: list[Operation]
+    batch: DeviceBatch
+    launch: Action | None
+    reason: str
+
+
+class Program:
+    """A captured step for one signature of inputs.
+
+    Args:
+        device: tables and arena of the optimizer's units; the program has its own table, since its gradients lie in
+            the graphs' memory.
+        closure: evaluates the loss of the static inputs.
+        params: all parameters of the optimizer.
+        model: the module whose activations are cached, or None.
+        learned: what eager steps have found out about the model.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        closure: Callable[[], Tensor],
+        params: Sequence[Tensor],
+        model: torch.nn.Module | None,
+        learned: Learned,
+        backend: Backend,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.backend, self.params, self.max_grad_norm = backend, params, max_grad_norm
+        cache = ActivationCache(model, (device.arena.device.index or 0,) if _on_cuda(device) else ()) if model else None
+        trusted = {name: learned.trusted.get(name, False) for name in [*(u.name for u in device.units), "all units"]}
+        self.losses = Losses(closure, params, model, cache, Learned(trusted, learned.written), lazy=True)
+        self.head, self.loss = backend.capture_head(self._differentiate)
+        self.grads = [p.grad for p in params]
+        self.units = [u for u in device.units if u.find_active()]
+        if cache is not None:
+            self.units.sort(key=lambda u: cache.start(u.active_params()))
+        self.device = copy.copy(device)
+        self.device.table = Table(device.table.entries)
+        self.tails: dict[object, Tail] = {}
+        for p in params:
+            p.grad = None
+
+    def _differentiate(self) -> Tensor:
+        self.losses.restart()
+        return self.losses.differentiate()
+
+    def tail(self, kind: object, record: Callable[[DeviceBatch], None], batch: Callable[..., DeviceBatch]) -> Tail:
+        """The tail of this kind of step; ``record`` runs its schedule on a mini-batch from ``batch``."""
+        if kind not in self.tails:
+            with self._gradients_in_place():
+                for unit in self.units:
+                    unit.find_active()
+                self.tails[kind] = self._capture_tail(record, batch)
+        return self.tails[kind]
+
+    def _capture_tail(self, record: Callable[[DeviceBatch], None], make_batch: Callable[..., DeviceBatch]) -> Tail:
+        recorder = Recorder(self.backend)
+        batch = make_batch(self.losses, executor=recorder)
+        batch.begin(self.device, self.units, self.loss, self.max_grad_norm)
+        record(batch)
+        batch.learn()
+        operations = recorder.finish()
+        try:
+            return Tail(operations, batch, self.backend.link(operations, self.device.arena.flags), "")
+        except RuntimeError as error:
+            return Tail(operations, batch, None, str(error))
+
+    @contextmanager
+    def _gradients_in_place(self) -> Iterator[None]:
+        """Show the captured gradients to the kernels' tables for as long as a tail is recorded."""
+        others = [p.grad for p in self.params]
+        for p, g in zip(self.params, self.grads, strict=True):
+            p.grad = g
+        try:
+            yield
+        finally:
+            for p, g in zip(self.params, others, strict=True):
+                p.grad = g
+
+    def run(self, tail: Tail) -> None:
+        """Replay the head and the tail; whatever is raised, weights and generator are as before.
+
+        Raises:
+            FloatingPointError: f(w_t) is not finite, or was not in an earlier step that nobody waited for.
+        """
+        before = self.backend.rng_state()
+        self.backend.replay(self.head)
+        after = self.backend.rng_state()
+        try:
+            if tail.launch is not None:
+                tail.launch()
+            else:
+                self._run_on_host(tail.operations, before)
+        except BaseException:
+            armijo.restore(self.device.arena)
+            trial(self.device.table, self.device.arena)
+            self.backend.set_rng_state(before)
+            raise
+        self.backend.set_rng_state(after)
+        self.backend.note(self.device.arena.flags[-1])
+
+    def _run_on_host(self, operations: Sequence[Operation], rng_state: Any) -> None:
+        skipping = accepted = False
+        for operation in operations:
+            if isinstance(operation, Always):
+                skipping = False
+            elif skipping:
+                continue
+            elif isinstance(operation, SkipIfAccepted):
+                skipping = accepted
+            elif isinstance(operation, Loop):
+                accepted = self._repeat(operation, rng_state)
+            else:
+                self.backend.set_rng_state(rng_state)
+                self.backend.replay(operation.piece)
+
+    def _repeat(self, loop: Loop, rng_state: Any) -> bool:
+        while True:
+            self.backend.set_rng_state(rng_state)  # the masks of the head, in every trial
+            self.backend.replay(loop.piece)
+            go, accepted, refused = self.backend.look(self.device.arena.flags[loop.row])
+            if refused:
+                raise non_finite(float(self.loss))
+            if not go:
+                return bool(accepted)
+
+    def raise_if_refused(self) -> None:
+        """Say that an earlier step was refused, if one was and nobody has waited for it."""
+        if any(flags[FLAGS.index("refused")] for flags in self.backend.noted()):
+            raise non_finite(math.nan)
+
+
+def _on_cuda(device: Device) -> bool:
+    return device.arena.device.type == "cuda"

@@ -1,0 +1,503 @@
+"""Steps as captured pieces: one program with a back end that records, on the CPU, and with CUDA graphs on a GPU."""
+
+import copy
+import math
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import fastals
+from fastals import cuda_graphs, rng
+from fastals.graph import WARMUP, GraphedStep, GraphMode, pad
+from fastals.program import Always, Loop, Run, SkipIfAccepted
+from fastals.testing import TinyTransformer, tiny_batches
+
+HARD = {"c": 0.5, "backtrack": 0.5, "growth": 2.0, "trust": 0.2, "max_trials": 4}
+CASES = [
+    {"schedule": "sweep"}, {"schedule": "sweep", "order": "bottom_up"}, {"schedule": "independent"},
+    {"schedule": "cycle"}, {"schedule": "joint"}, {"schedule": "joint", "momentum": "after"}, {"momentum": "tested"},
+    {"every": 2}, {"every": "auto"}, {"max_grad_norm": 0.1}, {"initial": "random"}, {"cache": False},
+]  # fmt: skip
+
+
+class Recording:
+    """Runs the captured actions anew at each replay, writes results where the first ones lie, and keeps a log."""
+
+    def __init__(self, params, *, linked, log):
+        self.params, self.linked, self.log, self._noted = params, linked, log, []
+
+    def capture_head(self, action):
+        before = torch.get_rng_state()
+        result = action()
+        grads = [p.grad for p in self.params]
+        torch.set_rng_state(before)
+
+        def again():
+            result.copy_(action())
+            for p, g in zip(self.params, grads, strict=True):
+                if g is not None:
+                    g.copy_(p.grad)
+                p.grad = None
+
+        return self.capture(again), result
+
+    def capture(self, action):
+        self.log.append("capture")
+        return action
+
+    def replay(self, piece):
+        self.log.append("replay")
+        piece()
+
+    def look(self, flags):
+        self.log.append("look")
+        return flags.tolist()
+
+    def note(self, flags):
+        self._noted.append(flags.clone())
+
+    def noted(self):
+        arrived, self._noted = [f.tolist() for f in self._noted], []
+        return arrived
+
+    def rng_state(self):
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state):
+        torch.set_rng_state(state)
+
+    def link(self, operations, flags):
+        if not self.linked:
+            raise RuntimeError("this back end has no loops")
+
+        def launch():
+            self.log.append("launch")
+            for operation in operations:
+                if isinstance(operation, Run):
+                    operation.piece()
+                elif isinstance(operation, Loop):
+                    while int(flags[operation.row, 0]):
+                        operation.piece()
+
+        return launch
+
+
+def build(loss_fn=None, linked=False, depth=1, log=None, **options):
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=depth)
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True, **options)
+
+    def backend(device, stream, *, draws):
+        return Recording(list(model.parameters()), linked=linked, log=[] if log is None else log)
+
+    return model, opt, GraphedStep(opt, loss_fn or (lambda batch: model(**batch)), backend=backend)
+
+
+def same_report(a, b):
+    assert [(u.name, u.outcome) for u in a.units] == [(u.name, u.outcome) for u in b.units]
+    for u, v in zip(a.units, b.units, strict=True):
+        assert u.trials == v.trials
+        assert (u.step_size, u.slope) == (v.step_size, v.slope)
+    assert a.joint_trials == b.joint_trials
+    assert a.loss_before == b.loss_before
+    assert a.loss_after == b.loss_after or (math.isnan(a.loss_after) and math.isnan(b.loss_after))
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["host", "while"])
+@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values())))
+def test_a_replayed_step_is_the_eager_step_bitwise(options, linked):
+    options = HARD | options
+    model, opt, step = build(linked=linked, **options)
+    twin = copy.deepcopy(model)
+    eager = fastals.ALS(fastals.units(twin), model=twin, fused=True, **options)
+    for t, batch in enumerate(tiny_batches(WARMUP + 3)):
+        after = []
+        for take in (step, lambda b: eager.step(lambda: twin(**b))):
+            torch.manual_seed(100 + t)
+            loss = take(batch)
+            after.append((float(loss), torch.rand(2).tolist()))
+        assert after[0] == after[1], "losses, and where the generators stand"
+        same_report(opt.report, eager.report)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert step.mode.name == ("while" if linked else "host")
+    ours, theirs = opt.state_dict(), eager.state_dict()
+    for a, b in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+        assert a == b
+    for i, s in theirs["state"].items():
+        assert all(torch.equal(ours["state"][i][k], v) for k, v in s.items())
+
+
+def test_launches_and_looks():
+    """Host mode looks once per trial; in while mode a step is two launches and no look."""
+    for linked in (False, True):
+        log = []
+        _, opt, step = build(linked=linked, log=log)
+        for batch in tiny_batches(WARMUP + 3):
+            log.clear()
+            step(batch)
+        if linked:
+            assert log == ["replay", "launch"]
+        else:
+            trials, units = opt.report.trials, len(opt.report.units)
+            assert log.count("look") == trials
+            assert log.count("replay") == 1 + trials + units + 1  # head, trials, a line before every loop, the end
+
+
+def test_programs_are_kept_by_signature_and_the_oldest_goes():
+    log = []
+    model, _, _ = build()
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True)
+
+    def backend(device, stream, *, draws):
+        return Recording(list(model.parameters()), linked=False, log=log)
+
+    step = GraphedStep(opt, lambda batch: model(**batch), max_signatures=2, backend=backend)
+    lengths = [next(tiny_batches(1, length=n)) for n in (4, 5, 6)]
+    for batch in lengths:
+        for _ in range(WARMUP + 2):
+            step(batch)
+    assert len(step._programs) == 2
+    log.clear()
+    step(lengths[2])
+    step(lengths[1])
+    assert "capture" not in log
+    step(lengths[0])
+    assert "capture" in log
+    model.eval()
+    step(lengths[0])
+    assert step._seen != {}, "another mode is another signature"
+
+
+def test_frozen_and_moved_parameters_are_captured_anew():
+    log = []
+    model, _, step = build(log=log)
+    batches = list(tiny_batches(WARMUP + 2))
+    for batch in batches:
+        step(batch)
+    assert step.mode.name == "host"
+    with torch.no_grad():
+        model.head.weight.data = model.head.weight.data.clone()
+    log.clear()
+    step(batches[0])
+    assert log == [], "warms up again"
+    for _ in range(WARMUP):
+        step(batches[0])
+    assert "capture" in log
+
+
+def test_a_failed_capture_falls_back_with_one_warning_and_the_step_is_taken():
+    fails = {"now": False}
+    model, opt, step = build(loss_fn=lambda batch: work(batch))
+
+    def work(batch):
+        if fails["now"]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return model(**batch)
+
+    batches = list(tiny_batches(WARMUP + 3))
+    for batch in batches[:WARMUP]:
+        step(batch)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    step._make_backend = broken
+    before = opt.param_groups[0]["count"]
+    with pytest.warns(UserWarning, match="steps run eagerly, because the capture failed"):
+        step(batches[3])
+    assert opt.param_groups[0]["count"] == before + 1
+    assert step.mode.name == "eager"
+    assert "not permitted" in step.mode.reason
+    step(batches[4])
+
+
+class BrokenError(Exception):
+    """Raised in the user's loss."""
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_error_during_a_replay_leaves_everything_as_it_was(linked, at):
+    calls = {"left": 10**6}
+
+    def loss_fn(batch):
+        calls["left"] -= 1
+        if calls["left"] < 0:
+            raise BrokenError
+        return model(**batch)
+
+    model, opt, step = build(loss_fn=loss_fn, linked=linked, **HARD)
+    batches = list(tiny_batches(WARMUP + 3))
+    for batch in batches[: WARMUP + 1]:
+        step(batch)
+    weights = [p.detach().clone() for p in model.parameters()]
+    state, generator = copy.deepcopy(opt.state_dict()), torch.get_rng_state()
+    calls["left"] = at
+    with pytest.raises(BrokenError):
+        step(batches[-1])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+    assert torch.equal(torch.get_rng_state(), generator)
+    for a, b in zip(opt.state_dict()["param_groups"], state["param_groups"], strict=True):
+        assert a == b
+    calls["left"] = 10**6
+    step(batches[-1])
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_loss_that_is_not_finite_moves_nothing_and_is_said(linked):
+    scale = torch.ones(())
+    model, opt, step = build(loss_fn=lambda batch: model(**batch) * scale, linked=linked)
+    batches = list(tiny_batches(WARMUP + 4))
+    for batch in batches[: WARMUP + 1]:
+        step(batch)
+    weights = [p.detach().clone() for p in model.parameters()]
+    moments = [s["exp_avg_sq"].clone() for s in opt.state.values()]
+    scale.fill_(math.nan)
+    if linked:
+        step(batches[-2])  # nobody waits for it
+        scale.fill_(1.0)
+        with pytest.raises(FloatingPointError):
+            step(batches[-1])
+    else:
+        with pytest.raises(FloatingPointError):
+            step(batches[-2])
+        scale.fill_(1.0)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+    assert all(torch.equal(s["exp_avg_sq"], m) for s, m in zip(opt.state.values(), moments, strict=True))
+    step(batches[-1])
+    assert opt.report.loss_after < opt.report.loss_before
+
+
+def test_on_a_cpu_the_call_is_the_eager_step():
+    torch.manual_seed(0)
+    model = TinyTransformer()
+    opt = fastals.ALS(model)
+    step = opt.graphed(lambda batch: model(**batch))
+    if not torch.cuda.is_available():
+        assert opt.graph_mode == step.mode == GraphMode("eager", "there is no CUDA device")
+    losses = [float(step(b)) for b in tiny_batches(3)]
+    assert losses[0] == opt.reports[0].loss_before
+
+
+@pytest.mark.parametrize(("options", "reason"), [({"order": "random"}, "random"), ({"merge_below": 1e-3}, "merge")])
+def test_steps_that_are_no_fixed_sequence_run_eagerly(options, reason):
+    _, _, step = build(**options)
+    assert step.mode.name == "eager"
+    assert reason in step.mode.reason
+    step(next(tiny_batches(1)))
+
+
+def test_padding_to_few_signatures():
+    ids = torch.ones(2, 13, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": ids, "labels": ids, "scores": torch.ones(2)}
+    padded = pad(batch, 8)
+    assert padded["input_ids"].shape == padded["attention_mask"].shape == (2, 16)
+    assert padded["attention_mask"][:, 13:].sum() == 0
+    assert (padded["labels"][:, 13:] == -100).all()
+    assert padded["scores"] is batch["scores"]
+    assert pad(padded, 8)["input_ids"] is padded["input_ids"]
+    with pytest.raises(TypeError, match="attention_mask"):
+        pad({"input_ids": ids}, 8)
+
+
+def test_schedules_differ_in_how_pieces_are_strung_together():
+    shapes = {}
+    for schedule in ("sweep", "independent", "cycle", "joint"):
+        _, _, step = build(schedule=schedule)
+        for batch in tiny_batches(WARMUP + 2):
+            step(batch)
+        (captured,) = step._programs.values()
+        (tail, *_) = captured.program.tails.values()
+        signs = {Run: "-", Loop: "o", SkipIfAccepted: "<", Always: ">"}
+        shapes[schedule] = "".join(signs[type(operation)] for operation in tail.operations)
+    assert shapes == {"sweep": "-o-o-o-", "independent": "-o-o-o-o-<>-", "cycle": "-o-", "joint": "-o-<-o-o-o->-"}
+
+
+# The launch of a whole tail, with a stand-in for the CUDA bindings
+
+
+class Bindings:
+    """Writes down which nodes are made and on what they wait."""
+
+    def __init__(self):
+        self.nodes, self.graphs = [], 0
+
+    def __getattr__(self, name):
+        return lambda *args: (0, self.node(name, args))
+
+    def node(self, name, args):
+        if name == "cudaDriverGetVersion":
+            return 13000
+        if name in ("cudaGraphCreate", "cudaGraphInstantiate"):
+            return name
+        self.nodes.append((name, args))
+        return len(self.nodes) - 1
+
+    class cudaGraphNodeType:  # noqa: N801
+        cudaGraphNodeTypeConditional = "conditional"  # noqa: N815
+
+    class cudaGraphConditionalNodeType:  # noqa: N801
+        cudaGraphCondTypeWhile = "while"  # noqa: N815
+
+    class cudaGraphNodeParams:  # noqa: N801
+        def __init__(self):
+            self.conditional = type("Conditional", (), {"phGraph_out": [77]})()
+
+    class CUDA_KERNEL_NODE_PARAMS:  # noqa: N801
+        pass
+
+    @staticmethod
+    def cudaGraph_t(address):  # noqa: N802
+        return f"body {address}"
+
+
+def test_a_tail_becomes_one_graph_of_child_graphs_and_while_nodes(monkeypatch):
+    bindings = Bindings()
+    monkeypatch.setattr(cuda_graphs, "runtime", bindings)
+    monkeypatch.setattr(cuda_graphs, "driver", bindings)
+    backend = object.__new__(cuda_graphs.CudaGraphs)
+    backend.draws, backend._module, backend._kept = False, None, []
+    backend.stream = type("Stream", (), {"cuda_stream": 5})()
+    piece = type("Piece", (), {"raw_cuda_graph": lambda self: "raw"})()
+    flags = torch.zeros(3, 3, dtype=torch.int32)
+    launch = backend.link([Run(piece), Loop(piece, 1), SkipIfAccepted(), Run(piece), Always()], flags)
+    made = [(name, args[0]) for name, args in bindings.nodes if name.startswith(("cudaGraphAdd", "cuGraphAdd"))]
+    assert made == [
+        ("cudaGraphAddChildGraphNode", "cudaGraphCreate"), ("cuGraphAddKernelNode", "cudaGraphCreate"),
+        ("cudaGraphAddNode", "cudaGraphCreate"), ("cudaGraphAddChildGraphNode", "body 77"),
+        ("cuGraphAddKernelNode", "body 77"), ("cudaGraphAddChildGraphNode", "cudaGraphCreate"),
+    ]  # fmt: skip
+    names = [name for name, _ in bindings.nodes]
+    loop = names.index("cudaGraphAddNode")
+    last = len(names) - 1 - names[::-1].index("cudaGraphAddChildGraphNode")
+    assert bindings.nodes[last][1][1] == [loop], "what follows waits for the loop"
+    kernels = [args[3].kernelParams[0] for name, args in bindings.nodes if name == "cuGraphAddKernelNode"]
+    assert {flag for _, flag in kernels} == {flags[1].data_ptr()}
+    launch()
+    assert bindings.nodes[-1] == ("cudaGraphLaunch", ("cudaGraphInstantiate", 5))
+
+
+def test_why_there_are_no_loops_on_the_device(monkeypatch):
+    backend = object.__new__(cuda_graphs.CudaGraphs)
+    monkeypatch.setattr(cuda_graphs, "runtime", None)
+    with pytest.raises(RuntimeError, match="cuda-bindings"):
+        backend.link([], None)
+    monkeypatch.setattr(cuda_graphs, "runtime", Bindings())
+    monkeypatch.setattr(cuda_graphs, "TORCH", (2, 13))
+    backend.draws = True
+    with pytest.raises(RuntimeError, match="random numbers"):
+        backend.link([], None)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_the_kernel_that_sets_a_condition_assembles(architecture):
+    import triton
+
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "set_condition.ptx"
+        source.write_bytes(cuda_graphs.SET_CONDITION.rstrip(b"\0"))
+        done = subprocess.run(
+            [assembler, f"-arch={architecture}", "-c", source, "-o", source.with_suffix(".o")],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert not done.returncode, done.stderr
+
+
+# On a GPU
+
+
+def on_gpu(model, opt, count=8, **inputs):
+    step = opt.graphed(lambda batch: model(**batch))
+    for t, batch in enumerate(tiny_batches(count)):
+        torch.manual_seed(t)
+        step({k: v.cuda() for k, v in batch.items()})
+    return step
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("force_host", [False, True], ids=["while", "host"])
+@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values())))
+def test_graphs_take_the_steps_of_the_eager_path(options, force_host, monkeypatch):
+    if force_host:
+        monkeypatch.setattr(cuda_graphs, "runtime", None)
+    options = HARD | options
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=2).cuda()
+    twin = copy.deepcopy(model)
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True, **options)
+    eager = fastals.ALS(fastals.units(twin), model=twin, fused=True, **options)
+    step = opt.graphed(lambda batch: model(**batch))
+    for t, batch in enumerate(tiny_batches(20)):
+        batch = {k: v.cuda() for k, v in batch.items()}
+        for take in (step, lambda b: eager.step(lambda: twin(**b))):
+            torch.manual_seed(100 + t)
+            take(batch)
+        a, b = opt.report, eager.report
+        assert [(u.name, u.outcome, u.trials) for u in a.units] == [(u.name, u.outcome, u.trials) for u in b.units]
+        for u, v in zip(a.units, b.units, strict=True):
+            assert u.step_size == pytest.approx(v.step_size, rel=1e-3)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.data.copy_(p.data)
+        eager.load_state_dict(opt.state_dict())
+    assert step.mode.name == "host" if force_host else step.mode.name in ("while", "host"), step.mode
+
+
+@pytest.mark.gpu
+def test_dropout_masks_are_held_in_a_step_and_change_between_steps():
+    """With steps of length zero every trial's loss is f(w_t), bitwise."""
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=3, dropout=0.5).cuda()
+    opt = fastals.ALS(
+        fastals.units(model), model=model, fused=True, trust=None, eta_init=1e-30, eta_max=1e-30, eta_min=1e-38
+    )
+    step = opt.graphed(lambda batch: model(**batch))
+    batch = {k: v.cuda() for k, v in next(tiny_batches(1)).items()}
+    starts = []
+    for _ in range(8):
+        step(batch)
+        starts.append(opt.report.loss_before)
+        assert opt.report.loss_after == opt.report.loss_before
+    assert step.mode.name != "eager", step.mode
+    assert len(set(starts)) == len(starts)
+
+
+@pytest.mark.gpu
+def test_a_step_in_while_mode_does_not_wait_for_the_device():
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=2, dropout=0.0).cuda()
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True)
+    step = on_gpu(model, opt)
+    if step.mode.name != "while":
+        pytest.skip(f"no loops on the device here: {step.mode.reason}")
+    batch = {k: v.cuda() for k, v in next(tiny_batches(1)).items()}
+    torch.cuda.synchronize()
+    asleep = torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)
+    asleep.record()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not asleep.query(), "the step returned while the device was still busy with what came before"
+
+
+@pytest.mark.gpu
+def test_generators_stand_where_a_plain_forward_and_backward_leaves_them():
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=2, dropout=0.5).cuda()
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True)
+    on_gpu(model, opt)
+    batch = {k: v.cuda() for k, v in next(tiny_batches(1)).items()}
+    step = opt.graphed(lambda b: model(**b))
+    states = []
+    for take in (lambda: model(**batch).backward(), lambda: step(batch)):
+        torch.manual_seed(3)
+        take()
+        states.append(rng.get_state((0,))[1][0])
+    assert torch.equal(*states)
