@@ -98,7 +98,7 @@ class CudaGraphs:
         """
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.stream(self.stream):
-            graph.capture_begin(*([self.pool] if self.pool else []), capture_error_mode="thread_local")
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 action()
             except BaseException:

@@ -101,6 +101,9 @@ class Immediately:
     def skip_rest_if_accepted(self) -> None:
         """What follows is reached only where it is needed."""
 
+    def always(self) -> None:
+        """What follows is done in any case."""
+
 
 class DeviceBatch:
     """Units and losses of one step; what it finds stays in the arena."""

@@ -260,7 +260,8 @@ def _signature(leaves: list[Any], spec: TreeSpec, model: torch.nn.Module | None)
     return str(spec), kinds, model.training if model is not None else None, torch.is_autocast_enabled("cuda")
 
 
-def _cuda_graphs(device: torch.device, stream: torch.cuda.Stream, *, draws: bool) -> "Backend":
+def _cuda_graphs(device: torch.device, stream: torch.cuda.Stream | None, *, draws: bool) -> "Backend":
     from fastals.cuda_graphs import CudaGraphs
 
+    assert stream is not None
     return CudaGraphs(device, stream, draws=draws)
