@@ -3,13 +3,23 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastals import kernels
+from fastals.kernels import reference as kernels
 
 ALIGNMENT = 64  # elements: every parameter starts on a 256-byte boundary of a float32 buffer
+
+
+class Flat(NamedTuple):
+    """Buffers of a unit that lie in somebody else's memory."""
+
+    m: Tensor
+    v: Tensor
+    w: Tensor
+    steps: Tensor  # updates so far, one element per parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +45,10 @@ class Unit:
     float32 master weights), ``d`` the direction. The state of parameter p holds views of them.
     """
 
-    def __init__(self, groups: Sequence[dict], kind: str, state: dict) -> None:
+    def __init__(
+        self, groups: Sequence[dict], kind: str, state: dict, *, averages: bool = True, flat: Flat | None = None
+    ) -> None:
+        """``averages``: whether there is a first moment; ``flat``: buffers to use instead of own ones."""
         self.groups, self.kind = list(groups), kind
         self.name = "+".join(g["name"] for g in groups)
         self.members = [(p, g) for g in groups for p in g["params"]]
@@ -43,12 +56,14 @@ class Unit:
         self.identity = [(p.dtype, p.device) for p in params]
         self.dtype = max((torch.promote_types(p.dtype, torch.float32) for p in params), key=lambda t: t.itemsize)
         self.device = params[0].device
-        self.offsets, self.gaps, self.size = _layout(params)
+        self.offsets, self.gaps, self.size = layout(params)
         self.counts = [int(state[p]["step"]) if p in state else 0 for p in params]
-        self.m, self.w = self._buffer(), self._buffer()
-        self.v = self._buffer() if kind == kernels.ADAM else self.m
+        own = (averages, kind == kernels.ADAM, True)
+        self.m, self.v, self.w = flat[:3] if flat else map(self._buffer, own)
+        self.steps = flat.steps if flat else None
         self.m_views, self.v_views, self.w_views = map(self.views, (self.m, self.v, self.w))
         self._unpack(state)
+        self.row = 0  # of the unit in the tables of the fused kernels
         self.active: list[int] = []
         self.weight_norm = 0.0  # of the snapshot, over the active parameters
         self.d = self.w[:0]  # where direct() wrote last: shared scratch or a buffer of the unit's own
@@ -60,24 +75,21 @@ class Unit:
         return self.groups[0]
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The flat buffer as one view per parameter, in its shape."""
+        """The flat buffer as one view per parameter, in its shape; no views of a buffer that the unit goes without."""
+        if not flat.numel():
+            return []
         shapes = [p.shape for p, _ in self.members]
         return [flat[o : o + s.numel()].view(s) for o, s in zip(self.offsets, shapes, strict=True)]
 
+    def find_active(self) -> bool:
+        """Note which parameters have gradients; whether any has."""
+        self.active = [i for i, (p, _) in enumerate(self.members) if p.grad is not None]
+        return bool(self.active)
+
     def begin(self) -> None:
-        """Note which parameters have gradients and snapshot the weights."""
-        self.active = []  # until the snapshot is whole there is nothing to restore
-        active = [i for i, (p, _) in enumerate(self.members) if p.grad is not None]
-        for i in active:
-            self._check(i)
-        masters = [i for i in active if self._low_precision(i) and self.counts[i]]
-        fresh = [i for i in active if i not in masters]
-        for i in masters:  # weights that someone else wrote since the last step replace their master
-            p, master = self.members[i][0].detach(), self.w_views[i]
-            if not torch.equal(master.to(p.dtype), p):
-                master.copy_(p)
-        kernels.snapshot(self._pick(self.params, fresh), self._pick(self.w_views, fresh))
-        self.active = active
+        """Snapshot the weights of the parameters with gradients."""
+        self.check()
+        kernels.snapshot(self._pick(self.params, self.active), self._pick(self.w_views, self.active))
         self.weight_norm = self._norm(self.w)
 
     @property
@@ -138,9 +150,9 @@ class Unit:
             self.counts[i] += 1
             self._pack(i, state)
 
-    def show(self, state: dict) -> None:
-        """Enter all parameters in the optimizer's state, those that have never had a gradient too."""
-        for i in range(len(self.members)):
+    def show(self, state: dict, *, active: bool = False) -> None:
+        """Enter the parameters in the optimizer's state: those with a gradient, or all."""
+        for i in self.active if active else range(len(self.members)):
             self._pack(i, state)
 
     def squared_gradient(self) -> float:
@@ -178,42 +190,50 @@ class Unit:
     def _low_precision(self, i: int) -> bool:
         return self.members[i][0].dtype.itemsize < self.dtype.itemsize
 
-    def _buffer(self) -> Tensor:
-        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
+    def _buffer(self, needed: bool = True) -> Tensor:
+        return torch.zeros(self.size if needed else 0, dtype=self.dtype, device=self.device)
 
-    def _check(self, i: int) -> None:
-        p, grad = self.members[i][0], self.members[i][0].grad
-        if (p.dtype, p.device) != self.identity[i]:
-            raise RuntimeError(
-                f"a parameter of unit {self.name!r} was {self.identity[i]} when the optimizer first saw it and is "
-                f"{(p.dtype, p.device)} now: move or convert the model before making the optimizer"
-            )
-        if grad is not None and grad.is_sparse:
-            raise RuntimeError(f"unit {self.name!r} has a sparse gradient: use dense ones (Embedding(sparse=False))")
+    def check(self) -> None:
+        """Refuse parameters that are not what they were, and gradients that cannot be used.
+
+        Raises:
+            RuntimeError: a parameter was moved or converted, or a gradient is sparse.
+        """
+        for i in self.active:
+            p, grad = self.members[i][0], self.members[i][0].grad
+            if (p.dtype, p.device) != self.identity[i]:
+                raise RuntimeError(
+                    f"a parameter of unit {self.name!r} was {self.identity[i]} when the optimizer first saw it and is "
+                    f"{(p.dtype, p.device)} now: move or convert the model before making the optimizer"
+                )
+            if grad is not None and grad.is_sparse:
+                raise RuntimeError(f"unit {self.name!r} has a sparse gradient: use dense ones (sparse=False)")
+
+    def _stored(self, i: int) -> dict[str, list[Tensor]]:
+        """The buffers that hold state of parameter i, by AdamW's names, as views of all parameters."""
+        views = {"exp_avg": self.m_views, "exp_avg_sq": self.v_views}
+        if self._low_precision(i):
+            views["master"] = self.w_views
+        return {name: flat for name, flat in views.items() if flat}
 
     def _pack(self, i: int, state: dict) -> None:
         """Show the buffers of parameter i in the optimizer's state, under AdamW's names."""
         entry = state[self.members[i][0]]
-        entry["step"] = torch.tensor(float(self.counts[i]))
-        entry["exp_avg"] = self.m_views[i]
-        if self.kind == kernels.ADAM:
-            entry["exp_avg_sq"] = self.v_views[i]
-        if self._low_precision(i):
-            entry["master"] = self.w_views[i]
+        entry["step"] = torch.tensor(float(self.counts[i])) if self.steps is None else self.steps[i]
+        entry.update({name: flat[i] for name, flat in self._stored(i).items()})
 
     def _unpack(self, state: dict) -> None:
         """Take over the state of parameters that have one (a loaded checkpoint, a merged unit)."""
         for i, (p, _) in enumerate(self.members):
             if p in state:
-                self.m_views[i].copy_(state[p]["exp_avg"])
-                if self.kind == kernels.ADAM:
-                    self.v_views[i].copy_(state[p]["exp_avg_sq"])
-                if self._low_precision(i):
-                    self.w_views[i].copy_(state[p]["master"])
+                for name, flat in self._stored(i).items():
+                    if name not in state[p]:
+                        raise ValueError(f"the state has no {name!r}: it was saved with another momentum or direction")
+                    flat[i].copy_(state[p][name])
                 self._pack(i, state)
 
 
-def _layout(params: Sequence[Tensor]) -> tuple[list[int], list[slice], int]:
+def layout(params: Sequence[Tensor]) -> tuple[list[int], list[slice], int]:
     """Aligned offset of every parameter, the gaps between them, and the size of the buffer."""
     offsets, gaps, size = [], [], 0
     for p in params:

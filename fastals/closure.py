@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,20 @@ NO_CLOSURE = (
 )
 
 
+@dataclass
+class Learned:
+    """What earlier steps have found out about the model as it is; a changed module tree is learned anew."""
+
+    trusted: dict[str, bool] = field(default_factory=dict)  # by unit: does its cached trial equal a full forward
+    written: list[int] | None = None  # which module buffers the forward writes
+
+
 class Losses:
-    """The loss of one mini-batch as a function of the weights.
+    """The loss of one mini-batch as a function of the weights, always a 0-d tensor.
 
     The first evaluation draws the dropout masks and records the activations; every later one starts from the
-    same random state. ``trusted`` and ``distrusted`` name the units whose cached trial has been compared with
-    a full forward, and live as long as the module tree.
+    same random state. With ``lazy`` nothing waits for the device: the caller looks whether f(w_t) is finite, and
+    which module buffers a forward writes is found out once.
     """
 
     def __init__(
@@ -32,13 +41,19 @@ class Losses:
         params: Sequence[Tensor],
         model: nn.Module | None,
         cache: ActivationCache | None,
-        trusted: dict[str, bool],
+        learned: Learned,
+        *,
+        lazy: bool = False,
     ) -> None:
-        self.closure, self.params, self.cache, self.trusted = closure, params, cache, trusted
+        self.closure, self.params, self.cache, self.learned, self.lazy = closure, params, cache, learned, lazy
+        self.trusted = learned.trusted
         self.devices = rng.cuda_devices(params)
         self.before = self.after = rng.get_state(self.devices)
         self.grads = [p.grad for p in params]
-        self.buffers = [(b, b.clone()) for b in model.buffers()] if model is not None else []
+        found = list(model.buffers()) if model is not None else []
+        if lazy and learned.written is not None:
+            found = [found[i] for i in learned.written]
+        self.buffers = [(b, b.clone()) for b in found]
         self.written: list[tuple[Tensor, Tensor]] = []
         self.forwards = 1.0  # full forwards so far, the first one included; a cached trial is a part of one
 
@@ -68,7 +83,7 @@ class Losses:
         self._refuse_non_finite(own)
         self._note_written()
         drew = not torch.equal(rng.get_state(())[0], self.before[0]) or bool(self.devices)
-        if not drew and abs(float(loss) - float(own)) > 1e-2 * (1 + abs(float(own))):
+        if not self.lazy and not drew and abs(float(loss) - float(own)) > 1e-2 * (1 + abs(float(own))):
             raise ValueError(
                 f"loss={float(loss):.6g} is not what the closure returns ({float(own):.6g}): the closure must evaluate "
                 "the very loss whose gradients are in place (same batch, same scaling over micro-batches)"
@@ -78,14 +93,14 @@ class Losses:
 
     def check_repeatable(self, loss: float) -> None:
         """Refuse a closure that gives another loss for the same weights and random state."""
-        again = self._run([])
+        again = float(self._run([]))
         if not abs(again - loss) <= 1e-3 * (1 + abs(loss)):
             raise ValueError(
                 f"the closure returned {loss:.6g} and then {again:.6g} for the same weights: it must evaluate the same "
                 "mini-batch every time and draw random numbers from torch only"
             )
 
-    def at(self, unit: str, params: Sequence[Tensor], *, record: bool = False) -> float:
+    def at(self, unit: str, params: Sequence[Tensor], *, record: bool = False) -> Tensor:
         """The loss at the current weights, of which only ``params`` differ from the recorded ones."""
         if self.cache is None or self.trusted.get(unit) is False:
             return self._run([], record)
@@ -95,8 +110,8 @@ class Losses:
             loss = self._run(start, record)
         except StaleRecordError as error:
             return self._distrust(unit, str(error), record)
-        if full is not None and not _same(loss, full, self.params[0].device):
-            return self._distrust(unit, f"a cached trial gave {loss!r}, a full forward {full!r}", record)
+        if full is not None and not _same(float(loss), float(full), loss.device):
+            return self._distrust(unit, f"a cached trial gave {float(loss)}, a full forward {float(full)}", record)
         self.trusted[unit] = True
         return loss
 
@@ -122,13 +137,13 @@ class Losses:
         if self.cache is not None:
             self.cache.clear()
 
-    def _run(self, start: list[int], record: bool = False) -> float:
+    def _run(self, start: list[int], record: bool = False) -> Tensor:
         rng.set_state(self.before)
         torch.clear_autocast_cache()  # casts of the weights before this trial are stale
         replaying = self.cache.replaying(start, record=record) if self.cache is not None else nullcontext()
         try:
             with replaying:
-                return float(self._checked(self._evaluate_quietly()))
+                return self._checked(self._evaluate_quietly()).detach()
         finally:
             self.forwards += self.cache.share if self.cache is not None and self.cache.names else 1.0
             for buffer, value in self.written:
@@ -146,7 +161,7 @@ class Losses:
     def _recording(self):  # noqa: ANN202
         return self.cache.recording() if self.cache is not None else nullcontext()
 
-    def _distrust(self, unit: str, reason: str, record: bool) -> float:
+    def _distrust(self, unit: str, reason: str, record: bool) -> Tensor:
         self.trusted[unit] = False
         warnings.warn(f"fastals: trials of unit {unit!r} run without the activation cache: {reason}", stacklevel=2)
         return self._run([], record)
@@ -156,7 +171,13 @@ class Losses:
 
         By value: batch norm updates its running statistics behind the version counter.
         """
-        self.written = [(b, b.clone()) for b, value in self.buffers if not torch.equal(b, value)]
+        if not self.lazy:
+            self.written = [(b, b.clone()) for b, value in self.buffers if not torch.equal(b, value)]
+            return
+        if self.learned.written is None:
+            self.learned.written = [i for i, (b, value) in enumerate(self.buffers) if not torch.equal(b, value)]
+            self.buffers = [self.buffers[i] for i in self.learned.written]
+        self.written = [(b, b.clone()) for b, _ in self.buffers]
 
     @staticmethod
     def _checked(loss: object) -> Tensor:
@@ -170,13 +191,17 @@ class Losses:
             raise ValueError(f"the closure returned a loss of shape {tuple(loss.shape)}: reduce it to a scalar")
         return loss.reshape(())
 
-    @staticmethod
-    def _refuse_non_finite(loss: Tensor) -> None:
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"the loss at the current weights is {float(loss)}: the step was refused and nothing moved. Look at "
-                "this mini-batch and at the weights (a padded row without labels, an overflow in half precision)"
-            )
+    def _refuse_non_finite(self, loss: Tensor) -> None:
+        if not self.lazy and not bool(torch.isfinite(loss)):
+            raise non_finite(float(loss))
+
+
+def non_finite(loss: float) -> FloatingPointError:
+    """The error for a loss that is not finite where a step would start."""
+    return FloatingPointError(
+        f"the loss at the current weights is {loss}: the step was refused and nothing moved. Look at "
+        "this mini-batch and at the weights (a padded row without labels, an overflow in half precision)"
+    )
 
 
 def _same(cached: float, full: float, device: torch.device) -> bool:

@@ -1,6 +1,5 @@
 """ALS: Armijo line search per unit as a ``torch.optim.Optimizer``."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastals import rng
+from fastals import kernels, rng
 from fastals.buffers import Scratch, Unit
 from fastals.cache import ActivationCache
-from fastals.closure import NO_CLOSURE, Losses
+from fastals.closure import NO_CLOSURE, Learned, Losses
 from fastals.interrupt import uninterrupted
 from fastals.minibatch import MiniBatch
 from fastals.options import Settings, check_coverage, check_ranges
-from fastals.report import StepReport
+from fastals.report import Reports, StepReport
 from fastals.schedule import SCHEDULES, keep
-from fastals.search import MEMORY, schedule_next_search
+from fastals.search import MEMORY, plain_memory, schedule_next_search
 from fastals.units import observed, units
 
 
@@ -65,10 +64,12 @@ class ALS(torch.optim.Optimizer):
         max_grad_norm: clip the gradient's norm in the direction; the slope keeps the true gradient. Use
             it in place of ``clip_grad_norm_``, which would make the test too easy.
         cache: replay activations below the unit under search.
+        fused: ``"auto"`` runs the searches on the device with Triton kernels where all parameters are on one CUDA
+            device in float32, bfloat16 or float16, ``True`` insists on it, ``False`` never does. The steps are the
+            same up to rounding.
         seed: of the random order and the random first step.
 
     Attributes:
-        report: the last step's :class:`fastals.StepReport`.
         last_forwards: forward passes of the last step, the first one included; a cached trial counts as the share
             of the blocks that it ran.
 
@@ -79,12 +80,13 @@ class ALS(torch.optim.Optimizer):
     1905.09997 (SLS).
     """
 
-    report: StepReport | None
     last_forwards: float
+    _reports: Reports
     _units: list[Unit] | None
+    _device: Any
     _scratch: Scratch
     _cache: ActivationCache | None
-    _trusted: dict[str, bool]
+    _learned: Learned
     _repeatable: bool
 
     def __init__(
@@ -117,11 +119,14 @@ class ALS(torch.optim.Optimizer):
         merge_below: float | None = None,
         max_grad_norm: float | None = None,
         cache: bool = True,
+        fused: bool | str = "auto",
         seed: int = 0,
     ) -> None:
         self.model = params if isinstance(params, nn.Module) else model
         self._by_observation = isinstance(params, nn.Module)
-        self.settings = Settings(direction, momentum, schedule, order, every, merge_below, max_grad_norm, cache, seed)
+        self.settings = Settings(
+            direction, momentum, schedule, order, every, merge_below, max_grad_norm, cache, fused, seed
+        )
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "c": c, "backtrack": backtrack,
             "growth": growth, "max_trials": max_trials, "trust": trust, "initial": initial, "eta_init": eta_init,
@@ -129,10 +134,11 @@ class ALS(torch.optim.Optimizer):
             "nonmonotone_weight": nonmonotone_weight, "smoothing": smoothing,
         }  # fmt: skip
         check_ranges(defaults)
-        self.report, self.last_forwards = None, 0.0
+        self._reports, self.last_forwards = Reports(), 0.0
         self._forget()
         super().__init__(units(params) if isinstance(params, nn.Module) else params, defaults | MEMORY)
         check_coverage(self.param_groups, self.model)
+        self._is_fused()
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -167,7 +173,7 @@ class ALS(torch.optim.Optimizer):
             if self.settings.momentum == "after":
                 batch.follow_momentum()
             with uninterrupted():
-                self._commit(batch, float(start), searched=due)
+                self._commit(batch, searched=due)
         return start
 
     def _step_of_length_zero(self) -> Tensor:
@@ -178,11 +184,16 @@ class ALS(torch.optim.Optimizer):
             unit.show(self.state)
         return torch.zeros(())
 
-    def _mini_batch(self, closure: Callable[[], Tensor]) -> MiniBatch:
+    def _mini_batch(self, closure: Callable[[], Tensor]) -> Any:
+        """The mini-batch under search, on the host or on the device."""
         params = [p for g in self.param_groups for p in g["params"]]
-        cache = self._current_cache(params)
-        losses = Losses(closure, params, self.model, cache, self._trusted)
+        cache, fused = self._current_cache(params), self._is_fused() if self._units is None else bool(self._device)
+        losses = Losses(closure, params, self.model, cache, self._learned, lazy=fused)
         seed = f"{self.settings.seed}-{self.param_groups[0]['count']}"
+        if fused:
+            from fastals.device import DeviceBatch
+
+            return DeviceBatch(losses, momentum=self.settings.momentum, seed=seed)
         own = self.settings.schedule in ("independent", "joint")
         return MiniBatch(losses, momentum=self.settings.momentum, keep_directions=own, seed=seed)
 
@@ -191,45 +202,64 @@ class ALS(torch.optim.Optimizer):
         if self.model is None or not self.settings.cache:
             return None
         if self._cache is None or self._cache.outdated():
-            self._cache, self._trusted = ActivationCache(self.model, rng.cuda_devices(params)), {}
+            self._cache, self._learned = ActivationCache(self.model, rng.cuda_devices(params)), Learned()
         return self._cache
 
-    def _begin(self, batch: MiniBatch, loss: Tensor) -> None:
-        """Put the units in forward order, snapshot their weights and aim the batch at them."""
+    def _begin(self, batch: Any, loss: Tensor) -> None:
+        """Put the units in forward order and start the batch with those that have gradients."""
         cache = batch.losses.cache
         if self._by_observation and cache is not None and not self.param_groups[0]["count"]:
             self._regroup(observed(self.param_groups, cache.position))
-        found = self._built_units()
-        for unit in found:
-            unit.begin()
-        active = [u for u in found if u.active]
+        active = [u for u in self._built_units() if u.find_active()]
         if cache is not None:
             active.sort(key=lambda u: cache.start(u.active_params()))
-        batch.begin(active, self._scratch, float(loss), torch.finfo(loss.dtype).eps * abs(float(loss)) / 2)
-        if self.settings.max_grad_norm is not None:
-            norm = math.sqrt(sum(u.squared_gradient() for u in active))
-            batch.grad_scale = min(1.0, self.settings.max_grad_norm / (norm + 1e-6))
+        batch.begin(self._device or self._scratch, active, loss, self.settings.max_grad_norm)
         if not self._repeatable:
             batch.losses.check_repeatable(float(loss))
             self._repeatable = True
 
     def _built_units(self) -> list[Unit]:
         if self._units is None:
-            members: dict[int, list[dict]] = {}
-            for group in self.param_groups:
-                if group["params"]:  # a group may be left empty by what was observed
-                    members.setdefault(group["unit"], []).append(group)
-            self._units = [Unit(groups, self.settings.direction, self.state) for groups in members.values()]
-            widest = max(self._units, key=lambda u: u.dtype.itemsize)
-            self._scratch = Scratch(max(u.size for u in self._units), widest.dtype, widest.device)
+            self._build()
+        assert self._units is not None
         return self._units
+
+    def _build(self) -> None:
+        """Make the units and their buffers, on the device for the fused kernels if they can be used."""
+        for group in self.param_groups:
+            group.update(plain_memory(group))
+        members: dict[int, list[dict]] = {}
+        for group in self.param_groups:
+            if group["params"]:  # a group may be left empty by what was observed
+                members.setdefault(group["unit"], []).append(group)
+        kind, averages = self.settings.direction, self.settings.momentum != "none"
+        if self._is_fused():
+            from fastals.device import Device
+
+            self._device = Device(self.param_groups, list(members.values()), kind, averages, self.state)
+            self._units = self._device.units
+            return
+        self._units = [Unit(groups, kind, self.state, averages=averages) for groups in members.values()]
+        widest = max(self._units, key=lambda u: u.dtype.itemsize)
+        self._scratch = Scratch(max(u.size for u in self._units), widest.dtype, widest.device)
+
+    def _is_fused(self) -> bool:
+        params, wanted = [p for g in self.param_groups for p in g["params"]], self.settings.fused
+        if wanted is False or (wanted == "auto" and any(p.device.type != "cuda" for p in params)):
+            return False
+        reason = kernels.why_not_fused(params)
+        if reason and wanted is True:
+            raise ValueError(
+                f"fused=True is not possible here: {reason}. With fused='auto' the plain path runs instead"
+            )
+        return not reason
 
     @staticmethod
     def _search_is_due(active: list[Unit]) -> bool:
-        return any(u.rules["count"] >= u.rules["next_search"] or not u.rules["step_size"] for u in active)
+        return any(u.rules["count"] >= u.rules["next_search"] or not u.rules["count"] for u in active)
 
     @contextmanager
-    def _transaction(self, batch: MiniBatch) -> Iterator[None]:
+    def _transaction(self, batch: Any) -> Iterator[None]:
         """Undo everything if anything is raised before the commit; moments and memory are written in it alone."""
         try:
             yield
@@ -240,14 +270,13 @@ class ALS(torch.optim.Optimizer):
                     batch.losses.undo()
             raise
 
-    def _commit(self, batch: MiniBatch, start: float, searched: bool) -> None:
-        for unit in batch.units:
-            batch.commit(unit, self.state)
+    def _commit(self, batch: Any, searched: bool) -> None:
+        batch.commit(self.state)
         for group in self.param_groups:
             group["count"] += 1
             if searched:
                 schedule_next_search(group, self.settings.every)
-        self.report = StepReport(start, batch.loss, batch.reports(), batch.joint_trials)
+        self._reports.add(batch.report())
         self.last_forwards = batch.losses.forwards
         if self.settings.merge_below is not None:
             self._merge(self.settings.merge_below)
@@ -256,7 +285,7 @@ class ALS(torch.optim.Optimizer):
 
     def _merge(self, threshold: float) -> None:
         """Merge the unit of smallest step, if it is under the threshold, with the next smallest."""
-        found = sorted(self._built_units(), key=lambda u: u.rules["step_size"])
+        found = sorted(self._built_units(), key=lambda u: float(u.rules["step_size"]))
         if len(found) <= 2 or not 0 < found[0].rules["step_size"] < threshold:
             return
         low, high = found[0], found[1]
@@ -266,7 +295,7 @@ class ALS(torch.optim.Optimizer):
         index = min(g["unit"] for g in joined)
         for group in joined:
             group.update(memory, unit=index)
-        self._units = None
+        self._units = self._device = None
 
     def _regroup(self, names: list[list[str]]) -> None:
         """Deal the same parameters to the groups by name."""
@@ -274,12 +303,12 @@ class ALS(torch.optim.Optimizer):
         for group, members in zip(self.param_groups, names, strict=True):
             if members != group["param_names"]:
                 group["param_names"], group["params"] = members, [named[n] for n in members]
-                self._units = None
+                self._units = self._device = None
 
     def _forget(self) -> None:
         """Drop what can be rebuilt from the groups, the state and the model."""
-        self._units, self._cache, self._trusted = None, None, {}
-        self._repeatable = False
+        self._units = self._device = self._cache = None
+        self._learned, self._repeatable = Learned(), False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a unit, for example one that has just been unfrozen."""
@@ -289,6 +318,23 @@ class ALS(torch.optim.Optimizer):
         group.setdefault("name", f"group{index}")
         group.setdefault("unit", index)
         self._forget()
+
+    @property
+    def report(self) -> StepReport | None:
+        """The last step's report; on the fused path it is read from the device at the first look."""
+        return self._reports.last()
+
+    @property
+    def reports(self) -> list[StepReport]:
+        """The reports of the last 64 steps at most, the oldest first."""
+        return self._reports.read()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State by parameter under AdamW's names; what the units remember is plain numbers in the groups."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group.update(plain_memory(group))
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, dtypes kept.
@@ -319,7 +365,8 @@ class ALS(torch.optim.Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("model", "settings", "report", "last_forwards", "_by_observation")
+        self._reports.read()
+        kept = ("model", "settings", "last_forwards", "_reports", "_by_observation")
         return super().__getstate__() | {k: getattr(self, k) for k in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ class Settings:
     merge_below: float | None
     max_grad_norm: float | None
     cache: bool
+    fused: bool | str
     seed: int
 
     def __post_init__(self) -> None:
@@ -33,6 +34,8 @@ class Settings:
         one_of("momentum", self.momentum, MOMENTA)
         one_of("schedule", self.schedule, tuple(SCHEDULES))
         one_of("order", self.order, ORDERS)
+        if self.fused not in (True, False, "auto"):
+            raise ValueError(f"fused must be True, False or 'auto', not {self.fused!r}")
         every = self.every
         if every != "auto" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"every must be an integer of at least 1 or 'auto', not {every!r}")

@@ -21,7 +21,7 @@ from fastals import rng
 from fastals.optimizer import ALS
 from fastals.options import Settings, check_coverage, check_ranges
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
-from fastals.search import MEMORY, Search, schedule_next_search
+from fastals.search import MEMORY, Search, schedule_next_search, uniform
 from fastals.units import units
 
 
@@ -89,7 +89,7 @@ class EagerALS(torch.optim.Optimizer):
         start = self._differentiate() if loss is None else closure()
         after = rng.get_state(self.devices) if loss is None else self.before
         self._begin(float(start), torch.finfo(start.dtype).eps)
-        due = any(p.rules["count"] >= p.rules["next_search"] or not p.rules["step_size"] for p in self.parts)
+        due = any(p.rules["count"] >= p.rules["next_search"] or not p.rules["count"] for p in self.parts)
         if due:
             getattr(self, f"_{self.settings.schedule}")()
         else:
@@ -110,7 +110,8 @@ class EagerALS(torch.optim.Optimizer):
     def _begin(self, start: float, eps: float) -> None:
         """Copy weights and take the gradients into copies of the moments."""
         self.loss, self.resolution, self.joint_trials = start, eps * abs(start) / 2, 0
-        self.random = random.Random(f"{self.settings.seed}-{self.param_groups[0]['count']}")
+        self.seed = f"{self.settings.seed}-{self.param_groups[0]['count']}"
+        self.random = random.Random(self.seed)
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         limit, self.scale = self.settings.max_grad_norm, 1.0
         if limit is not None:
@@ -179,7 +180,7 @@ class EagerALS(torch.optim.Optimizer):
         cap = self._aim_tested(part)
         part.search, part.eta, part.trials, part.outcome = None, 0.0, 0, NOT_DESCENT
         if 0 < part.slope < math.inf and cap > 0:
-            part.search = Search(part.rules, self.loss, part.slope, cap, self.random.random(), self.resolution)
+            part.search = Search(part.rules, self.loss, part.slope, cap, uniform(self.seed, part.name), self.resolution)
         return part.search is not None
 
     def _search(self, part: Part) -> None:
@@ -235,7 +236,7 @@ class EagerALS(torch.optim.Optimizer):
         return 0.0
 
     def _cycle(self) -> None:
-        if not all(part.rules["step_size"] for part in self.parts):
+        if not all(part.rules["count"] for part in self.parts):
             self._sweep()
             return
         turn = self.parts[self.parts[0].rules["count"] % len(self.parts)]
@@ -243,7 +244,7 @@ class EagerALS(torch.optim.Optimizer):
         self._keep([part for part in self.parts if part is not turn])
 
     def _joint(self) -> None:
-        if not all(part.rules["step_size"] for part in self.parts):
+        if not all(part.rules["count"] for part in self.parts):
             self._sweep()
             return
         start, found = self.loss, [part for part in self.parts if self._propose(part)]

@@ -1,5 +1,7 @@
 """What one step did: losses, and per unit the step size, slope, trials and outcome."""
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,3 +43,29 @@ class StepReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain types, ready for JSON."""
         return asdict(self)
+
+
+KEPT_REPORTS = 64
+
+
+class Reports:
+    """The reports of the last steps; those of a step on the device are read when somebody asks."""
+
+    def __init__(self) -> None:
+        self._last: deque[StepReport | Callable[[], StepReport]] = deque(maxlen=KEPT_REPORTS)
+
+    def add(self, report: StepReport | Callable[[], StepReport]) -> None:
+        """Enter a step; a function is called at the first look."""
+        self._last.append(report)
+
+    def read(self) -> list[StepReport]:
+        """All of them, the oldest first."""
+        found = [r if isinstance(r, StepReport) else r() for r in self._last]
+        self._last = deque(found, maxlen=KEPT_REPORTS)
+        return found
+
+    def last(self) -> StepReport | None:
+        """The last step's report, or None before the first."""
+        if self._last and not isinstance(self._last[-1], StepReport):
+            self._last[-1] = self._last[-1]()
+        return self._last[-1] if self._last else None  # type: ignore[return-value]

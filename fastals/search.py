@@ -9,6 +9,7 @@ parameter group (:data:`MEMORY`) and is written by :meth:`Search.remember` alone
 """
 
 import math
+import random
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
@@ -30,6 +31,11 @@ MEMORY: dict[str, float | int] = {
     "next_search": 0,  # count of the step that searches next
     "count": 0,  # steps taken
 }
+
+
+def plain_memory(group: MutableMapping) -> dict[str, float | int]:
+    """What the group remembers as numbers of the host; on the fused path they lie on the device."""
+    return {k: type(initial)(group[k]) for k, initial in MEMORY.items()}
 
 
 @dataclass
@@ -114,6 +120,11 @@ class Search:
             r["step_size"] = self.start
 
 
+def uniform(seed: str, unit: str) -> float:
+    """The number in [0, 1) that a unit's random first step is drawn with, in one mini-batch."""
+    return random.Random(f"{seed}-{unit}").random()
+
+
 def initial_step(rules: MutableMapping, loss: float, slope: float, cap: float, uniform: float) -> float:
     """First step to try: ``warm`` γ · last, ``reset`` the cap, ``polyak`` f/(c_p s) βˡ, ``random`` log-uniform."""
     kind = rules["initial"]
@@ -157,7 +168,7 @@ def schedule_next_search(rules: MutableMapping, every: int | str) -> None:
     if every != "auto":
         rules["next_search"] = rules["count"] + int(every) - 1
         return
-    step, seen = rules["step_size"], rules["mean_step_slow"] > 0
+    step, seen = float(rules["step_size"]), rules["mean_step_slow"] > 0
     rules["mean_step_fast"] = _mean(rules["mean_step_fast"], step, 0.9) if seen else step
     rules["mean_step_slow"] = _mean(rules["mean_step_slow"], step, 0.99) if seen else step
     low, high = sorted((rules["mean_step_fast"], rules["mean_step_slow"]))

@@ -1,9 +1,36 @@
 """Flat-buffer kernels of fastals, imported as ``fastals.kernels``.
 
-Every function here is one pass over a unit's flat buffers. The plain torch versions in
-:mod:`fastals.kernels.reference` are the CPU path.
+:mod:`fastals.kernels.reference` holds the plain torch versions, which are the CPU path. The Triton kernels are in
+``moments``, ``trial`` and ``armijo``, over the tensors of a ``table`` and the memory of an ``arena``; these modules
+need Triton and are imported where they are used.
 """
 
-from fastals.kernels.reference import ADAM, SGD, advance, direction, snapshot, trial
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
 
-__all__ = ["ADAM", "SGD", "advance", "direction", "snapshot", "trial"]
+import torch
+from torch import Tensor
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+__all__ = ["FUSED_DTYPES", "why_not_fused"]
+
+
+def why_not_fused(params: Sequence[Tensor]) -> str:
+    """Why the Triton kernels cannot work on these parameters; empty if they can.
+
+    With ``TRITON_INTERPRET=1`` they run on the CPU as well, slowly, for tests.
+    """
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if len({p.device for p in params}) > 1:
+        return "the parameters lie on several devices"
+    device = params[0].device.type
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the parameters are on {device}, and the kernels need a CUDA device"
+    if other := {p.dtype for p in params} - set(FUSED_DTYPES):
+        return f"there are parameters of {other.pop()}; the kernels know float32, bfloat16 and float16"
+    if not all(p.is_contiguous() for p in params):
+        return "a parameter is not contiguous"
+    return ""

@@ -17,7 +17,7 @@ def direction(
     kind: str,
     averaged: bool,
     g: Tensor,  # [n] gradient
-    m: Tensor,  # [n] first moment before this mini-batch
+    m: Tensor,  # [n] first moment before this mini-batch (empty if nothing is averaged)
     v: Tensor,  # [n] second moment before this mini-batch (empty for SGD)
     w: Tensor,  # [n] weights
     out: Tensor,  # [n] direction d, written
@@ -60,21 +60,29 @@ def advance(
 ) -> None:
     """Take one mini-batch into the moments, in place; ``g`` is overwritten.
 
-    Adam: m ← β₁ m + (1−β₁) g, v ← β₂ v + (1−β₂) g². SGD: m ← β₁ m + g.
+    Adam: m ← β₁ m + (1−β₁) g, v ← β₂ v + (1−β₂) g². SGD: m ← β₁ m + g. An empty ``m`` is not kept.
     """
     beta1, beta2 = betas
     g.mul_(grad_scale)
     if kind == ADAM:
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        m.mul_(beta1).add_(g, alpha=1 - beta1)
-    else:
-        m.mul_(beta1).add_(g)
+    if m.numel():
+        m.mul_(beta1).add_(g, alpha=1 - beta1 if kind == ADAM else 1.0)
 
 
 def snapshot(params: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    """Copy every tensor into its flat view, in the view's dtype."""
+    """Copy every tensor into its flat view, in the view's dtype.
+
+    Where the view is wider and rounds to the bits of the tensor it stays as it is: it is the tensor's master. Elements
+    that someone else has written since replace theirs.
+    """
     for p, view in zip(params, out, strict=True):
-        view.copy_(p)
+        if view.itemsize > p.itemsize:
+            bits = torch.int16 if p.itemsize == 2 else torch.int32
+            same = view.to(p.dtype).view(bits) == p.view(bits)
+            view.copy_(torch.where(same, view, p.to(view.dtype)))
+        else:
+            view.copy_(p)
 
 
 def trial(params: Sequence[Tensor], w: Sequence[Tensor], d: Sequence[Tensor], eta: float) -> None:

@@ -1,7 +1,12 @@
 """Seeds, poisoned memory and visible skips for all tests."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU, slowly
 
 
 def pytest_configure(config):

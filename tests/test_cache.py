@@ -82,7 +82,7 @@ def test_the_users_own_forward_and_hooks_stay_and_fire():
     step_exactly(opt, closure)
     assert model.blocks[2].forward is mine
     assert len(seen) > 3
-    assert all(opt._trusted.values())
+    assert all(opt._learned.trusted.values())
     handle.remove()
 
 
@@ -92,7 +92,7 @@ def test_accepted_units_update_what_is_replayed(order):
     opt = fastals.ALS(model, order=order)
     for _ in range(5):
         step_exactly(opt, closure)
-    assert all(opt._trusted.values())
+    assert all(opt._learned.trusted.values())
 
 
 def test_micro_batches_are_cached_in_each_pass():
@@ -148,7 +148,7 @@ def test_autocast_never_reuses_casts_of_other_weights(where):
             assert float(inside()) == opt.report.loss_after
         torch.set_rng_state(after)
     assert any(u.step_size for u in opt.report.units)
-    assert all(opt._trusted.values())
+    assert all(opt._learned.trusted.values())
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at activations
@@ -163,7 +163,7 @@ def test_compiled_blocks(how):
     opt = fastals.ALS(model)
     for _ in range(2):
         step_exactly(opt, closure)
-    assert all(opt._trusted.values())
+    assert all(opt._learned.trusted.values())
     assert sum(opt._cache.forwards.values()) < 3 * sum(u.trials + 3 for u in opt.report.units) * 2
     assert (model.blocks[0]._compiled_call_impl is not None) == (how == "block.compile()")
 
@@ -198,7 +198,7 @@ def test_an_output_that_is_overwritten_is_found():
     opt = fastals.ALS(model)
     with pytest.warns(UserWarning, match=r"unit 'head' run without the activation cache: .* changed in place"):
         step_exactly(opt, lambda: model(x))
-    assert opt._trusted["head"] is False
+    assert opt._learned.trusted["head"] is False
     step_exactly(opt, lambda: model(x))
 
 
@@ -236,8 +236,8 @@ def test_a_model_that_cheats_is_found_and_runs_uncached():
     opt = fastals.ALS(model)
     with pytest.warns(UserWarning, match=r"unit 'head' run without the activation cache: a cached trial gave"):
         step_exactly(opt, lambda: model(x))
-    assert opt._trusted["head"] is False
-    assert opt._trusted["embeddings" if "embeddings" in opt._trusted else "blocks.0"] is True
+    assert opt._learned.trusted["head"] is False
+    assert opt._learned.trusted["embeddings" if "embeddings" in opt._learned.trusted else "blocks.0"] is True
     step_exactly(opt, lambda: model(x))
 
 
@@ -251,7 +251,7 @@ def test_layerdrop_and_other_draws_between_blocks_are_replayed():
     opt = fastals.ALS(model)
     for _ in range(4):
         step_exactly(opt, lambda: model(input_ids=ids, labels=ids).loss)
-    assert all(opt._trusted.values())
+    assert all(opt._learned.trusted.values())
 
 
 def test_masks_are_held_within_a_step_and_differ_between_steps():
@@ -311,7 +311,7 @@ def test_a_changed_module_tree_is_verified_anew():
     model.extra = nn.Identity()
     opt.step(closure)
     assert opt._cache is not first
-    assert set(opt._trusted) == {"embeddings", "blocks.0", "blocks.1", "blocks.2", "head"}
+    assert set(opt._learned.trusted) == {"embeddings", "blocks.0", "blocks.1", "blocks.2", "head"}
 
 
 def test_the_cache_lets_go_of_the_activations():

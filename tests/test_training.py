@@ -153,10 +153,10 @@ def test_a_group_added_while_training_is_searched_from_then_on():
         opt.step(lambda: model(**batch))  # noqa: B023
     assert "embed.weight" not in [n for g in opt.param_groups for n in g["param_names"]]
     frozen = model.embed.weight.detach().clone()
-    moments = {p: s["exp_avg"].clone() for p, s in opt.state.items()}
+    moments = {p: s["exp_avg_sq"].clone() for p, s in opt.state.items()}
     model.embed.requires_grad_(True)
     opt.add_param_group({"name": "late", "params": [model.embed.weight], "param_names": ["embed.weight"]})
-    assert all(torch.equal(opt.state[p]["exp_avg"], m) for p, m in moments.items())
+    assert all(torch.equal(opt.state[p]["exp_avg_sq"], m) for p, m in moments.items())
     opt.step(lambda: model(**batches[3]))
     late = next(u for u in opt.report.units if u.name == "late")
     assert late is opt.report.units[0], "units stand in the order of the forward"
@@ -184,10 +184,11 @@ def test_a_gradient_that_is_not_finite_stops_its_unit_only(schedule):
     model = Kink()
     opt = fastals.ALS(fastals.units(model, by=["body", "scale"]), model=model, schedule=schedule)
     x = torch.randn(8, 4)
-    for _ in range(3):
+    for t in range(3):
         opt.step(lambda: model(x))
         assert not torch.isfinite(model.scale.grad).all()
-        assert [u.outcome for u in opt.report.units] == ["accepted", "not_descent"]
+        moved = "kept" if schedule == "cycle" and t == 1 else "accepted"  # the other unit's turn
+        assert [u.outcome for u in opt.report.units] == [moved, "not_descent"]
     assert model.scale.item() == 0
     assert int(opt.state[model.body.weight]["step"]) == 3
     assert model.scale not in opt.state, "nothing of it reached the moments"

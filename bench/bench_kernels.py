@@ -1,0 +1,195 @@
+"""The fused kernels on a GPU: bandwidth over the copy bandwidth of the same run, and the update phase as a whole.
+
+Bytes are those that a kernel must move: survey reads g, v, p and writes w; trial reads g, v, w and writes p; advance
+reads g, v and writes v; with a first moment survey and trial read m too and advance reads and writes it. The update
+phase of one search is survey, first trial, one retry, advance and the scalar kernels, all parameters as one unit. It
+is held against the eager sequence (deep copy, moments by ``torch._foreach``, dot products read by ``.item()``, two
+trials) and against ``torch.optim.AdamW(fused=True).step()``. Not in the clock: forward, backward, compilation, building
+of tables (the look for moved tensors is timed by itself). Caches are flushed between calls.
+
+Without a GPU every case is skipped; ``TRITON_INTERPRET=1`` runs the smallest one on the CPU, to see that it works.
+"""
+
+import copy
+import os
+import statistics
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+
+from fastals.device import Device
+from fastals.kernels import armijo
+from fastals.kernels.arena import STATE
+from fastals.kernels.moments import advance, survey
+from fastals.kernels.trial import trial
+from fastals.search import MEMORY
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RULES = {
+    "lr": 1.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "c": 0.1, "backtrack": 0.5, "growth": 1.3,
+    "max_trials": 8, "trust": 0.006, "initial": "warm", "eta_init": None, "eta_min": 1e-10, "eta_max": 10.0,
+    "reference": "monotone", "polyak_c": 0.1, "nonmonotone_weight": 1.0, "smoothing": 0.9,
+}  # fmt: skip
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() and not INTERPRETED, reason="bandwidth is measured on a CUDA device; none is here"
+)
+
+
+def bert_base():
+    block = [(768, 768)] * 4 + [(768,)] * 9 + [(3072, 768), (3072,), (768, 3072)]
+    return [(30522, 768), (512, 768), (2, 768), (768,), (768,)] + block * 12 + [(768, 768), (768,), (5, 768), (5,)]
+
+
+def llama_1b():
+    block = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192)]
+    return [(128256, 2048)] + (block + [(2048,)] * 2) * 16 + [(2048,)]
+
+
+def lora():
+    return [(8, 4096), (4096, 8)] * 2 * 32
+
+
+def smallest():
+    return [(65, 33), (2048,), (7,)]
+
+
+SHAPES = {f.__name__: f for f in ([smallest] if DEVICE == "cpu" else [bert_base, llama_1b, lora])}
+CASES = [(s, d) for s in SHAPES for d in ("float32", "bfloat16")]
+
+
+def parameters(shape, dtype):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    params = []
+    for size in SHAPES[shape]():
+        p = torch.nn.Parameter(torch.randn(size, device=DEVICE, generator=generator).to(dtype))
+        p.grad = torch.randn(size, device=DEVICE, generator=generator).to(dtype)
+        params.append(p)
+    return params
+
+
+def device_of(params, averages):
+    groups = [RULES | MEMORY | {"name": "all", "params": params}]
+    device = Device(groups, [groups], "adam", averages, {})
+    device.refresh("0")
+    armijo.begin(device.arena, torch.ones((), device=DEVICE))
+    survey(device.table, device.arena)
+    armijo.open_search(device.arena, 0, tested=False)
+    return device
+
+
+def milliseconds(function):
+    """Median time of one call."""
+    if DEVICE == "cuda":
+        return triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median")
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(times)
+
+
+def copy_bandwidth():
+    """GB/s of a device-to-device copy, bytes read and written."""
+    source = torch.randn(2**28 if DEVICE == "cuda" else 2**16, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / milliseconds(lambda: target.copy_(source)) / 1e6
+
+
+def moved_bytes(kernel, param_bytes, averages):
+    """Bytes per parameter; p and g have ``param_bytes``, the rest is float32."""
+    first = 4 if averages else 0
+    master = 4 if param_bytes < 4 else 0
+    return {
+        "survey": 2 * param_bytes + 4 + 4 + master + first,
+        "trial": 2 * param_bytes + 4 + 4 + first,
+        "advance": param_bytes + 8 + 2 * master + 2 * first,
+    }[kernel]
+
+
+@needs_gpu
+@pytest.mark.parametrize("averages", [False, True], ids=["plain", "averaged"])
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_bandwidth(benchmark, shape, dtype, averages):
+    params = parameters(shape, getattr(torch, dtype))
+    device = device_of(params, averages)
+    table, arena = device.table, device.arena
+    arena.state[0, STATE.index("at")] = float("nan")  # the trial always writes
+    roof, n = copy_bandwidth(), sum(p.numel() for p in params)
+    kernels = {"survey": survey, "trial": trial, "advance": advance}
+    benchmark.pedantic(lambda: trial(table, arena), rounds=5, warmup_rounds=1)
+    found = {}
+    for name, kernel in kernels.items():
+        ms = milliseconds(lambda kernel=kernel: kernel(table, arena))
+        rate = moved_bytes(name, params[0].itemsize, averages) * n / ms / 1e6
+        found |= {f"{name}_ms": ms, f"{name}_gbs": rate, f"{name}_of_roof": rate / roof}
+    benchmark.extra_info.update({k: round(v, 4) for k, v in found.items()}, copy_gbs=round(roof, 1), parameters=n)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_update_phase(benchmark, shape, dtype):
+    params = parameters(shape, getattr(torch, dtype))
+    device = device_of(params, averages=False)
+    table, arena = device.table, device.arena
+    start, worse, better = (torch.full((), x, device=DEVICE) for x in (1.0, 2.0, -1e9))
+
+    def fused():
+        armijo.begin(arena, start)
+        survey(table, arena)
+        armijo.open_search(arena, 0, tested=False)
+        for loss in (worse, better):
+            trial(table, arena, 0)
+            armijo.judge(arena, 0, loss)
+        trial(table, arena, 0)
+        advance(table, arena)
+        armijo.remember(arena)
+
+    adamw = torch.optim.AdamW(params, fused=DEVICE == "cuda")
+    adamw.step()
+    scalar = milliseconds(lambda: armijo.judge(arena, 0, worse))
+    benchmark.pedantic(fused, rounds=5, warmup_rounds=1)
+    fused_ms, adamw_ms, eager_ms = milliseconds(fused), milliseconds(adamw.step), milliseconds(eager_sequence(params))
+    retry_ms = milliseconds(lambda: trial(table, arena))
+    benchmark.extra_info.update(
+        fused_ms=round(fused_ms, 4), adamw_ms=round(adamw_ms, 4), eager_ms=round(eager_ms, 4),
+        retry_ms=round(retry_ms, 4), judge_ms=round(scalar, 4), over_eager=round(eager_ms / fused_ms, 3),
+        over_adamw=round((fused_ms - retry_ms) / adamw_ms, 3), launches=3 + len(table.kinds) * 5 + 5,
+    )  # fmt: skip
+
+
+def eager_sequence(params):
+    """What a plain line search does with the same tensors: copies, moments, slope, two trials."""
+    squares = [torch.zeros_like(p, dtype=torch.float32) for p in params]
+
+    @torch.no_grad()
+    def run():
+        old = copy.deepcopy([p.detach() for p in params])
+        grads = [p.grad.float() for p in params]
+        torch._foreach_mul_(squares, 0.999)
+        torch._foreach_addcmul_(squares, grads, grads, value=1e-3)
+        scale = torch._foreach_sqrt(squares)
+        torch._foreach_add_(scale, 1e-8)
+        directions = torch._foreach_div(grads, scale)
+        slope = sum(torch.dot(g.flatten(), d.flatten()) for g, d in zip(grads, directions, strict=True)).item()
+        for eta in (1e-9 * abs(slope) + 1e-9, 5e-10):
+            moved = torch._foreach_sub([w.float() for w in old], torch._foreach_mul(directions, eta))
+            torch._foreach_copy_([p.detach() for p in params], moved)
+
+    return run
+
+
+@needs_gpu
+def test_look_for_moved_tensors(benchmark):
+    """Host time of the comparison of all addresses, per 400 tensors: parameters and gradients."""
+    params = [torch.nn.Parameter(torch.ones(4, device=DEVICE)) for _ in range(200)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    table = device_of(params, averages=False).table
+    benchmark(table.moved)
+    benchmark.extra_info.update(microseconds=round(benchmark.stats["median"] * 1e6, 1), tensors=400)

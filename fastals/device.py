@@ -1,0 +1,206 @@
+"""One mini-batch under search on the device: fused kernels, and one flag read by the host after each trial.
+
+The verbs are those of :class:`fastals.minibatch.MiniBatch`; losses, slopes and step sizes stay on the device, where
+:mod:`fastals.kernels.armijo` decides.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastals.buffers import Flat, Unit, layout
+from fastals.closure import Losses, non_finite
+from fastals.kernels import armijo
+from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
+from fastals.kernels.arena import OUTCOMES, RING, RULES, STATE, Arena
+from fastals.kernels.moments import advance, survey
+from fastals.kernels.table import Entry, Table
+from fastals.kernels.trial import trial
+from fastals.report import ACCEPTED, EXHAUSTED, StepReport, UnitReport
+from fastals.search import INITIALS, REFERENCES, uniform
+
+
+class Device:
+    """Units of one partition of a model, with the tables and the arena of the kernels.
+
+    The parameter groups see what their unit remembers as 0-d tensors on the device.
+    """
+
+    def __init__(
+        self, groups: Sequence[dict], members: Sequence[list[dict]], kind: str, averages: bool, state: dict
+    ) -> None:
+        self.groups, self.steps = groups, 0
+        rows = {id(g): i for i, g in enumerate(groups)}
+        entries, starts = _entries(members, rows)
+        self.table = Table(entries)
+        lead = [rows[id(unit[0])] for unit in members]
+        self.arena = Arena(self.table, starts[-1], lead, len(groups), adam=kind == "adam", first=averages)
+        self.units = [self._unit(u, unit, starts, kind, averages, state) for u, unit in enumerate(members)]
+        counts = [count for unit in self.units for count in unit.counts]
+        self.arena.counts.copy_(torch.tensor(counts, dtype=torch.float32))
+        memory = [[float(unit.rules[k]) for k in DEVICE_MEMORY] for unit in self.units]
+        self.arena.memory.copy_(torch.tensor(memory, dtype=torch.float64))
+        for unit in self.units:
+            for group in unit.groups:
+                group.update({k: self.arena.memory[unit.row, i] for i, k in enumerate(DEVICE_MEMORY)})
+
+    def _unit(self, u: int, groups: list[dict], starts: list[int], kind: str, averages: bool, state: dict) -> Unit:
+        arena, own = self.arena, slice(starts[u], starts[u + 1])
+        first = next(i for i, e in enumerate(self.table.entries) if e.unit == u)
+        m, v, w = (buffer[own] if buffer.numel() else buffer for buffer in (arena.m, arena.v, arena.w))
+        flat = Flat(m, v, w, arena.counts[first:])
+        unit = Unit(groups, kind, state, averages=averages, flat=flat)
+        unit.row = u
+        return unit
+
+    def refresh(self, seed: str) -> bool:
+        """Bring rules and addresses up to date; returns whether any tensor has moved."""
+        random_first = any(g["initial"] == "random" for g in self.groups)
+        drawn = {id(g): uniform(seed, u.name) for u in self.units for g in u.groups} if random_first else {}
+        self.arena.set_rules([_rules(g, drawn.get(id(g), 0.0)) for g in self.groups])
+        if not self.table.moved():
+            return False
+        for unit in self.units:
+            unit.check()
+        self.table.rebuild()
+        return True
+
+
+class DeviceBatch:
+    """Units and losses of one step; what it finds stays in the arena."""
+
+    def __init__(self, losses: Losses, *, momentum: str, seed: str) -> None:
+        self.losses, self.momentum, self.seed = losses, momentum, seed
+        self.random = random.Random(seed)
+        self.units: list[Unit] = []
+        self.started = self.moved = self.committed = False
+
+    def begin(self, device: Device, units: list[Unit], loss: Tensor, max_grad_norm: float | None) -> None:
+        """Start from f(w_t) = ``loss``: snapshot the weights and sum up the slopes."""
+        self.device, self.arena, self.table, self.units = device, device.arena, device.table, units
+        self.moved = device.refresh(self.seed)
+        if max_grad_norm is not None:
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for u in units for p in u.active_params() if p.grad is not None]
+            )
+            torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0, out=self.arena.grad_scale[0])
+        armijo.begin(self.arena, loss)
+        survey(self.table, self.arena)
+        self.started = True
+
+    def propose(self, unit: Unit) -> None:
+        """Set the unit's first step, if its direction descends."""
+        armijo.open_search(self.arena, unit.row, tested=self.momentum == "tested")
+
+    def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
+        """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""
+        self.propose(unit)
+        params = unit.active_params()
+        accepted = self._repeat(unit.row, partial(self._try, unit, params, record))
+        if put_back:
+            armijo.put_back(self.arena, unit.row)
+        trial(self.table, self.arena, unit.row)
+        if record and accepted:
+            self.losses.keep()
+
+    def _try(self, unit: Unit, params: Sequence[Tensor], record: bool) -> None:
+        trial(self.table, self.arena, unit.row)
+        armijo.judge(self.arena, unit.row, self.losses.at(unit.name, params, record=record))
+
+    def move_together(self, *, tries: int, split: bool) -> bool:
+        """Move all units by a common factor of their steps; whether a factor was accepted."""
+        armijo.open_together(self.arena)
+        params = [p for unit in self.units for p in unit.active_params()]
+        accepted = self._repeat(self.arena.units, partial(self._try_together, params, tries, split))
+        trial(self.table, self.arena)
+        return accepted
+
+    def _try_together(self, params: Sequence[Tensor], tries: int, split: bool) -> None:
+        trial(self.table, self.arena)
+        armijo.judge_together(self.arena, self.losses.at("all units", params), tries=tries, split=split)
+
+    def keep(self, unit: Unit) -> None:
+        """Move the unit by its remembered step, untested."""
+        armijo.open_search(self.arena, unit.row, tested=self.momentum == "tested", keep=True)
+        trial(self.table, self.arena, unit.row)
+
+    def follow_momentum(self) -> None:
+        """Carry the found steps over to the averaged direction; the new point is not tested."""
+        armijo.follow(self.arena)
+        trial(self.table, self.arena)
+
+    def _repeat(self, row: int, attempt: Callable[[], None]) -> bool:
+        """Attempt until the row's flag says stop; whether it says accepted."""
+        while True:
+            attempt()
+            go, accepted, refused = self._look(row)
+            if refused:
+                raise non_finite(float(self.arena.state[-1, STATE.index("start")]))
+            if not go:
+                return bool(accepted)
+
+    def _look(self, row: int) -> list[int]:
+        return self.arena.flags[row].tolist()
+
+    def commit(self, state: dict) -> None:
+        """Advance moments, counts and memory; the parameters have moved already."""
+        advance(self.table, self.arena)
+        armijo.remember(self.arena)
+        if self.moved or not self.device.steps:  # a parameter may have its first gradient
+            for unit in self.units:
+                unit.show(state, active=True)
+        self.device.steps += 1
+
+    def restore(self) -> None:
+        """Put every unit back to w_t, bitwise."""
+        if self.started:
+            armijo.restore(self.arena)
+            trial(self.table, self.arena)
+
+    def report(self) -> Callable[[], StepReport]:
+        """Reads what happened from the ring of histories, units in forward order."""
+        names = {unit.row: unit.name for unit in self.units}
+        return partial(_read, self.arena.history, names, self.device.steps - 1)
+
+
+def _read(history: Tensor, names: dict[int, str], step: int) -> StepReport:
+    rows = [dict(zip(STATE, row, strict=True)) for row in history[step % RING].tolist()]
+    batch = rows[-1]
+    return StepReport(
+        batch["start"], batch["loss"], [_unit(rows[r], n) for r, n in names.items()], int(batch["trials"])
+    )
+
+
+def _unit(row: dict[str, float], name: str) -> UnitReport:
+    outcome = OUTCOMES[int(row["outcome"])]
+    if outcome == ACCEPTED and not row["move"]:  # found, but the joint test put it back
+        outcome = EXHAUSTED
+    return UnitReport(name, row["move"], row["slope"], int(row["trials"]), outcome)
+
+
+def _entries(members: Sequence[list[dict]], rows: dict[int, int]) -> tuple[list[Entry], list[int]]:
+    """Every parameter's place, and the first element of every unit, behind the last one too."""
+    entries, starts = [], [0]
+    for u, groups in enumerate(members):
+        owned = [(p, g) for g in groups for p in g["params"]]
+        offsets, _, size = layout([p for p, _ in owned])
+        entries += [Entry(p, starts[u] + o, u, rows[id(g)]) for (p, g), o in zip(owned, offsets, strict=True)]
+        starts.append(starts[u] + size)
+    return entries, starts
+
+
+def _rules(group: dict, drawn: float) -> list[float]:
+    """The group's constants in the order of :data:`RULES`."""
+    values = {k: group[k] for k in RULES if k in group}
+    values |= {
+        "beta1": group["betas"][0], "beta2": group["betas"][1],
+        "trust": float("inf") if group["trust"] is None else group["trust"],
+        "eta_init": 0.0 if group["eta_init"] is None else group["eta_init"],
+        "floor": group["backtrack"] ** (group["max_trials"] - 1),
+        "initial": INITIALS.index(group["initial"]), "reference": REFERENCES.index(group["reference"]),
+        "uniform": drawn,
+    }  # fmt: skip
+    return [float(values[k]) for k in RULES]

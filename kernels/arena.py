@@ -1,0 +1,79 @@
+"""Device memory of the kernels besides parameters and gradients: moments, snapshot, and the scalars of the search."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastals.kernels.table import Table, upload
+
+#: Columns of ``state``: what a search stands at. One row per unit; the last row is that of all units together.
+STATE = (
+    "eta",  # step of the trial under way, or found
+    "move",  # step that the parameters are to be put at
+    "at",  # step that they stand at
+    "go",  # 1 while there is another trial to make
+    "trials", "outcome",
+    "start",  # first step; in the last row, f(w_t)
+    "loss",  # where the search starts; in the last row, at the current weights
+    "reference", "required_slope", "slope", "final_loss", "resolution",
+    "unseen",  # the loss could not have shown the decrease asked for
+    "averaged",  # 1 where the direction is the averaged one
+)  # fmt: skip
+#: Columns of ``memory``: what a unit remembers between mini-batches.
+MEMORY = ("step_size", "backtracks", "average", "average_weight", "mean_decrease", "mean_slope")
+#: Columns of ``rules``: the constants of a parameter group, β^(K−1), and a number in [0, 1) drawn for this step.
+RULES = (
+    "beta1", "beta2", "eps", "weight_decay", "lr", "c", "backtrack", "growth", "max_trials", "trust", "initial",
+    "eta_init", "eta_min", "eta_max", "floor", "reference", "polyak_c", "nonmonotone_weight", "smoothing", "uniform",
+)  # fmt: skip
+#: Columns of ``flags``, the only thing that a loop on the host reads.
+FLAGS = ("go", "accepted", "refused")
+OUTCOMES = ("running", "accepted", "exhausted", "not_descent", "kept")
+SUMS = ("slope", "direction", "moving", "weights", "elements", "averaged_slope", "averaged_direction")
+CONSTANTS = ("beta1", "new1", "beta2", "new2", "correction1", "correction2", "eps", "decay")
+RING = 64  # steps of which the states are kept for reports
+
+
+class Arena:
+    """Everything that the kernels own, allocated once per partition of the model into units.
+
+    Attributes:
+        m, v, w: float32 [size]: moments and snapshot (masters) of all units; empty where the rule has none.
+        counts: float32 [parameters], updates so far.
+        constants: float32 [parameters, 8], of this step's update.
+        partials: float32 [7, chunks]; sums: float64 [units, 7].
+        state: float64 [units + 1, 15]; memory: float64 [units, 6]; rules: float64 [groups, 20].
+        flags: int32 [units + 1, 3]; history: float64 [64, units + 1, 15], a ring; step: int64 [1].
+        lead: int32 [units], the row of ``rules`` that each unit follows.
+        grad_scale: float32 [1], multiplies the gradient in the direction.
+    """
+
+    def __init__(self, table: Table, size: int, lead: Sequence[int], groups: int, *, adam: bool, first: bool) -> None:
+        self.adam, self.first, self.units, self.device = adam, first, len(lead), table.device
+        units = self.units
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=table.device)
+
+        self.w = zeros(size, dtype=torch.float32)
+        self.v = zeros(size if adam else 0, dtype=torch.float32)
+        self.m = zeros(size if first else 0, dtype=torch.float32)
+        self.counts = zeros(len(table.params), dtype=torch.float32)
+        self.constants = zeros(len(table.params), len(CONSTANTS), dtype=torch.float32)
+        self.partials = zeros(len(SUMS), table.chunks, dtype=torch.float32)
+        self.sums = zeros(units, len(SUMS))
+        self.state, self.memory = zeros(units + 1, len(STATE)), zeros(units, len(MEMORY))
+        self.rules = zeros(groups, len(RULES))
+        self.flags = zeros(units + 1, len(FLAGS), dtype=torch.int32)
+        self.history = zeros(RING, units + 1, len(STATE))
+        self.step = zeros(1, dtype=torch.int64)
+        self.lead = upload(torch.tensor(lead, dtype=torch.int32), table.device)
+        self.grad_scale = torch.ones(1, dtype=torch.float32, device=table.device)
+        self._rules: list[list[float]] = []
+
+    def set_rules(self, rules: Sequence[Sequence[float]]) -> None:
+        """Bring the constants of the groups up to date, if any has changed."""
+        if (wanted := [list(r) for r in rules]) != self._rules:
+            self.rules.copy_(upload(torch.tensor(wanted, dtype=torch.float64), self.device), non_blocking=True)
+            self._rules = wanted

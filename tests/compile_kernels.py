@@ -1,0 +1,75 @@
+"""Compile every kernel ahead of time, without a GPU, and print what the compiler made of it: a JSON line each."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastals.kernels import armijo, moments, trial
+from fastals.kernels.table import BLOCK, WARPS
+
+TABLES = {"chunks": "*i32", "places": "*i64", "layout": "*i64", "constants": "*fp32", "grad_scale": "*fp32"}
+FLAT = {"m": "*fp32", "v": "*fp32", "w": "*fp32"}
+SCALARS = {
+    "state": "*fp64", "memory": "*fp64", "rules": "*fp64", "sums": "*fp64", "history": "*fp64", "lead": "*i32",
+    "flags": "*i32", "step": "*i64", "loss": "*fp32", "counts": "*fp32", "layout": "*i64", "out": "*fp32",
+    "partials": "*fp32", "spans": "*i32", "n_rows": "i32", "unit": "i32", "units": "i32", "tries": "i32", "n": "i32",
+    "eps": "fp32", "first": "i32",
+}  # fmt: skip
+CHUNK_KERNELS = {"survey": moments.survey_kernel, "trial": trial.trial_kernel, "advance": moments.advance_kernel}
+CONSTANTS = {"UP": 16, "TESTED": True, "KEEP": False, "SPLIT": True, "ROWS": 1024, "BLOCK": 128}
+
+
+def build(kernel, types, constants, arch, warps):
+    """The compiled kernel; pointers are aligned to 16 bytes, as those of tensors are."""
+    names = kernel.arg_names
+    pointers = [i for i, n in enumerate(names) if types.get(n, "").startswith("*")]
+    source = ASTSource(
+        fn=kernel,
+        signature={n: types.get(n, "constexpr") if n not in constants else "constexpr" for n in names},
+        constexprs={(names.index(k),): v for k, v in constants.items() if k in names},
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+
+
+def describe(compiled):
+    """Registers, spills and the global accesses of 16 bytes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+    wide = {op: len(re.findall(rf"{op}\.global(?:\.\w+)*\.v4\.b32", ptx)) for op in ("ld", "st")}
+    return found | wide | {"local_access": bool(re.search(r"\b(?:ld|st)\.local", ptx))}
+
+
+def main(arch):
+    """Print a line per kernel and variant."""
+    for dtype in ("fp32", "bf16"):
+        for first in (False, True):
+            constants = {"ADAM": True, "FIRST": first, "LOW": dtype != "fp32", "ALIGNED": True, "BLOCK": BLOCK}
+            types = SCALARS | TABLES | FLAT | {"p_base": f"*{dtype}", "g_base": f"*{dtype}"}
+            for name, kernel in CHUNK_KERNELS.items():
+                own = {n: v for n, v in types.items() if n in kernel.arg_names and n not in constants}
+                found = describe(build(kernel, own, constants, arch, WARPS))
+                print(json.dumps({"kernel": name, "dtype": dtype, "first": first, **found}))
+    scalar = [k for k in vars(armijo).values() if isinstance(k, triton.JITFunction) and k.__name__.endswith("_kernel")]
+    for kernel in [*scalar, moments.constants_kernel, moments.reduce_kernel]:
+        types = {n: SCALARS[n] for n in kernel.arg_names if n in SCALARS}
+        found = describe(build(kernel, types, CONSTANTS, arch, 1 if kernel in scalar else 4))
+        print(json.dumps({"kernel": kernel.__name__, **found}))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    main(int(sys.argv[1]))

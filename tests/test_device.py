@@ -1,0 +1,312 @@
+"""The optimizer on the fused path: same steps as the eager baseline, transactional, few looks at the device.
+
+Without a GPU the kernels are interpreted: the same code, slowly.
+"""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import fastals
+from fastals import device as device_module
+from fastals.reference import EagerALS
+from fastals.testing import TinyTransformer, tiny_batches
+
+CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HARD = {"c": 0.5, "backtrack": 0.5, "growth": 2.0, "trust": 0.2, "max_trials": 4}
+CASES = [
+    {"schedule": "sweep"}, {"schedule": "sweep", "order": "bottom_up"}, {"schedule": "sweep", "order": "random"},
+    {"schedule": "independent"}, {"schedule": "independent", "momentum": "tested"}, {"schedule": "cycle"},
+    {"schedule": "joint"}, {"schedule": "joint", "momentum": "after"}, {"momentum": "after"}, {"momentum": "tested"},
+    {"initial": "reset"}, {"initial": "polyak", "reference": "nonmonotone"}, {"initial": "random"},
+    {"reference": "smoothed"}, {"direction": "sgd"}, {"direction": "sgd", "momentum": "tested", "weight_decay": 0.1},
+    {"every": 2}, {"every": "auto"}, {"max_grad_norm": 0.1}, {"merge_below": 1.0}, {"trust": None, "eta_init": 0.05},
+]  # fmt: skip
+
+
+def build(dtype=torch.float32, depth=2, **options):
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=depth).to(CUDA, dtype)
+    return model, fastals.ALS(fastals.units(model), model=model, fused=True, **options)
+
+
+def batches(count):
+    return [{k: v.to(CUDA) for k, v in b.items()} for b in tiny_batches(count)]
+
+
+def train(model, opt, batches_, start=0):
+    for t, batch in enumerate(batches_, start):
+        torch.manual_seed(100 + t)
+        opt.step(lambda: model(**batch))  # noqa: B023
+
+
+def snapshot(model, opt):
+    saved = copy.deepcopy(opt.state_dict())
+    return [p.detach().clone() for p in model.parameters()], saved, torch.get_rng_state()
+
+
+def assert_same(a, b):
+    """Nested tensors and numbers, bitwise."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert_same(a[k], b[k])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b or (a != a and b != b)
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values())))
+def test_same_steps_as_the_eager_baseline(options):
+    options = HARD | options
+    model, opt = build(**options)
+    twin = copy.deepcopy(model)
+    eager = EagerALS(fastals.units(twin), **options)
+    for t, batch in enumerate(batches(5)):
+        for o, net in ((opt, model), (eager, twin)):
+            torch.manual_seed(100 + t)
+            o.step(lambda: net(**batch))  # noqa: B023
+        ours, theirs = opt.report, eager.report
+        assert [(u.name, u.outcome, u.trials) for u in ours.units] == [
+            (u.name, u.outcome, u.trials) for u in theirs.units
+        ]
+        assert ours.joint_trials == theirs.joint_trials
+        for a, b in zip(ours.units, theirs.units, strict=True):
+            assert a.step_size == pytest.approx(b.step_size, rel=1e-4)
+            assert a.slope == pytest.approx(b.slope, rel=1e-3, abs=1e-4)
+        assert ours.loss_after == pytest.approx(theirs.loss_after, rel=1e-4, nan_ok=True)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(opt.state_dict()["param_groups"], eager.param_groups, strict=True):
+        assert ours["step_size"] == pytest.approx(theirs["step_size"], rel=1e-4)
+        assert {k: type(ours[k]) for k in ("step_size", "backtracks", "count")} == {
+            "step_size": float, "backtracks": int, "count": int,
+        }  # fmt: skip
+
+
+def test_the_loss_never_rises_by_plain_forwards():
+    model, opt = build(**HARD)
+    for t, batch in enumerate(batches(6)):
+        with torch.no_grad():
+            torch.manual_seed(100 + t)
+            before = float(model(**batch))
+        torch.manual_seed(100 + t)
+        opt.step(lambda: model(**batch))  # noqa: B023
+        with torch.no_grad():
+            torch.manual_seed(100 + t)
+            after = float(model(**batch))
+        decrease = sum(0.5 * u.step_size * u.slope for u in opt.report.units)
+        assert after <= before - decrease + 1e-6
+        assert (before, after) == (opt.report.loss_before, opt.report.loss_after)
+
+
+class BrokenError(Exception):
+    """Raised by a closure in a trial."""
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "at"),
+    [("sweep", 0, 1), ("sweep", 0, 4), ("sweep", 2, 2), ("sweep", 2, 4), ("independent", 2, 1), ("independent", 2, 5),
+     ("cycle", 2, 1), ("joint", 2, 1), ("joint", 2, 3)],
+)  # fmt: skip
+def test_an_error_in_a_trial_leaves_everything_as_it_was(schedule, steps, at):
+    """The ``at``-th evaluation after the first fails."""
+    model, opt = build(schedule=schedule, **HARD)
+    data = batches(4)
+    train(model, opt, data[:steps])
+    calls = iter(range(100))
+
+    def closure():
+        if next(calls) == at:
+            raise BrokenError
+        return model(**data[2])
+
+    torch.manual_seed(5)
+    before = snapshot(model, opt)
+    with pytest.raises(BrokenError):
+        opt.step(closure)
+    assert_same(snapshot(model, opt), before)
+    opt.step(lambda: model(**data[2]))
+
+
+def test_a_loss_that_is_not_finite_is_refused_and_nothing_moves():
+    model, opt = build(**HARD)
+    data = batches(3)
+    train(model, opt, data[:2])
+    before = snapshot(model, opt)
+    with pytest.raises(FloatingPointError, match="loss at the current weights is nan"):
+        opt.step(lambda: model(**data[2]) * math.nan)
+    assert_same(snapshot(model, opt), before)
+    train(model, opt, data[2:])
+
+
+def test_exact_resume_and_to_and_from_the_plain_path():
+    data = batches(6)
+    straight, opt = build(**HARD)
+    train(straight, opt, data[:3])
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    weights = copy.deepcopy(straight.state_dict())
+    train(straight, opt, data[3:], start=3)
+    for fused in (True, False):
+        file.seek(0)
+        model = TinyTransformer(depth=2).to(CUDA)
+        model.load_state_dict(weights)
+        resumed = fastals.ALS(fastals.units(model), model=model, fused=fused, **HARD)
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+        train(model, resumed, data[3:], start=3)
+        for p, q in zip(model.parameters(), straight.parameters(), strict=True):
+            assert torch.equal(p, q) if fused else torch.allclose(p, q, rtol=1e-4, atol=1e-5)
+        if not fused:
+            opt.load_state_dict(copy.deepcopy(resumed.state_dict()))
+            train(model, opt, data[:1])
+
+
+def test_bfloat16_parameters_train_through_their_masters():
+    model, opt = build(dtype=torch.bfloat16, trust=0.01)
+    twin = copy.deepcopy(model)
+    plain = fastals.ALS(fastals.units(twin), model=twin, fused=False, trust=0.01)
+    for t, batch in enumerate(batches(4)):
+        for o, net in ((opt, model), (plain, twin)):
+            torch.manual_seed(t)
+            o.step(lambda: net(**batch))  # noqa: B023
+        assert opt.report.loss_after <= opt.report.loss_before
+        if t == 0:
+            for a, b in zip(opt.report.units, plain.report.units, strict=True):
+                assert a.step_size == pytest.approx(b.step_size, rel=1e-3)
+    moved = 0
+    for p in model.parameters():
+        master = opt.state[p]["master"]
+        assert p.dtype == torch.bfloat16
+        assert master.dtype == torch.float32
+        moved += int((master != p.float()).sum())
+        last_place = 2**-7 if CUDA.type == "cpu" else 2**-8  # the interpreter cuts off instead of rounding
+        assert ((master - p.float()).abs() <= last_place * master.abs() + 1e-30).all()
+    assert moved > 1000, "the masters hold what bfloat16 cannot"
+
+
+def test_memory_over_the_weights_is_that_of_adamw():
+    """Two float32 numbers per weight: second moment and snapshot; the first moment only where it is averaged."""
+    for momentum, numbers in (("none", 2), ("after", 3)):
+        model, opt = build(momentum=momentum)
+        train(model, opt, batches(1))
+        flat = sum(u.size for u in opt._units)
+        arena = opt._device.arena
+        assert sum(b.numel() for b in (arena.m, arena.v, arena.w)) == numbers * flat
+        rest = [t for t in vars(arena).values() if isinstance(t, torch.Tensor)]
+        assert len({t.untyped_storage().data_ptr() for t in rest if t.numel() > flat / 2}) <= numbers + 1
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Counts the calls of the kernels and the looks of the host at a flag."""
+    counted = {}
+
+    def count(module, name):
+        plain = getattr(module, name)
+
+        def call(*args, **kwargs):
+            counted[name] = counted.get(name, 0) + 1
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("survey", "advance", "trial"):
+        count(device_module, name)
+    for name in ("begin", "open_search", "judge", "remember"):
+        count(device_module.armijo, name)
+    count(device_module.DeviceBatch, "_look")
+    return counted
+
+
+def test_launches_and_looks_of_a_sweep(launches):
+    """One survey and one advance for all units; per trial one trial, one judgement and one look at the flag."""
+    model, opt = build()
+    data = batches(3)
+    train(model, opt, data[:2])
+    launches.clear()
+    train(model, opt, data[2:])
+    units, trials = len(opt._units), opt.report.trials
+    assert launches == {
+        "begin": 1, "survey": 1, "advance": 1, "remember": 1, "open_search": units, "judge": trials, "_look": trials,
+        "trial": trials + units,
+    }  # fmt: skip
+
+
+def test_reports_of_the_last_steps_are_read_when_asked():
+    model, opt = build()
+    train(model, opt, batches(3))
+    assert [callable(r) for r in opt._reports._last] == [True] * 3
+    assert len(opt.reports) == 3
+    assert opt.reports[-1] == opt.report
+    after, before = [r.loss_after for r in opt.reports], [r.loss_before for r in opt.reports]
+    assert all(a < b for a, b in zip(after, before, strict=True))
+
+
+def test_fused_is_refused_where_it_cannot_be_and_says_why(monkeypatch):
+    model = TinyTransformer().double()
+    with pytest.raises(ValueError, match="float64"):
+        fastals.ALS(model, fused=True)
+    fastals.ALS(model, fused="auto")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="need a CUDA device"):
+            fastals.ALS(TinyTransformer(), fused=True)
+    with pytest.raises(ValueError, match="fused must be"):
+        fastals.ALS(model, fused="yes")
+
+
+@pytest.mark.gpu
+def test_two_hundred_steps_on_a_gpu_accept_the_same_steps():
+    """Outcomes may differ only where the test's margin is below the rounding of the loss; those are counted."""
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=4, width=64, dropout=0.0).cuda()
+    twin = copy.deepcopy(model)
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True)
+    eager = EagerALS(fastals.units(twin))
+    close_calls = 0
+    for batch in batches(200):
+        opt.step(lambda: model(**batch))  # noqa: B023
+        eager.step(lambda: twin(**batch))  # noqa: B023
+        same = [u.trials for u in opt.report.units] == [u.trials for u in eager.report.units]
+        close_calls += not same
+        if same:
+            for a, b in zip(opt.report.units, eager.report.units, strict=True):
+                assert a.step_size == pytest.approx(b.step_size, rel=1e-3)
+        with torch.no_grad():  # from the same point again, so that rounding does not add up
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                q.copy_(p)
+        eager.load_state_dict(opt.state_dict())
+    assert close_calls <= 4, close_calls
+
+
+@pytest.mark.gpu
+def test_a_step_has_no_hidden_synchronization():
+    """Apart from the flag that is read after each trial."""
+    model, opt = build()
+    data = batches(4)
+    train(model, opt, data[:3])
+    batch, look = data[3], device_module.DeviceBatch._look
+
+    def allowed(self, row):
+        torch.cuda.set_sync_debug_mode("default")
+        found = look(self, row)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    device_module.DeviceBatch._look = allowed
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step(lambda: model(**batch))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        device_module.DeviceBatch._look = look

@@ -1,0 +1,312 @@
+"""The Triton kernels against their plain versions and float64: compiled on a GPU, interpreted without one."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+from fastals.buffers import Scratch, Unit
+from fastals.device import Device
+from fastals.kernels import armijo
+from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
+from fastals.kernels.arena import OUTCOMES, STATE, SUMS
+from fastals.kernels.moments import advance, survey
+from fastals.kernels.table import BLOCK
+from fastals.kernels.trial import trial
+from fastals.search import INITIALS, MEMORY, REFERENCES, Search
+
+CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZES = [1, 63, 64, 65, 1000, 2 * BLOCK + 5]
+RULES = {
+    "lr": 1.0, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "c": 0.1, "backtrack": 0.5, "growth": 1.3,
+    "max_trials": 4, "trust": 0.01, "initial": "warm", "eta_init": None, "eta_min": 1e-10, "eta_max": 10.0,
+    "reference": "monotone", "polyak_c": 0.1, "nonmonotone_weight": 1.0, "smoothing": 0.9,
+}  # fmt: skip
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+members = st.tuples(st.sampled_from(SIZES), dtypes, st.booleans(), st.integers(0, 3))
+partitions = st.lists(st.lists(members, min_size=1, max_size=3), min_size=1, max_size=3)
+kinds = st.sampled_from(["adam", "sgd"])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def numbers(n, dtype, seed):
+    return torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype).to(CUDA)
+
+
+def make_groups(partition, seed, **rules):
+    """Groups of parameters with gradients, and a state as earlier steps have left it."""
+    groups, state = [], {}
+    for k, unit in enumerate(partition):
+        params = []
+        for j, (n, dtype, has_gradient, count) in enumerate(unit):
+            at = seed + 100 * k + 10 * j
+            p = torch.nn.Parameter(numbers(n, dtype, at))
+            p.grad = numbers(n, dtype, at + 1) if has_gradient else None
+            if count:
+                moments = {
+                    "exp_avg": numbers(n, torch.float32, at + 2),
+                    "exp_avg_sq": numbers(n, torch.float32, at + 3).abs(),
+                }
+                master = p.detach().float() * (1 + 1e-4) if dtype != torch.float32 else p.detach().float()
+                state[p] = moments | {"step": torch.tensor(float(count)), "master": master}
+            params.append(p)
+        betas = (0.9, 0.99 - k / 100)
+        groups.append(RULES | MEMORY | {"name": f"g{k}", "params": params, "betas": betas} | rules)
+    return groups, state
+
+
+def copies(groups, state):
+    """The same groups and state around copies of the parameters."""
+    twins = {}
+    for g in groups:
+        for p in g["params"]:
+            twins[p] = torch.nn.Parameter(p.detach().clone())
+            twins[p].grad = None if p.grad is None else p.grad.clone()
+    copied = [g | {"params": [twins[p] for p in g["params"]]} for g in groups]
+    return copied, {twins[p]: {k: v.clone() for k, v in s.items()} for p, s in state.items()}
+
+
+def near(got, wanted, rtol, scale=None):
+    got, wanted = got.detach().double(), wanted.detach().double()
+    assert torch.equal(torch.isfinite(got), torch.isfinite(wanted))
+    ok = torch.isfinite(wanted)
+    scale = wanted[ok].abs().max() if scale is None and ok.any() else scale
+    assert not ok.any() or (got[ok] - wanted[ok]).abs().max() <= rtol * (scale + 1e-30)
+
+
+# bfloat16 and float16: one rounding more than in the twin, which the interpreter does by cutting off
+RTOL = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+
+
+@settings(max_examples=25, deadline=None)
+@given(partition=partitions, kind=kinds, averages=st.booleans(), decay=st.sampled_from([0.0, 0.1]), seed=seeds)
+def test_survey_trial_and_advance_do_what_the_plain_versions_do(partition, kind, averages, decay, seed):
+    groups, state = make_groups(partition, seed, weight_decay=decay)
+    twin_groups, twin_state = copies(groups, state)
+    device = Device(groups, [[g] for g in groups], kind, averages, state)
+    units = [Unit([g], kind, twin_state, averages=averages) for g in twin_groups]
+    arena, table = device.arena, device.table
+    arena.grad_scale.fill_(0.7)
+    arena.partials.fill_(math.nan)
+    arena.sums.fill_(math.nan)
+    device.refresh("0")
+    survey(table, arena)
+    before = [p.detach().clone() for g in groups for p in g["params"]]
+    sums = arena.sums.tolist()
+    for row, unit in enumerate(units):
+        found = dict(zip(SUMS, sums[row], strict=True))
+        if not unit.find_active():
+            assert not any(found.values())
+            continue
+        scratch = Scratch(unit.size, unit.dtype, unit.device)
+        unit.begin()
+        for averaged in (False, True) if averages else (False,):
+            slope, length = unit.direct(scratch, averaged, 0.7)
+            names = ("averaged_slope", "averaged_direction") if averaged else ("slope", "direction")
+            g = torch.cat([p.grad.double().flatten() for p in unit.active_params()])
+            moving = max(int((g != 0).sum()), 1)
+            assert found["moving"] == int((g != 0).sum())
+            assert found["elements"] == len(g)
+            size = math.sqrt(moving) * length * float(g.norm())
+            assert found[names[0]] == pytest.approx(slope, abs=1e-5 * size)
+            assert math.sqrt(found[names[1]]) == pytest.approx(length * math.sqrt(moving), rel=1e-5)
+        assert math.sqrt(found["weights"]) == pytest.approx(unit.weight_norm, rel=1e-5)
+        eta, averaged = 0.25 / (row + 1), averages
+        arena.state[row, STATE.index("averaged")] = float(averaged)
+        unit.direct(scratch, averaged, 0.7)
+        unit.trial(eta)
+        put(device, row, eta)
+        for p, q in zip(groups[row]["params"], twin_groups[row]["params"], strict=True):
+            near(p, q, RTOL[p.dtype])
+        unit.commit(scratch, twin_state | {p: twin_state.get(p, {}) for p in twin_groups[row]["params"]}, 0.7, eta)
+    arena.state[:, STATE.index("slope")] = 1.0
+    advance(table, arena)
+    for fused, plain in zip(device.units, units, strict=True):
+        for name in ("m", "v", "w"):
+            mine, theirs = getattr(fused, name), getattr(plain, name)
+            moved = fused.low_precision or name != "w"  # the snapshot of a float32 parameter is taken anew
+            if len(mine) and moved:
+                for i in plain.active:
+                    near(fused.views(mine)[i], plain.views(theirs)[i], 1e-4 if name == "w" else 2e-6)
+        assert fused.steps[: len(fused.members)].tolist() == plain.counts
+    for row in range(len(units)):
+        put(device, row, 0.0)  # masters have moved on: where there are none, the old weights come back
+    for p, old in zip([p for g in groups for p in g["params"]], before, strict=True):
+        if p.dtype == torch.float32 or p.grad is None:
+            assert torch.equal(p.detach(), old)
+
+
+def put(device, row, eta):
+    """Move one unit to η and say so."""
+    device.arena.state[row, STATE.index("move")] = eta
+    device.arena.state[row, STATE.index("at")] = math.nan
+    trial(device.table, device.arena, row)
+    device.arena.state[row, STATE.index("at")] = eta
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+def test_a_step_of_zero_restores_bitwise_whatever_the_direction_holds(dtype, bad):
+    groups, state = make_groups([[(1000, dtype, True, 0), (65, dtype, True, 2)]], seed=3)
+    p = groups[0]["params"][0]
+    with torch.no_grad():
+        p[0] = -0.0
+    p.grad[5] = bad
+    before = [q.detach().clone() for q in groups[0]["params"]]
+    device = Device(groups, [groups], "adam", False, state)
+    device.refresh("0")
+    survey(device.table, device.arena)
+    put(device, 0, 0.5)
+    assert not torch.equal(p.detach(), before[0])
+    assert math.isnan(float(device.arena.sums[0, 0])), "a gradient that is not finite shows in the slope"
+    put(device, 0, 0.0)
+    for q, old in zip(groups[0]["params"], before, strict=True):
+        assert torch.equal(q.detach().view(torch.uint8), old.view(torch.uint8))
+
+
+def test_a_large_parameter_against_float64():
+    groups, state = make_groups([[(3 * 2**20 + 7, torch.float32, True, 0)]], seed=1)
+    p = groups[0]["params"][0]
+    w, g = p.detach().double(), p.grad.double()
+    device = Device(groups, [groups], "adam", False, state)
+    device.refresh("0")
+    survey(device.table, device.arena)
+    d = g / (g.abs() + 1e-8)
+    sums = dict(zip(SUMS, device.arena.sums[0].tolist(), strict=True))
+    assert sums["slope"] == pytest.approx(float(g @ d), rel=1e-6)
+    assert sums["weights"] == pytest.approx(float(w @ w), rel=1e-6)
+    assert sums["elements"] == p.numel()
+    put(device, 0, 0.125)
+    near(p, w - 0.125 * d, 1e-6)
+
+
+def test_the_same_inputs_give_the_same_bits():
+    groups, state = make_groups([[(3 * BLOCK + 7, torch.float32, True, 1)]], seed=1)
+    device = Device(groups, [groups], "adam", True, state)
+    device.refresh("0")
+    seen = []
+    for _ in range(2):
+        device.arena.partials.fill_(math.nan)
+        device.arena.sums.fill_(math.nan)
+        survey(device.table, device.arena)
+        seen.append(device.arena.sums.clone())
+    assert torch.equal(*seen)
+
+
+floats = st.floats(0.01, 0.9)
+memories = st.fixed_dictionaries(
+    {
+        "step_size": st.sampled_from([0.0, 1e-6, 0.02, 3.0]), "backtracks": st.integers(0, 5),
+        "average": st.floats(0.5, 3), "average_weight": st.sampled_from([0.0, 1.0, 4.5]),
+        "mean_decrease": st.floats(0, 0.1), "mean_slope": st.floats(0, 10),
+    }
+)  # fmt: skip
+searches = st.fixed_dictionaries(
+    {
+        "c": floats, "backtrack": floats, "growth": st.floats(1, 3), "max_trials": st.integers(1, 6),
+        "trust": st.sampled_from([None, 0.01]), "initial": st.sampled_from(INITIALS),
+        "eta_init": st.sampled_from([None, 0.005]), "reference": st.sampled_from(REFERENCES),
+        "eta_min": st.sampled_from([1e-10, 1e-3]), "lr": st.floats(0.1, 1), "smoothing": floats,
+    }
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(rules=searches, memory=memories, losses=st.lists(st.one_of(st.floats(0.5, 3), st.just(math.nan)), min_size=8, max_size=8), seed=seeds, start=st.floats(0.8, 2.5))  # fmt: skip  # noqa: E501
+def test_the_armijo_kernels_search_like_the_search_on_the_host(rules, memory, losses, seed, start):
+    """Same first step, same outcomes trial for trial, same memory: by rounding of float64 apart."""
+    losses, start = [float(torch.tensor(x)) for x in losses], float(torch.tensor(start))
+    groups, state = make_groups([[(1000, torch.float32, True, 0)]], seed, **rules)
+    groups[0].update(memory)
+    device = Device(groups, [groups], "adam", False, state)
+    twin = groups[0] | {k: float(groups[0][k]) for k in DEVICE_MEMORY}
+    arena = device.arena
+    device.refresh("7")
+    survey(device.table, arena)
+    armijo.begin(arena, torch.tensor(start, device=CUDA))
+    armijo.open_search(arena, 0, tested=False)
+    drawn = arena.rules[0, -1].item()
+    row = at(arena, 0)
+    sums = dict(zip(SUMS, arena.sums[0].tolist(), strict=True))
+    length = math.sqrt(sums["direction"] / max(sums["moving"], 1))
+    limit = rules["trust"] * math.sqrt(sums["weights"] / sums["elements"]) / length if rules["trust"] else math.inf
+    cap = min(twin["eta_max"], limit) * rules["lr"]
+    search = Search(twin, start, sums["slope"], cap, drawn, torch.finfo(torch.float32).eps * start / 2)
+    assert row["eta"] == pytest.approx(search.eta, rel=1e-12)
+    left = iter(losses)
+    while search.running:
+        assert arena.flags[0].tolist() == [1, 0, 0]
+        loss = next(left)
+        search.judge(loss)
+        armijo.judge(arena, 0, torch.tensor(loss, device=CUDA))
+        row = at(arena, 0)
+        assert row["eta"] == pytest.approx(search.eta, rel=1e-12)
+        assert OUTCOMES[int(row["outcome"])] == (search.outcome or "running")
+    assert arena.flags[0].tolist() == [0, int(search.accepted), 0]
+    assert at(arena, -1)["loss"] == search.final_loss
+    armijo.judge(arena, 0, torch.tensor(0.0, device=CUDA))
+    assert at(arena, 0) == row, "a search that has ended judges no more"
+    armijo.remember(arena)
+    search.remember()
+    for key in DEVICE_MEMORY:
+        assert float(groups[0][key]) == pytest.approx(twin[key], rel=1e-11, abs=1e-15), key
+    assert arena.history[0].tolist() == arena.state.tolist()
+
+
+def at(arena, row):
+    return dict(zip(STATE, arena.state[row].tolist(), strict=True))
+
+
+def test_a_start_that_is_not_finite_is_refused_and_teaches_nothing():
+    groups, state = make_groups([[(65, torch.float32, True, 1)]], 0)
+    device = Device(groups, [groups], "adam", False, state)
+    arena, before = device.arena, device.arena.memory.clone()
+    moments = arena.v.clone()
+    device.refresh("0")
+    armijo.begin(arena, torch.tensor(math.nan, device=CUDA))
+    survey(device.table, arena)
+    armijo.open_search(arena, 0, tested=False)
+    assert arena.flags[0].tolist() == [0, 0, 1]
+    advance(device.table, arena)
+    armijo.remember(arena)
+    assert torch.equal(arena.memory, before)
+    assert torch.equal(arena.v, moments)
+
+
+def test_the_table_follows_tensors_that_move():
+    groups, state = make_groups([[(100, torch.float32, True, 0), (70, torch.float32, True, 0)]], 0)
+    device = Device(groups, [groups], "sgd", False, state)
+    p, q = groups[0]["params"]
+    assert not device.table.moved()
+    p.grad = p.grad.clone()
+    assert device.table.moved()
+    device.refresh("0")
+    assert not device.table.moved()
+    q.grad = None
+    device.refresh("0")
+    survey(device.table, device.arena)
+    assert float(device.arena.sums[0, SUMS.index("elements")]) == 100
+    assert float(device.arena.sums[0, 0]) == pytest.approx(float(p.grad.double() @ p.grad.double()), rel=1e-6)
+    p.data = p.detach().clone()
+    assert device.table.moved()
+    p.grad = torch.zeros(200, device=CUDA)[::2]
+    with pytest.raises(RuntimeError, match="not contiguous"):
+        device.refresh("0")
+
+
+def test_unaligned_tensors_are_read_right():
+    storage = torch.zeros(1 + 3 * BLOCK, device=CUDA)
+    p = torch.nn.Parameter(storage[1:])
+    with torch.no_grad():
+        p.copy_(numbers(3 * BLOCK, torch.float32, 1))
+    p.grad = numbers(3 * BLOCK, torch.float32, 2)
+    groups = [RULES | MEMORY | {"name": "g", "params": [p]}]
+    device = Device(groups, [groups], "sgd", False, {})
+    assert not device.table.aligned
+    device.refresh("0")
+    survey(device.table, device.arena)
+    assert float(device.arena.sums[0, 0]) == pytest.approx(float(p.grad.double().square().sum()), rel=1e-6)
