@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "triton", "transformers", "fastals", "prodigyopt", "schedulefree", "SaLSa-Optimizer")
+STAMP = ("device", "driver", "threads", "cores", "python", *PACKAGES, "commit", "dirty")
 
 
 def stamp(folder: Path) -> dict[str, Any]:
