@@ -79,6 +79,50 @@ class Salsa(Plain):
         return self.optimizer.step(closure=closure).detach()
 
 
+class Graphed(Search):
+    """ALS whose whole step is captured."""
+
+    def __init__(self, model: nn.Module, optimizer: fastals.ALS) -> None:
+        super().__init__(model, optimizer)
+        self.train_step = optimizer.graphed(lambda batch: model(**batch).loss)
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Search on the mini-batch."""
+        loss = self.train_step(batch)
+        self.forwards += 2 + self.optimizer.last_forwards
+        return loss
+
+
+class Captured(Plain):
+    """Forward, backward and step of the first mini-batch in one CUDA graph, replayed for the others."""
+
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Copy the mini-batch to where the graph reads it, and replay."""
+        if self.graph is None:
+            self._capture(batch)
+        for name, value in batch.items():
+            self.inputs[name].copy_(value)
+        self.graph.replay()
+        self.forwards += 3
+        return self.loss
+
+    def _capture(self, batch: dict[str, Tensor]) -> None:
+        self.inputs = {name: value.clone() for name, value in batch.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # allocations of the first steps must not be in the graph
+                super().step(self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):  # zero_grad has left no gradients: backward writes them anew in every replay
+            self.loss = self.model(**self.inputs).loss
+            self.loss.backward()
+            self.optimizer.step()
+
+
 def als(model: nn.Module, **options) -> Search:
     """ALS as in the README."""
     return Search(model, fastals.ALS(model, **options))
@@ -92,6 +136,16 @@ def eager(model: nn.Module, **options) -> Search:
 def adamw(model: nn.Module, **options) -> Plain:
     """AdamW with torch's fused kernel, on the CPU too."""
     return Plain(model, torch.optim.AdamW(model.parameters(), fused=True, **options))
+
+
+def captured(model: nn.Module) -> Captured:
+    """AdamW in a captured graph."""
+    return Captured(model, torch.optim.AdamW(model.parameters(), fused=True, capturable=True))
+
+
+def graphed(model: nn.Module, **options) -> Graphed:
+    """ALS in captured graphs."""
+    return Graphed(model, fastals.ALS(model, **options))
 
 
 def prodigy(model: nn.Module, **options) -> Plain:
@@ -118,7 +172,9 @@ def salsa(model: nn.Module, **options) -> Salsa:
 RIVALS: dict[str, Callable[..., Plain]] = {
     "als": als,
     "eager": eager,
+    "graphed": graphed,
     "adamw": adamw,
+    "adamw-captured": captured,
     "schedule-free": schedule_free,
     "prodigy": prodigy,
     "salsa": salsa,
