@@ -117,7 +117,7 @@ def _ratio_table(cases: list[Record]) -> str:
 def _ratio_row(case: Record) -> list[str]:
     info, (median, low, high) = case["extra_info"], _ratio(case)
     limit = f"{info['limit']:.2f}x" if "limit" in info else "-"
-    peaks = ", ".join(f"{k} {v}" for k, v in info.get("peak_mib", {}).items()) or "-"
+    peaks = _memory(info["peak_mib"]) if "peak_mib" in info else "-"
     trials = str(info.get("trials_per_unit", "-"))
     return [
         charts.label(case),
@@ -127,6 +127,13 @@ def _ratio_row(case: Record) -> list[str]:
         trials,
         peaks,
     ]
+
+
+def _memory(peaks: Record) -> str:
+    found = ", ".join(f"{name} {mib}" for name, mib in peaks.items())
+    return (
+        f"{found} (als over adamw {peaks['als'] / peaks['adamw']:.2f}x)" if {"als", "adamw"} <= peaks.keys() else found
+    )
 
 
 def _kernel_sections(cases: list[Record], out: Path) -> list[str]:

@@ -1,12 +1,15 @@
 """``fastals bench``: pages of stored results, and which changes count as slower."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastals import benchmarks, tuning
 from fastals.cli import main
+from fastals.stamp import stamp
 
 STAMP = {"device": "a cpu", "torch": "2.13.0", "commit": "abc1234", "dirty": False}
 
@@ -46,7 +49,7 @@ def rows(page):
 
 def test_report_has_tables_and_pictures_of_all_kinds(store, tmp_path, capsys):
     timings = store("step.json", [
-        ratio("small", 1.85, 1.69, 2.31, limit=1.47, trials_per_unit=1.0, peak_mib={"als": 10, "adamw": 7}),
+        ratio("small", 1.85, 1.69, 2.31, limit=1.47, trials_per_unit=1.0, peak_mib={"als": 10, "adamw": 8}),
         ratio("depth-6", 1.5, 1.4, 1.6, limit=1.7, depth=6), ratio("depth-12", 1.6, 1.5, 1.7, limit=1.8, depth=12),
         ratio("prodigy", 0.9, 0.8, 1.0, against="AdamW"),
         timing("kernel", copy_gbs=100.0, survey_gbs=80.0, trial_gbs=50.0),
@@ -60,7 +63,7 @@ def test_report_has_tables_and_pictures_of_all_kinds(store, tmp_path, capsys):
     assert str(out / "report.md") in capsys.readouterr().out
     table = rows(page)
     assert table["a cpu"] == ["2.13.0", "abc1234", "False"]
-    assert table["small"] == ["1.85x (1.69 - 2.31)", "1.47x", "1", "1.0", "als 10, adamw 7"]
+    assert table["small"] == ["1.85x (1.69 - 2.31)", "1.47x", "1", "1.0", "als 10, adamw 8 (als over adamw 1.25x)"]
     assert table["prodigy"][0] == "0.90x (0.80 - 1.00)"
     assert table["kernel"] == ["trial", "50", "50%"]
     assert table["other"] == ["0.25 (0.2 - 0.3)", "tensors 400"]
@@ -156,3 +159,17 @@ def test_a_wrong_file_is_one_line_and_leaves_nothing(tmp_path, capsys, name, con
     assert message in error
     assert error.count("\n") == 0
     assert not (tmp_path / "page").exists()
+
+
+def test_the_stamp_is_dirty_from_a_change_of_code_and_not_from_a_result(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "code.py").write_text("1")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "new.json").write_text("{}")
+    clean = stamp(tmp_path / "bench")
+    assert (clean["dirty"], len(clean["commit"])) == (False, 7)
+    assert clean["torch"] == torch.__version__
+    (tmp_path / "code.py").write_text("2")
+    assert stamp(tmp_path / "bench")["dirty"]
