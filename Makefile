@@ -23,7 +23,7 @@ check: $(STAMP)  ## lint, format and types
 	rm -rf build/types && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastals
 
-bench: $(STAMP)  ## whole-step timings against the eager baseline
+bench: $(STAMP)  ## the quick benchmark profile; every case with pytest bench --full
 	$(BIN)/pytest bench --benchmark-only
 
 clean:

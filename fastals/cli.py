@@ -1,4 +1,4 @@
-"""The command line: ``fastals finetune`` and ``fastals report``."""
+"""The command line: ``fastals finetune``, ``fastals report`` and ``fastals bench``."""
 
 import argparse
 import os
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastals import benchmarks
 from fastals.errors import UserError, needs_extra
 from fastals.finetune import OPTIMIZERS, Interrupted, Session, Trainer, als_options, build_optimizer
 from fastals.plots import plot_losses, plot_step_sizes, summary_table
@@ -73,6 +74,20 @@ def report(arguments: argparse.Namespace) -> int:
     _show(runs, out, ("report_loss.png", "report_step_sizes.png"))
     print(f"pictures are in {out}/")
     return 0
+
+
+def bench_report(arguments: argparse.Namespace) -> int:
+    """Turn stored results into a page with pictures."""
+    page = benchmarks.report([Path(f) for f in arguments.files], Path(arguments.out))
+    print(f"the page is {page}")
+    return 0
+
+
+def bench_compare(arguments: argparse.Namespace) -> int:
+    """List what changed beyond the spread; 1 if anything got slower."""
+    lines, slower = benchmarks.compare(Path(arguments.before), Path(arguments.after))
+    print("\n".join(lines) or "nothing changed beyond the spread")
+    return int(slower)
 
 
 def _train(session: Session, name: str, run: Run) -> bool:
@@ -162,7 +177,20 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("runs", nargs="+", metavar="FOLDER")
     show.add_argument("--output", default=".", help="folder of the pictures")
     show.set_defaults(command=report)
+    _add_bench(commands.add_parser("bench", help="stored benchmark results"))
     return parser
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="command")
+    page = commands.add_parser("report", help="a Markdown page with tables and pictures")
+    page.add_argument("files", nargs="+", metavar="FILE", help="pytest-benchmark's .json, or .jsonl of runs")
+    page.add_argument("--out", default="report", help="folder of the page and its pictures")
+    page.set_defaults(command=bench_report)
+    changes = commands.add_parser("compare", help="what got slower beyond the spread; exit code 1 if anything did")
+    changes.add_argument("before", metavar="A.json")
+    changes.add_argument("after", metavar="B.json")
+    changes.set_defaults(command=bench_compare)
 
 
 if __name__ == "__main__":

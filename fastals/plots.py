@@ -30,11 +30,11 @@ def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> Any:
 
 def plot_losses(runs: Mapping[str, Lines], path: Path) -> None:
     """Loss at the start of every step, and its running mean."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for i, (name, lines) in enumerate(runs.items()):
         losses = [line["loss_before"] for line in lines]
         axes.plot(losses, color=f"C{i}", alpha=0.25, linewidth=1)
-        axes.plot(_running_mean(losses), color=f"C{i}", label=name)
+        axes.plot(running_mean(losses), color=f"C{i}", label=name)
     axes.set(
         xlabel="step", ylabel="training loss of the mini-batch", title="Loss before each step, and its running mean"
     )
@@ -47,7 +47,7 @@ def plot_step_sizes(runs: Mapping[str, Lines], path: Path) -> None:
     searched = {name: lines for name, lines in runs.items() if any(line["units"] for line in lines)}
     if not searched:
         return
-    figure, grid = _figure(rows=len(searched))
+    figure, grid = new_figure(rows=len(searched))
     for axes, (name, lines) in zip(grid if len(searched) > 1 else [grid], searched.items(), strict=True):
         units = list(dict.fromkeys(u["name"] for line in lines for u in line["units"]))
         for i, unit in enumerate(units):
@@ -64,20 +64,22 @@ def _size(line: Mapping[str, Any], unit: str) -> float:
     return next((u["step_size"] or math.nan for u in line["units"] if u["name"] == unit), math.nan)
 
 
-def _running_mean(values: Sequence[float], weight: float = 0.9) -> list[float]:
+def running_mean(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential mean of the values so far."""
     means: list[float] = []
     for value in values:
         means.append(weight * means[-1] + (1 - weight) * value if means else value)
     return means
 
 
-def _figure(rows: int = 1) -> Any:
+def new_figure(rows: int = 1, height: float = 4.5) -> Any:
+    """A figure that needs no display, and its axes; ``height`` is that of a row, in inches."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise needs_extra(error) from error
-    figure = Figure(figsize=(9, 4.5 * rows), layout="constrained")
+    figure = Figure(figsize=(9, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows)
 

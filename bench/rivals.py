@@ -1,0 +1,181 @@
+"""ALS and what a user would pick instead, behind one ``step(batch)``; each is called as its own documentation asks.
+
+``forwards`` is the work so far in forward passes: a forward is 1, a backward 2, a cached trial of ALS the share of the
+blocks that it ran. A package that is not installed raises ImportError where its rival is made.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import fastals
+from fastals.reference import EagerALS
+
+
+class Plain:
+    """Forward, backward, step: AdamW and Prodigy."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer, self.forwards = model, optimizer, 0.0
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Train on the mini-batch; returns the loss before the step."""
+        loss = self.model(**batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.forwards += 3
+        return loss.detach()
+
+    def rest(self) -> None:
+        """Put the weights where they are to be evaluated."""
+
+
+class ScheduleFree(Plain):
+    """Schedule-free AdamW trains at one point and is evaluated at another."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(model, optimizer)
+        optimizer.train()
+
+    def rest(self) -> None:
+        """Move from the point of the gradients to the average."""
+        self.optimizer.eval()
+
+
+class Search(Plain):
+    """ALS and its eager twin: the optimizer calls backward itself."""
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Search on the mini-batch."""
+        calls = 0
+
+        def closure() -> Tensor:
+            nonlocal calls
+            calls += 1
+            return self.model(**batch).loss
+
+        loss = self.optimizer.step(closure)
+        self.forwards += 2 + getattr(self.optimizer, "last_forwards", calls)
+        return loss
+
+
+class Salsa(Plain):
+    """SaLSA's closure takes a flag for the backward; its masks follow the second of the wall clock."""
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Search on the mini-batch."""
+
+        def closure(backwards: bool = False) -> Tensor:
+            loss = self.model(**batch).loss
+            self.forwards += 1
+            if backwards:
+                loss.backward()
+                self.forwards += 2
+            return loss
+
+        self.optimizer.zero_grad()
+        return self.optimizer.step(closure=closure).detach()
+
+
+class Graphed(Search):
+    """ALS whose whole step is captured."""
+
+    def __init__(self, model: nn.Module, optimizer: fastals.ALS) -> None:
+        super().__init__(model, optimizer)
+        self.train_step = optimizer.graphed(lambda batch: model(**batch).loss)
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Search on the mini-batch."""
+        loss = self.train_step(batch)
+        self.forwards += 2 + self.optimizer.last_forwards
+        return loss
+
+
+class Captured(Plain):
+    """Forward, backward and step of the first mini-batch in one CUDA graph, replayed for the others."""
+
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Copy the mini-batch to where the graph reads it, and replay."""
+        if self.graph is None:
+            self._capture(batch)
+        for name, value in batch.items():
+            self.inputs[name].copy_(value)
+        self.graph.replay()
+        self.forwards += 3
+        return self.loss
+
+    def _capture(self, batch: dict[str, Tensor]) -> None:
+        self.inputs = {name: value.clone() for name, value in batch.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # allocations of the first steps must not be in the graph
+                super().step(self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):  # zero_grad has left no gradients: backward writes them anew in every replay
+            self.loss = self.model(**self.inputs).loss
+            self.loss.backward()
+            self.optimizer.step()
+
+
+def als(model: nn.Module, **options) -> Search:
+    """ALS as in the README."""
+    return Search(model, fastals.ALS(model, **options))
+
+
+def eager(model: nn.Module, **options) -> Search:
+    """The baseline of every speed-up."""
+    return Search(model, EagerALS(fastals.units(model), **options))
+
+
+def adamw(model: nn.Module, **options) -> Plain:
+    """AdamW with torch's fused kernel, on the CPU too."""
+    return Plain(model, torch.optim.AdamW(model.parameters(), fused=True, **options))
+
+
+def captured(model: nn.Module) -> Captured:
+    """AdamW in a captured graph."""
+    return Captured(model, torch.optim.AdamW(model.parameters(), fused=True, capturable=True))
+
+
+def graphed(model: nn.Module, **options) -> Graphed:
+    """ALS in captured graphs."""
+    return Graphed(model, fastals.ALS(model, **options))
+
+
+def prodigy(model: nn.Module, **options) -> Plain:
+    """Prodigy with its recommended ``lr=1``."""
+    from prodigyopt import Prodigy
+
+    return Plain(model, Prodigy(model.parameters(), **options))
+
+
+def schedule_free(model: nn.Module, **options) -> ScheduleFree:
+    """Schedule-free AdamW."""
+    from schedulefree import AdamWScheduleFree
+
+    return ScheduleFree(model, AdamWScheduleFree(model.parameters(), **options))
+
+
+def salsa(model: nn.Module, **options) -> Salsa:
+    """SaLSA from the authors' package ``SaLSa-Optimizer``."""
+    from salsa.SaLSA import SaLSA
+
+    return Salsa(model, SaLSA(model.parameters(), **options))
+
+
+RIVALS: dict[str, Callable[..., Plain]] = {
+    "als": als,
+    "eager": eager,
+    "graphed": graphed,
+    "adamw": adamw,
+    "adamw-captured": captured,
+    "schedule-free": schedule_free,
+    "prodigy": prodigy,
+    "salsa": salsa,
+}

@@ -1,0 +1,65 @@
+"""Rows of convergence runs, the cost of tuning counted.
+
+AdamW's best rate is known only after all rates have been tried: its row stands twice, once with what its own runs
+cost and once charged with the runs of every rate.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Record = dict[str, Any]
+COLUMNS = (
+    "method", "training loss", "held-out accuracy", "seconds", "forward passes", "trials a step",
+    "steps that raised the loss", "seeds",
+)  # fmt: skip
+
+
+def rows(runs: Sequence[Record]) -> list[list[str]]:
+    """A row per method, and AdamW's best rate charged with its sweep."""
+    found = [_row(m, of_method(runs, m)) for m in dict.fromkeys(r["method"] for r in runs)]
+    best = best_rate(runs)
+    if best:
+        name = f"{best}, best of {len(_rates(runs))} rates, charged with all"
+        found.append(_row(name, [_charged(r, runs) for r in of_method(runs, best)]))
+    return found
+
+
+def best_rate(runs: Sequence[Record]) -> str:
+    """The AdamW rate of lowest mean training loss among those run on every seed; empty if there are less than two."""
+    members = {m: of_method(runs, m) for m in _rates(runs)}
+    most = max((len(rs) for rs in members.values()), default=0)
+    means = {m: statistics.mean(r["loss"] for r in rs) for m, rs in members.items() if len(rs) == most}
+    return min(means, key=lambda m: (math.isnan(means[m]), means[m])) if len(means) > 1 else ""
+
+
+def sweep_cost(run: Record, runs: Sequence[Record], key: str) -> float:
+    """Seconds or forwards of all AdamW rates on the seed of the run."""
+    return sum(r[key][-1] for m in _rates(runs) for r in of_method(runs, m) if r["seed"] == run["seed"])
+
+
+def of_method(runs: Sequence[Record], method: str) -> list[Record]:
+    """The runs of one method."""
+    return [r for r in runs if r["method"] == method]
+
+
+def _rates(runs: Sequence[Record]) -> list[str]:
+    return [m for m in dict.fromkeys(r["method"] for r in runs) if m.startswith("adamw")]
+
+
+def _charged(run: Record, runs: Sequence[Record]) -> Record:
+    return run | {key: [sweep_cost(run, runs, key)] for key in ("seconds", "forwards")}
+
+
+def _row(name: str, runs: Sequence[Record]) -> list[str]:
+    trials = f"{statistics.mean(r['trials'] for r in runs):.1f}" if "trials" in runs[0] else "-"
+    rises = str(sum(r["rises"] for r in runs)) if "rises" in runs[0] else "-"
+    quality = [_spread([r[key] for r in runs], 3) for key in ("loss", "accuracy")]
+    costs = [_spread([r[key][-1] for r in runs], 0) for key in ("seconds", "forwards")]
+    return [name, *quality, *costs, trials, rises, str(len(runs))]
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ({min(values):.{digits}f} - {max(values):.{digits}f})" if len(values) > 1 else mean
