@@ -16,6 +16,8 @@ from fastals.reference import EagerALS
 class Plain:
     """Forward, backward, step: AdamW and Prodigy."""
 
+    first_steps = 1  # that differ from the ones to come: allocation, verification of the cache, capture
+
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer, self.forwards = model, optimizer, 0.0
 
@@ -81,6 +83,8 @@ class Salsa(Plain):
 
 class Graphed(Search):
     """ALS whose whole step is captured."""
+
+    first_steps = 6
 
     def __init__(self, model: nn.Module, optimizer: fastals.ALS) -> None:
         super().__init__(model, optimizer)
