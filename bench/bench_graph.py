@@ -2,8 +2,8 @@
 
 BERT-base, sequence 128, bfloat16 parameters. ``pieces`` is the time of the step's captured pieces (forward and
 backward, every trial that was made, the lines between) replayed one after the other without anything decided in
-between: what is above it is the cost of deciding. In the clock: copying the mini-batch in, the step. Not in the clock: the first
-steps (compilation, verification of the cache, capture); ``capture_s`` has their time by itself.
+between: what is above it is the cost of deciding. In the clock: copying the mini-batch in, the step. Not in the clock:
+the first steps (compilation, verification of the cache, capture); ``capture_s`` has their time by itself.
 """
 
 import statistics

@@ -207,11 +207,13 @@ class GraphedStep:
         trained = tuple(map(attrgetter("requires_grad"), params))
         return tuple(map(Tensor.data_ptr, params)), trained, opt._device and id(opt._device.arena)
 
-    def _fall_back(self, error: Exception) -> None:
+    def _drop_captures(self) -> None:
         self._programs.clear()
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None
+
+    def _fall_back(self, error: Exception) -> None:
         self._give_up = f"the capture failed: {type(error).__name__}: {error}"
         self.mode = GraphMode("eager", self._give_up)
         warnings.warn(f"fastals: steps run eagerly, because {self._give_up}", stacklevel=3)

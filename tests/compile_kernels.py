@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -24,7 +25,8 @@ SCALARS = {
     "eps": "fp32", "first": "i32",
 }  # fmt: skip
 CHUNK_KERNELS = {"survey": moments.survey_kernel, "trial": trial.trial_kernel, "advance": moments.advance_kernel}
-CONSTANTS = {"UP": 16, "TESTED": True, "KEEP": False, "SPLIT": True, "ROWS": 1024, "BLOCK": 128}
+CONSTANTS = {"UP": 16, "ROWS": 1024, "BLOCK": 128}
+FLAGS = {"open_kernel": ("TESTED", "KEEP"), "judge_together_kernel": ("SPLIT",)}
 
 
 def build(kernel, types, constants, arch, warps):
@@ -55,19 +57,21 @@ def describe(compiled):
 
 def main(arch):
     """Print a line per kernel and variant."""
-    for dtype in ("fp32", "bf16"):
-        for first in (False, True):
-            constants = {"ADAM": True, "FIRST": first, "LOW": dtype != "fp32", "ALIGNED": True, "BLOCK": BLOCK}
-            types = SCALARS | TABLES | FLAT | {"p_base": f"*{dtype}", "g_base": f"*{dtype}"}
-            for name, kernel in CHUNK_KERNELS.items():
-                own = {n: v for n, v in types.items() if n in kernel.arg_names and n not in constants}
-                found = describe(build(kernel, own, constants, arch, WARPS))
-                print(json.dumps({"kernel": name, "dtype": dtype, "first": first, **found}))
+    for dtype, first, adam in product(("fp32", "bf16"), (False, True), (True, False)):
+        constants = {"ADAM": adam, "FIRST": first, "LOW": dtype != "fp32", "ALIGNED": True, "BLOCK": BLOCK}
+        types = SCALARS | TABLES | FLAT | {"p_base": f"*{dtype}", "g_base": f"*{dtype}"}
+        for name, kernel in CHUNK_KERNELS.items():
+            own = {n: v for n, v in types.items() if n in kernel.arg_names and n not in constants}
+            found = describe(build(kernel, own, constants, arch, WARPS))
+            print(json.dumps({"kernel": name, "dtype": dtype, "first": first, "adam": adam, **found}))
     scalar = [k for k in vars(armijo).values() if isinstance(k, triton.JITFunction) and k.__name__.endswith("_kernel")]
     for kernel in [*scalar, moments.constants_kernel, moments.reduce_kernel]:
         types = {n: SCALARS[n] for n in kernel.arg_names if n in SCALARS}
-        found = describe(build(kernel, types, CONSTANTS, arch, 1 if kernel in scalar else 4))
-        print(json.dumps({"kernel": kernel.__name__, **found}))
+        names = FLAGS.get(kernel.__name__, ())
+        for flags in product((False, True), repeat=len(names)):
+            constants = CONSTANTS | dict(zip(names, flags, strict=True))
+            found = describe(build(kernel, types, constants, arch, 1 if kernel in scalar else 4))
+            print(json.dumps({"kernel": kernel.__name__, "flags": flags, **found}))
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ def test_reports_of_the_last_steps_are_read_when_asked():
 
 
 def test_fused_is_refused_where_it_cannot_be_and_says_why(monkeypatch):
-    model = TinyTransformer().double()
+    model = TinyTransformer().to(CUDA, torch.float64)
     with pytest.raises(ValueError, match="float64"):
         fastals.ALS(model, fused=True)
     fastals.ALS(model, fused="auto")

@@ -15,7 +15,9 @@ from fastals import cuda_graphs, rng
 from fastals.graph import WARMUP, GraphedStep, GraphMode, pad
 from fastals.program import Always, Loop, Run, SkipIfAccepted
 from fastals.testing import TinyTransformer, tiny_batches
+from fastals.units import blocks
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HARD = {"c": 0.5, "backtrack": 0.5, "growth": 2.0, "trust": 0.2, "max_trials": 4}
 CASES = [
     {"schedule": "sweep"}, {"schedule": "sweep", "order": "bottom_up"}, {"schedule": "independent"},
@@ -86,6 +88,11 @@ class Recording:
         return launch
 
 
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the recording back end runs interpreted kernels; here CUDA graphs are tested"
+)
+
+
 def build(loss_fn=None, linked=False, depth=1, log=None, **options):
     torch.manual_seed(0)
     model = TinyTransformer(depth=depth)
@@ -107,6 +114,7 @@ def same_report(a, b):
     assert a.loss_after == b.loss_after or (math.isnan(a.loss_after) and math.isnan(b.loss_after))
 
 
+@interpreted
 @pytest.mark.parametrize("linked", [False, True], ids=["host", "while"])
 @pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values())))
 def test_a_replayed_step_is_the_eager_step_bitwise(options, linked):
@@ -131,6 +139,7 @@ def test_a_replayed_step_is_the_eager_step_bitwise(options, linked):
         assert all(torch.equal(ours["state"][i][k], v) for k, v in s.items())
 
 
+@interpreted
 def test_launches_and_looks():
     """Host mode looks once per trial; in while mode a step is two launches and no look."""
     for linked in (False, True):
@@ -147,6 +156,7 @@ def test_launches_and_looks():
             assert log.count("replay") == 1 + trials + units + 1  # head, trials, a line before every loop, the end
 
 
+@interpreted
 def test_programs_are_kept_by_signature_and_the_oldest_goes():
     log = []
     model, _, _ = build()
@@ -172,6 +182,7 @@ def test_programs_are_kept_by_signature_and_the_oldest_goes():
     assert step._seen != {}, "another mode is another signature"
 
 
+@interpreted
 def test_frozen_and_moved_parameters_are_captured_anew():
     log = []
     model, _, step = build(log=log)
@@ -189,6 +200,7 @@ def test_frozen_and_moved_parameters_are_captured_anew():
     assert "capture" in log
 
 
+@interpreted
 def test_a_failed_capture_falls_back_with_one_warning_and_the_step_is_taken():
     fails = {"now": False}
     model, opt, step = build(loss_fn=lambda batch: work(batch))
@@ -219,6 +231,28 @@ class BrokenError(Exception):
     """Raised in the user's loss."""
 
 
+@interpreted
+def test_an_error_of_the_loss_during_a_capture_is_raised_and_later_steps_are_captured():
+    broken = {"now": False}
+
+    def loss_fn(batch):
+        if broken["now"]:
+            raise BrokenError
+        return model(**batch)
+
+    model, _, step = build(loss_fn=loss_fn)
+    batches = list(tiny_batches(WARMUP + 2))
+    for batch in batches[:WARMUP]:
+        step(batch)
+    broken["now"] = True
+    with pytest.raises(BrokenError):
+        step(batches[-2])
+    broken["now"] = False
+    step(batches[-1])
+    assert step.mode.name == "host"
+
+
+@interpreted
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_an_error_during_a_replay_leaves_everything_as_it_was(linked, at):
@@ -247,6 +281,7 @@ def test_an_error_during_a_replay_leaves_everything_as_it_was(linked, at):
     step(batches[-1])
 
 
+@interpreted
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_loss_that_is_not_finite_moves_nothing_and_is_said(linked):
     scale = torch.ones(())
@@ -283,6 +318,7 @@ def test_on_a_cpu_the_call_is_the_eager_step():
     assert losses[0] == opt.reports[0].loss_before
 
 
+@interpreted
 @pytest.mark.parametrize(("options", "reason"), [({"order": "random"}, "random"), ({"merge_below": 1e-3}, "merge")])
 def test_steps_that_are_no_fixed_sequence_run_eagerly(options, reason):
     _, _, step = build(**options)
@@ -304,6 +340,7 @@ def test_padding_to_few_signatures():
         pad({"input_ids": ids}, 8)
 
 
+@interpreted
 def test_schedules_differ_in_how_pieces_are_strung_together():
     shapes = {}
     for schedule in ("sweep", "independent", "cycle", "joint"):
@@ -445,6 +482,92 @@ def test_graphs_take_the_steps_of_the_eager_path(options, force_host, monkeypatc
             q.data.copy_(p.data)
         eager.load_state_dict(opt.state_dict())
     assert step.mode.name == "host" if force_host else step.mode.name in ("while", "host"), step.mode
+
+
+def huggingface(kind):
+    """A small Hugging Face model and batches for it."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    if kind == "bert":
+        config = hf.BertConfig(**small, vocab_size=100)
+        model = hf.BertForSequenceClassification(config)
+    else:
+        config = hf.LlamaConfig(**small, num_key_value_heads=2, vocab_size=100, pad_token_id=0)
+        model = hf.LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        ids = torch.randint(1, 100, (4, 16), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, 10:] = 0
+        labels = ids[:, 0] % 2 if kind == "bert" else ids
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        yield model.to(DEVICE).train(), {name: value.to(DEVICE) for name, value in batch.items()}
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_hugging_face_models_are_replayed(kind):
+    pairs = list(huggingface(kind))
+    model = pairs[0][0]
+    params = list(model.parameters())
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True)
+
+    def backend(device, stream, *, draws):
+        return Recording(params, linked=False, log=[])
+
+    step = GraphedStep(opt, lambda batch: model(**batch).loss, backend=backend)
+    for t in range(WARMUP + 2):
+        step(pairs[t % 3][1])
+        assert opt.report.loss_after <= opt.report.loss_before
+    assert step.mode.name == "host"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["plain", "autocast", "compiled", "checkpointed", "accumulated"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_hugging_face_models_are_captured_as_they_are(kind, how):
+    pairs = list(huggingface(kind))
+    model = pairs[0][0]
+    if how == "compiled":
+        for block in blocks(model).values():
+            block.compile()
+    if how == "checkpointed":
+        model.gradient_checkpointing_enable()
+
+    def loss_fn(batch):
+        with torch.autocast("cuda", torch.bfloat16, enabled=how == "autocast"):
+            loss = model(**batch, use_cache=False).loss if kind == "llama" else model(**batch).loss
+            return (loss + model(**batch).loss) / 2 if how == "accumulated" else loss
+
+    opt = fastals.ALS(model)
+    step = opt.graphed(loss_fn)
+    for t in range(8):
+        step(pairs[t % 3][1])
+        assert opt.report.loss_after <= opt.report.loss_before
+    assert step.mode.name != "eager", step.mode
+
+
+@pytest.mark.gpu
+def test_two_signatures_live_beside_each_other_and_one_survives_the_other():
+    """Captured memory is not handed out: replays stay right while others allocate, and after a program has gone."""
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=2, dropout=0.0).cuda()
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True)
+    step = opt.graphed(lambda batch: model(**batch), max_signatures=2)
+    batches = [{k: v.cuda() for k, v in next(tiny_batches(1, length=n)).items()} for n in (4, 6, 8)]
+    for batch in (*batches[:2] * (WARMUP + 2), *batches[2:] * (WARMUP + 2)):  # the third drops the first
+        step(batch)
+    held = []
+    for t in range(200):
+        held = [*held[-4:], torch.randn(100_000, device="cuda").fill_(float("nan"))]
+        torch.cuda.empty_cache()
+        batch = batches[1 + t % 2]
+        with torch.no_grad():
+            expected = float(model(**batch))
+        assert float(step(batch)) == pytest.approx(expected, rel=1e-5)
+        assert opt.report.loss_after <= opt.report.loss_before
 
 
 @pytest.mark.gpu
