@@ -105,8 +105,10 @@ class GraphedStep:
         try:
             captured, tail, due = self._captured(signature, leaves, spec)
         except Exception as error:
+            self._drop_captures()
+            loss = self._eagerly(batch)  # an error of the loss itself is raised here as in any eager step
             self._fall_back(error)
-            return self._eagerly(batch)
+            return loss
         return self._replay(captured, tail, leaves, due)
 
     def _eagerly(self, batch: Batch) -> Tensor:
