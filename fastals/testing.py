@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,3 +54,21 @@ def tiny_batches(count: int, size: int = 8, length: int = 6, vocab: int = 32, cl
     for _ in range(count):
         tokens = torch.randint(vocab, (size, length), generator=generator)
         yield {"tokens": tokens, "labels": tokens[:, 0] % classes}
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal to the last bit, through containers; NaN equals NaN."""
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b or (a != a and b != b)

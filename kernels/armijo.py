@@ -14,44 +14,72 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastals.kernels.arena import FLAGS, MEMORY, OUTCOMES, RING, RULES, STATE, SUMS, Arena
-
-N_STATE: tl.constexpr = tl.constexpr(len(STATE))
-N_SUMS: tl.constexpr = tl.constexpr(len(SUMS))
-N_RULES: tl.constexpr = tl.constexpr(len(RULES))
-N_MEMORY: tl.constexpr = tl.constexpr(len(MEMORY))
-N_FLAGS: tl.constexpr = tl.constexpr(len(FLAGS))
-N_RING: tl.constexpr = tl.constexpr(RING)
-
-(
-    ETA,
-    MOVE,
+from fastals.kernels.arena import Arena
+from fastals.kernels.columns import (
+    ACCEPTED,
     AT,
+    AVERAGE,
+    AVERAGE_WEIGHT,
+    AVERAGED,
+    BACKTRACK,
+    BACKTRACKS,
+    ETA,
+    ETA_INIT,
+    ETA_MAX,
+    ETA_MIN,
+    EXHAUSTED,
+    F_ACCEPTED,
+    F_GO,
+    F_REFUSED,
+    FINAL,
+    FLOOR,
     GO,
-    TRIALS,
-    OUTCOME,
-    START,
+    GROWTH,
+    INITIAL,
+    KEPT,
     LOSS,
+    LR,
+    MAX_TRIALS,
+    MEAN_DECREASE,
+    MEAN_SLOPE,
+    MOVE,
+    N_FLAGS,
+    N_MEMORY,
+    N_RING,
+    N_RULES,
+    N_STATE,
+    N_SUMS,
+    NM_WEIGHT,
+    NONMONOTONE,
+    NOT_DESCENT,
+    OUTCOME,
+    POLYAK,
+    POLYAK_C,
+    RANDOM,
     REFERENCE,
     REQUIRED_SLOPE,
-    SLOPE,
-    FINAL,
+    RESET,
     RESOLUTION,
+    RULE,
+    RUNNING,
+    S_AVG_DIRECTION,
+    S_AVG_SLOPE,
+    S_DIRECTION,
+    S_ELEMENTS,
+    S_MOVING,
+    S_SLOPE,
+    S_WEIGHTS,
+    SLOPE,
+    SMOOTHED,
+    SMOOTHING,
+    START,
+    STEP_SIZE,
+    TRIALS,
+    TRUST,
+    UNIFORM,
     UNSEEN,
-    AVERAGED,
-) = (tl.constexpr(i) for i in range(len(STATE)))
-(_B1, _B2, _EPS, _DECAY, LR, C, BACKTRACK, GROWTH, MAX_TRIALS, TRUST, INITIAL, ETA_INIT, ETA_MIN, ETA_MAX, FLOOR, RULE,
- POLYAK_C, NM_WEIGHT, SMOOTHING, UNIFORM) = (tl.constexpr(i) for i in range(len(RULES)))  # fmt: skip
-STEP_SIZE, BACKTRACKS, AVERAGE, AVERAGE_WEIGHT, MEAN_DECREASE, MEAN_SLOPE = (
-    tl.constexpr(i) for i in range(len(MEMORY))
+    C,
 )
-S_SLOPE, S_DIRECTION, S_MOVING, S_WEIGHTS, S_ELEMENTS, S_AVG_SLOPE, S_AVG_DIRECTION = (
-    tl.constexpr(i) for i in range(len(SUMS))
-)
-F_GO, F_ACCEPTED, F_REFUSED = (tl.constexpr(i) for i in range(len(FLAGS)))
-RUNNING, ACCEPTED, EXHAUSTED, NOT_DESCENT, KEPT = (tl.constexpr(i) for i in range(len(OUTCOMES)))
-WARM, RESET, POLYAK, RANDOM = (tl.constexpr(i) for i in range(4))  # fastals.search.INITIALS
-MONOTONE, NONMONOTONE, SMOOTHED = (tl.constexpr(i) for i in range(3))  # fastals.search.REFERENCES
 
 
 @triton.jit

@@ -14,16 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastals.kernels.arena import CONSTANTS, RULES, STATE, SUMS, Arena
+from fastals.kernels.arena import Arena
+from fastals.kernels.columns import AVERAGED, MOVE, N_CONSTANTS, N_RULES, N_STATE, N_SUMS, SLOPE
 from fastals.kernels.table import BLOCK, WARPS, Table
-
-N_SUMS: tl.constexpr = tl.constexpr(len(SUMS))
-N_CONSTANTS: tl.constexpr = tl.constexpr(len(CONSTANTS))
-N_RULES: tl.constexpr = tl.constexpr(len(RULES))
-N_STATE: tl.constexpr = tl.constexpr(len(STATE))
-MOVE: tl.constexpr = tl.constexpr(STATE.index("move"))
-SLOPE: tl.constexpr = tl.constexpr(STATE.index("slope"))
-AVERAGED: tl.constexpr = tl.constexpr(STATE.index("averaged"))
 
 
 @triton.jit

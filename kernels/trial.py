@@ -10,15 +10,10 @@ Bytes per parameter (float32, Adam without average): 16. Plain torch versions: `
 import triton
 import triton.language as tl
 
-from fastals.kernels.arena import CONSTANTS, STATE, Arena
+from fastals.kernels.arena import Arena
+from fastals.kernels.columns import AT, AVERAGED, MOVE, N_CONSTANTS, N_STATE
 from fastals.kernels.moments import direction_of
 from fastals.kernels.table import BLOCK, WARPS, Table
-
-N_CONSTANTS: tl.constexpr = tl.constexpr(len(CONSTANTS))
-N_STATE: tl.constexpr = tl.constexpr(len(STATE))
-MOVE: tl.constexpr = tl.constexpr(STATE.index("move"))
-AT: tl.constexpr = tl.constexpr(STATE.index("at"))
-AVERAGED: tl.constexpr = tl.constexpr(STATE.index("averaged"))
 
 
 @triton.jit

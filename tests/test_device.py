@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import fastals
 from fastals import device as device_module
 from fastals.reference import EagerALS
-from fastals.testing import TinyTransformer, tiny_batches
+from fastals.testing import TinyTransformer, assert_same, tiny_batches
 
 CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HARD = {"c": 0.5, "backtrack": 0.5, "growth": 2.0, "trust": 0.2, "max_trials": 4}
@@ -47,22 +47,6 @@ def train(model, opt, batches_, start=0):
 def snapshot(model, opt):
     saved = copy.deepcopy(opt.state_dict())
     return [p.detach().clone() for p in model.parameters()], saved, torch.get_rng_state()
-
-
-def assert_same(a, b):
-    """Nested tensors and numbers, bitwise."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for k in a:
-            assert_same(a[k], b[k])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b or (a != a and b != b)
 
 
 @pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values())))

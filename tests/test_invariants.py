@@ -15,7 +15,7 @@ from torch import nn
 
 import fastals
 from fastals import buffers
-from fastals.testing import TinyTransformer, tiny_batches
+from fastals.testing import TinyTransformer, assert_same, tiny_batches
 
 # Apart from the defaults; steps so large that trials are rejected and searches exhausted.
 HARD = {
@@ -49,24 +49,6 @@ def snapshot(model, opt):
         "state": copy.deepcopy(opt.state_dict()),
         "rng": torch.get_rng_state(),
     }
-
-
-def assert_same(a, b):
-    """Equal to the last bit, through containers; NaN equals NaN."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b or (a != a and b != b)
 
 
 # 1. Exact trial
