@@ -20,7 +20,7 @@ ACCEPTING = {"trust": 1e-3}
 # No decrease comes so close to the slope's promise over so long a step: every search makes all its trials.
 REJECTING = {"c": 0.999999, "trust": 0.05, "initial": "reset"}
 SETTLED = 6  # steps until everything has been compiled, verified and captured
-pytestmark = [pytest.mark.gpu, pytest.mark.exact("tests/test_graph.py")]
+pytestmark = [pytest.mark.gpu, pytest.mark.exact("tests/test_graph.py::test_graphs_take_the_steps_of_the_eager_path")]
 
 
 def shape(batch, depth=12):
@@ -63,7 +63,7 @@ def pieces(graphed, trials):
 
 
 @pytest.mark.parametrize("trials", [1, 2, 5])
-@pytest.mark.parametrize("batch", [8, 32])
+@pytest.mark.parametrize("batch", [8, pytest.param(32, marks=pytest.mark.full)])
 def test_sweep_against_its_pieces(benchmark, batch, trials):
     """At most 10 % above the pieces."""
     shape_ = shape(batch)
@@ -104,7 +104,7 @@ def test_against_adamw(in_turn, schedule, rival):
     in_turn(RIVALS[rival](shape_.model("cuda")), graphed, shape_.batches("cuda"), rival)
 
 
-@pytest.mark.parametrize("depth", [6, 12, 24, 48])
+@pytest.mark.parametrize("depth", [6, 12, 24, pytest.param(48, marks=pytest.mark.full)])
 def test_depth(in_turn, benchmark, depth):
     """Growth with depth, one trial a unit."""
     shape_ = shape(8, depth)

@@ -102,6 +102,12 @@ def copy_bandwidth():
     return 2 * source.numel() * 4 / milliseconds(lambda: target.copy_(source)) / 1e6
 
 
+def matmul_rate(size=8192):
+    """TFLOP/s of a bfloat16 matrix product."""
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / milliseconds(lambda: a @ b) / 1e9
+
+
 def moved_bytes(kernel, param_bytes, averages):
     """Bytes per parameter; p and g have ``param_bytes``, the rest is float32."""
     first = 4 if averages else 0
@@ -183,6 +189,14 @@ def eager_sequence(params):
             torch._foreach_copy_([p.detach() for p in params], moved)
 
     return run
+
+
+@needs_gpu
+def test_roofs(benchmark):
+    """What the device can do at most: a copy, and a matrix product."""
+    size = 8192 if DEVICE == "cuda" else 64
+    benchmark.pedantic(copy_bandwidth, rounds=3)
+    benchmark.extra_info.update(copy_roof=round(copy_bandwidth(), 1), matmul_tflops=round(matmul_rate(size), 4))
 
 
 @needs_gpu
