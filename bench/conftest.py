@@ -33,6 +33,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is here"))
 
 
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """Keep host name and kernel out of results that are published; what a number needs is in its stamp."""
+    for key in ("node", "release"):
+        machine_info.pop(key, None)
+    machine_info["cpu"] = {k: v for k, v in machine_info["cpu"].items() if k in ("brand_raw", "count", "arch")}
+
+
 @pytest.fixture
 def device():
     """Where the models are timed."""
