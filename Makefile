@@ -23,8 +23,10 @@ check: $(STAMP)  ## lint, format and types
 	rm -rf build/types && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastals
 
-bench: $(STAMP)  ## the quick benchmark profile; every case with pytest bench --full
-	$(BIN)/pytest bench --benchmark-only
+bench: $(STAMP)  ## the quick benchmark profile, its page in runs/bench; every case with pytest bench --full
+	mkdir -p runs/bench
+	$(BIN)/pytest bench --benchmark-only --benchmark-json=runs/bench/quick.json
+	$(BIN)/fastals bench report runs/bench/quick.json --out runs/bench
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,14 +1,12 @@
 """Quick and full profile, the exactness gate, timing in turn, and the stamp on every result."""
 
-import math
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from turns import Turns
 
 from fastals.stamp import STAMP, stamp
 
@@ -17,12 +15,15 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="all benchmark cases, not only the quick profile")
+    parser.addoption("--gates-passed", action="store_true", help="the exactness tests have just passed on this machine")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: belongs to the full profile only")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "exact(node): the tests that must pass before the case is timed")
+    config.addinivalue_line("markers", "exact_on_gpu(node): such tests where the case runs on a GPU")
+    config.addinivalue_line("filterwarnings", "ignore:Not saving anything, no benchmarks have been run")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -50,7 +51,7 @@ def device():
 def stamped(request):
     """Write what a number needs to be believed into the benchmark's extra_info."""
     if "benchmark" in request.fixturenames:
-        request.getfixturevalue("benchmark").extra_info.update(stamp(ROOT))
+        request.getfixturevalue("benchmark").extra_info.update(stamp())
 
 
 @pytest.fixture(scope="session")
@@ -61,66 +62,38 @@ def verdicts():
 
 @pytest.fixture(autouse=True)
 def gate(request, verdicts):
-    """Fail a case whose exactness tests fail, untimed."""
-    for mark in request.node.iter_markers("exact"):
-        node = mark.args[0]
+    """Fail a case whose exactness tests fail, or of which none has run, untimed."""
+    if request.config.getoption("--gates-passed"):
+        return
+    marks = [*request.node.iter_markers("exact")]
+    if torch.cuda.is_available():
+        marks += request.node.iter_markers("exact_on_gpu")
+    for node in [mark.args[0] for mark in marks]:
         if node not in verdicts:
             command = [sys.executable, "-P", "-m", "pytest", "-q", "--no-header", node]
             verdicts[node] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if verdicts[node].returncode:
+        if verdicts[node].returncode or " passed" not in verdicts[node].stdout:
             pytest.fail(f"not timed, {node} does not pass:\n{verdicts[node].stdout[-2000:]}", pytrace=False)
 
 
 @pytest.fixture
 def in_turn(benchmark, device):
-    """Time two rivals A B A B on the same batches under the same masks; the ratio goes into extra_info.
+    """Time a reference and a candidate in turn; pytest-benchmark has the candidate's times, extra_info the ratio."""
 
-    ``limit`` is the ratio of their forward passes; ``check`` is called after every pair.
-    """
+    def run(reference, candidate, batches, against, rounds=5):
+        turns = Turns((reference, candidate), batches, rounds, device)
+        turns.warm_up()
+        left = iter(range(turns.first, turns.first + rounds))
 
-    def run(reference, candidate, batches, against, rounds=5, check=lambda: None):
-        pair, seconds = (reference, candidate), ([], [])
-        first = max(rival.first_steps for rival in pair)  # out of the clock: allocation, verification, capture
-        batches = [next(batches) for _ in range(first + rounds)]
-
-        def timed(i, k):
-            torch.manual_seed(2)
-            seconds[i].append(_seconds(pair[i], batches[k], device))
-
-        for k in range(first):
-            timed(0, k)
-            timed(1, k)
-        work = [rival.forwards for rival in pair]
-        left = iter(range(first, first + rounds))
-
-        def other():
-            check()
+        def reference_first():
             k = next(left)
-            timed(0, k)
+            turns.step(0, k)
             return (1, k), {}
 
-        benchmark.pedantic(timed, setup=other, rounds=rounds)
-        check()
-        work = [rival.forwards - before for rival, before in zip(pair, work, strict=True)]
-        ratios = [a / b for a, b in zip(seconds[0][first:], seconds[1][first:], strict=True)]
-        benchmark.extra_info.update(
-            against=against, speedup=round(statistics.median(ratios), 3),
-            spread=[round(min(ratios), 3), round(max(ratios), 3)],
-        )  # fmt: skip
-        if all(map(math.isfinite, work)):  # a captured step does not say how many it made
-            benchmark.extra_info["limit"] = round(work[0] / work[1], 3)
+        benchmark.pedantic(turns.step, setup=reference_first, teardown=lambda *_: turns.count(), rounds=rounds)
+        benchmark.extra_info.update(against=against, **turns.result())
 
     return run
-
-
-def _seconds(rival, batch, device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    rival.step(batch)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def pytest_terminal_summary(terminalreporter):

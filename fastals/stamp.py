@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 
+import fastals
+
 PACKAGES = ("torch", "triton", "transformers", "fastals", "prodigyopt", "schedulefree", "SaLSa-Optimizer")
 STAMP = ("device", "driver", "threads", "cores", "python", *PACKAGES, "commit", "dirty")
 
 
-def stamp(folder: Path) -> dict[str, Any]:
-    """Stamp of a result made by code in ``folder``; files below ``bench/results`` do not make it dirty."""
-    changed = _output("git", "-C", str(folder), "status", "--porcelain", "--", ":/", ":!/bench/results")
+def stamp() -> dict[str, Any]:
+    """Stamp of a result made by the fastals that is imported; files below ``bench/results`` do not make it dirty."""
+    git = ("git", "-C", str(Path(fastals.__file__).parent))
+    commit = _output(*git, "rev-parse", "--short", "HEAD")
+    changed = _output(*git, "status", "--porcelain", "--", ":/", ":!/bench/results")
     return {
         "device": _device(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -23,8 +27,8 @@ def stamp(folder: Path) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: found for name in PACKAGES if (found := _version(name))},
-        "commit": _output("git", "-C", str(folder), "rev-parse", "--short", "HEAD"),
-        "dirty": bool(changed),
+        "commit": commit or "unknown",
+        "dirty": bool(changed) if commit else "unknown",
     }
 
 

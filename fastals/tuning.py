@@ -45,7 +45,9 @@ def of_method(runs: Sequence[Record], method: str) -> list[Record]:
 
 
 def _rates(runs: Sequence[Record]) -> list[str]:
-    return [m for m in dict.fromkeys(r["method"] for r in runs) if m.startswith("adamw")]
+    """AdamW's rates at as many steps as everybody takes."""
+    own = [r["method"] for r in runs if len(r["losses"]) == r["steps"]]
+    return [m for m in dict.fromkeys(own) if m.startswith("adamw")]
 
 
 def _charged(run: Record, runs: Sequence[Record]) -> Record:

@@ -1,0 +1,72 @@
+"""Two rivals on the same mini-batches under the same masks, A B A B."""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rivals import Plain, Search
+
+
+class Turns:
+    """Seconds, forward passes and trials of two rivals in turn.
+
+    Args:
+        rivals: the reference, and the candidate whose speed-up is wanted.
+        batches: mini-batches on the device.
+        rounds: timed steps of each.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    def __init__(self, rivals: tuple[Plain, Plain], batches: Iterator[dict], rounds: int, device: str) -> None:
+        self.rivals, self.rounds, self.device = rivals, rounds, device
+        self.first = max(rival.first_steps for rival in rivals)  # out of the clock: allocation, verification, capture
+        self.batches = [next(batches) for _ in range(self.first + rounds)]
+        self.seconds: tuple[list[float], list[float]] = ([], [])
+        self.searches = [rival for rival in rivals if isinstance(rival, Search)]
+        self.trials: list[list[float]] = [[] for _ in self.searches]
+
+    def warm_up(self) -> None:
+        """The first steps of both."""
+        for k in range(self.first):
+            self.step(0, k)
+            self.step(1, k)
+        self.before = [rival.forwards for rival in self.rivals]
+
+    def step(self, rival: int, batch: int) -> None:
+        """One step, until the device is done."""
+        torch.manual_seed(2)
+        self._synchronize()
+        begin = time.perf_counter()
+        self.rivals[rival].step(self.batches[batch])
+        self._synchronize()
+        self.seconds[rival].append(time.perf_counter() - begin)
+
+    def count(self) -> None:
+        """Note the trials of the last step; on a CPU two that search must have made the same, to be comparable."""
+        reports = [rival.optimizer.report for rival in self.searches]
+        for kept, report in zip(self.trials, reports, strict=True):
+            kept.append(report.trials / len(report.units))
+        if self.device == "cpu" and len(reports) == 2:
+            each, joint = zip(*(([u.trials for u in r.units], r.joint_trials) for r in reports), strict=True)
+            assert each[0] == each[1]
+            assert joint[0] == joint[1]
+
+    def result(self) -> dict[str, Any]:
+        """Median, lowest and highest ratio of the rounds; the ratio of the forward passes; trials a unit of each."""
+        ratios = [a / b for a, b in zip(*(s[self.first :] for s in self.seconds), strict=True)]
+        work = [rival.forwards - before for rival, before in zip(self.rivals, self.before, strict=True)]
+        found: dict[str, Any] = {
+            "speedup": round(statistics.median(ratios), 3), "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        }  # fmt: skip
+        if all(map(math.isfinite, work)):  # a captured step does not say how many it made
+            found["by_forwards"] = round(work[0] / work[1], 3)
+        if self.searches:
+            found["trials_per_unit"] = [round(statistics.mean(t), 2) for t in self.trials]
+        return found
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
