@@ -130,18 +130,18 @@ def survey_kernel(
 
 
 @triton.jit
-def reduce_kernel(partials, spans, sums, n_rows, ROWS: tl.constexpr):
+def reduce_kernel(partials, spans, sums, n_rows, SUMS: tl.constexpr, ROWS: tl.constexpr):
     """One program a unit: its rows of partial sums, added in a fixed order in float64."""
     i_u = tl.program_id(0)
     first = tl.load(spans + 2 * i_u)
     last = tl.load(spans + 2 * i_u + 1)
-    o = tl.arange(0, ROWS)
-    for k in tl.static_range(N_SUMS):
-        total = tl.zeros([ROWS], tl.float64)
-        for start in range(first, last, ROWS):
-            i = start + o
-            total += tl.load(partials + k * n_rows + i, mask=i < last, other=0.0).to(tl.float64)
-        tl.store(sums + i_u * N_SUMS + k, tl.sum(total))
+    k = tl.arange(0, SUMS)
+    total = tl.zeros([SUMS, ROWS], tl.float64)
+    for start in range(first, last, ROWS):
+        i = start + tl.arange(0, ROWS)
+        mask = (k < N_SUMS)[:, None] & (i < last)[None, :]
+        total += tl.load(partials + k[:, None] * n_rows + i[None, :], mask=mask, other=0.0).to(tl.float64)
+    tl.store(sums + i_u * N_SUMS + k, tl.sum(total, axis=1), mask=k < N_SUMS)
 
 
 @triton.jit
@@ -213,7 +213,10 @@ def survey(table: Table, arena: Arena) -> None:
             ADAM=arena.adam, FIRST=arena.first, LOW=is_low(kind.param), ALIGNED=table.aligned, BLOCK=BLOCK,
             num_warps=WARPS,
         )  # fmt: skip
-    reduce_kernel[(arena.units,)](arena.partials, table.spans, arena.sums, table.chunks, ROWS=1024)
+    reduce_kernel[(arena.units,)](
+        arena.partials, table.spans, arena.sums, table.chunks,
+        SUMS=triton.next_power_of_2(N_SUMS.value), ROWS=1024, num_warps=WARPS,
+    )  # fmt: skip
 
 
 def advance(table: Table, arena: Arena) -> None:

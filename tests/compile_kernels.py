@@ -25,7 +25,7 @@ SCALARS = {
     "eps": "fp32", "first": "i32",
 }  # fmt: skip
 CHUNK_KERNELS = {"survey": moments.survey_kernel, "trial": trial.trial_kernel, "advance": moments.advance_kernel}
-CONSTANTS = {"UP": 16, "ROWS": 1024, "BLOCK": 128}
+CONSTANTS = {"UP": 16, "SUMS": 8, "ROWS": 1024, "BLOCK": 128}
 FLAGS = {"open_kernel": ("TESTED", "KEEP"), "judge_together_kernel": ("SPLIT",)}
 
 
@@ -70,7 +70,8 @@ def main(arch):
         names = FLAGS.get(kernel.__name__, ())
         for flags in product((False, True), repeat=len(names)):
             constants = CONSTANTS | dict(zip(names, flags, strict=True))
-            found = describe(build(kernel, types, constants, arch, 1 if kernel in scalar else 4))
+            warps = 1 if kernel in scalar else WARPS if kernel is moments.reduce_kernel else 4
+            found = describe(build(kernel, types, constants, arch, warps))
             print(json.dumps({"kernel": kernel.__name__, "flags": flags, **found}))
 
 

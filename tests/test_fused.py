@@ -69,11 +69,12 @@ def copies(groups, state):
     return copied, {twins[p]: {k: v.clone() for k, v in s.items()} for p, s in state.items()}
 
 
-def near(got, wanted, rtol, scale=None):
+def near(got, wanted, rtol, *terms):
+    """``terms`` are what ``wanted`` is the sum of: where they cancel, their rounding stays."""
     got, wanted = got.detach().double(), wanted.detach().double()
     assert torch.equal(torch.isfinite(got), torch.isfinite(wanted))
     ok = torch.isfinite(wanted)
-    scale = wanted[ok].abs().max() if scale is None and ok.any() else scale
+    scale = max(float(x[ok].abs().max()) for x in (wanted, *terms)) if ok.any() else 0.0
     assert not ok.any() or (got[ok] - wanted[ok]).abs().max() <= rtol * (scale + 1e-30)
 
 
@@ -94,7 +95,7 @@ def test_survey_trial_and_advance_do_what_the_plain_versions_do(partition, kind,
     arena.sums.fill_(math.nan)
     device.refresh("0")
     survey(table, arena)
-    before = [p.detach().clone() for g in groups for p in g["params"]]
+    before = [[p.detach().clone() for p in g["params"]] for g in groups]
     sums = arena.sums.tolist()
     for row, unit in enumerate(units):
         found = dict(zip(SUMS, sums[row], strict=True))
@@ -119,24 +120,26 @@ def test_survey_trial_and_advance_do_what_the_plain_versions_do(partition, kind,
         unit.direct(scratch, averaged, 0.7)
         unit.trial(eta)
         put(device, row, eta)
-        for p, q in zip(groups[row]["params"], twin_groups[row]["params"], strict=True):
-            near(p, q, RTOL[p.dtype])
+        for p, q, old in zip(groups[row]["params"], twin_groups[row]["params"], before[row], strict=True):
+            near(p, q, RTOL[p.dtype], old)
         unit.commit(scratch, twin_state | {p: twin_state.get(p, {}) for p in twin_groups[row]["params"]}, 0.7, eta)
     arena.state[:, STATE.index("slope")] = 1.0
     advance(table, arena)
-    for fused, plain in zip(device.units, units, strict=True):
+    for fused, plain, olds in zip(device.units, units, before, strict=True):
         for name in ("m", "v", "w"):
             mine, theirs = getattr(fused, name), getattr(plain, name)
             moved = fused.low_precision or name != "w"  # the snapshot of a float32 parameter is taken anew
             if len(mine) and moved:
                 for i in plain.active:
-                    near(fused.views(mine)[i], plain.views(theirs)[i], 1e-4 if name == "w" else 2e-6)
+                    terms = {"m": [plain.members[i][0].grad], "v": [], "w": [olds[i]]}[name]
+                    near(fused.views(mine)[i], plain.views(theirs)[i], 1e-4 if name == "w" else 2e-6, *terms)
         assert fused.steps[: len(fused.members)].tolist() == plain.counts
     for row in range(len(units)):
         put(device, row, 0.0)  # masters have moved on: where there are none, the old weights come back
-    for p, old in zip([p for g in groups for p in g["params"]], before, strict=True):
-        if p.dtype == torch.float32 or p.grad is None:
-            assert torch.equal(p.detach(), old)
+    for g, olds in zip(groups, before, strict=True):
+        for p, old in zip(g["params"], olds, strict=True):
+            if p.dtype == torch.float32 or p.grad is None:
+                assert torch.equal(p.detach(), old)
 
 
 def put(device, row, eta):
