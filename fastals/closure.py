@@ -130,12 +130,14 @@ class Losses:
     def finish(self) -> None:
         """Leave the generators where a plain forward and backward leaves them."""
         rng.set_state(self.after)
+        torch.clear_autocast_cache()  # casts of the last trial's weights are stale
         if self.cache is not None:
             self.cache.clear()
 
     def undo(self) -> None:
         """Put generators, gradients and module buffers back to where the step found them."""
         rng.set_state(self.before)
+        torch.clear_autocast_cache()  # casts of the last trial's weights are stale
         for p, grad in zip(self.params, self.grads, strict=True):
             p.grad = grad
         for buffer, value in self.buffers:

@@ -11,7 +11,10 @@ captured piece with dropout has to be replayed by the host.
 """
 
 import ctypes
+import functools
 import gc
+import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +32,7 @@ except ImportError:
 
 OLDEST_DRIVER = 12040
 MOST_NOTED = 64  # steps that the host may be ahead of the device
+MODE = "relaxed"  # a kernel may be loaded at its first launch; a wait for the device fails the capture in any mode
 TORCH = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
 
 #: One thread: condition ← flag ≠ 0. The driver provides cudaGraphSetConditional.
@@ -77,8 +81,6 @@ class CudaGraphs:
         self.generator = torch.cuda.default_generators[device.index or 0]
         self.pool: Any = None
         self._noted: deque[tuple[torch.cuda.Event, Tensor]] = deque()
-        self._module: Any = None
-        self._kept: list[Any] = []  # graphs of the driver that a launch needs
 
     def capture_head(self, action: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Capture forward and backward."""
@@ -98,25 +100,27 @@ class CudaGraphs:
         """
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self.pool, capture_error_mode=MODE)
             try:
                 action()
+                graph.capture_end()
             except BaseException:
                 self._abandon(graph)
                 raise
-            graph.capture_end()
         graph.instantiate()
         self.pool = graph.pool()
         return graph
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a failed capture; a clean one after it takes allocator and generator out of capture."""
-        try:
-            graph.capture_end()
-        except RuntimeError:
-            clean = torch.cuda.CUDAGraph()
-            clean.capture_begin(capture_error_mode="thread_local")
-            clean.capture_end()
+        """End a failed capture; a clean one after it, while the failed graph lives, takes the generator out of it."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+            try:
+                graph.capture_end()
+            except RuntimeError:
+                clean = torch.cuda.CUDAGraph()
+                clean.capture_begin(capture_error_mode=MODE)
+                clean.capture_end()
 
     def replay(self, piece: torch.cuda.CUDAGraph) -> None:
         """Launch the graph on the stream."""
@@ -170,16 +174,20 @@ class CudaGraphs:
             raise RuntimeError(f"the driver knows CUDA {version // 1000}.{version % 1000 // 10}; loops need 12.4")
         if self.draws and TORCH >= (2, 12):
             raise RuntimeError("the forward draws random numbers, which torch 2.12 and newer cannot replay in a loop")
-        graph = checked(runtime.cudaGraphCreate(0))
+        graph = self._own(checked(runtime.cudaGraphCreate(0)), runtime.cudaGraphDestroy)
         last: list[Any] = []
         for operation in operations:
             if isinstance(operation, Run):
                 last = [_child(graph, last, operation.piece)]
             elif isinstance(operation, Loop):
                 last = [self._while(graph, last, operation, flags)]
-        executable = checked(runtime.cudaGraphInstantiate(graph, 0))
-        self._kept += [graph, executable]
+        executable = self._own(checked(runtime.cudaGraphInstantiate(graph, 0)), runtime.cudaGraphExecDestroy)
         return lambda: checked(runtime.cudaGraphLaunch(executable, self.stream.cuda_stream))
+
+    def _own(self, made: Any, destroy: Callable[[Any], object]) -> Any:
+        """What the driver has made for this object goes with it; one that still runs is freed when it has finished."""
+        weakref.finalize(self, destroy, made).atexit = False  # at exit the context goes first
+        return made
 
     def _while(self, graph: Any, after: list[Any], loop: Loop, flags: Tensor) -> Any:
         """While (flag) { piece }; the flag is 0 until the kernel before the node has read it."""
@@ -199,14 +207,19 @@ class CudaGraphs:
         return node
 
     def _set_condition(self, graph: Any, after: list[Any], handle: Any, flag: int) -> Any:
-        if self._module is None:
-            self._module = checked(driver.cuModuleLoadData(SET_CONDITION))
         wanted = driver.CUDA_KERNEL_NODE_PARAMS()
-        wanted.func = checked(driver.cuModuleGetFunction(self._module, b"set_condition"))
+        wanted.func = set_condition(self.device)
         for size in ("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ"):
             setattr(wanted, size, 1)
         wanted.kernelParams = ((int(handle), flag), (ctypes.c_uint64, ctypes.c_void_p))
         return checked(driver.cuGraphAddKernelNode(graph, after, len(after), wanted))
+
+
+@functools.cache
+def set_condition(device: torch.device) -> Any:
+    """The kernel of :data:`SET_CONDITION`, loaded once a device: graphs that run it may outlive who built them."""
+    module = checked(driver.cuModuleLoadData(SET_CONDITION))
+    return checked(driver.cuModuleGetFunction(module, b"set_condition"))
 
 
 def _child(graph: Any, after: list[Any], piece: torch.cuda.CUDAGraph) -> Any:
@@ -231,6 +244,8 @@ def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     """Run on the stream, after what the current one has been given and before what it will be given."""
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        current.wait_stream(stream)

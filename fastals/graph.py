@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_is_leaf, tree_unflatten
 
 from fastals.schedule import SCHEDULES, keep
 
@@ -49,7 +49,8 @@ class GraphedStep:
     Args:
         optimizer: the :class:`fastals.ALS`.
         loss_fn: loss of a batch, a scalar tensor. It must not wait for the device (``.item()``, prints of values,
-            branches on them) to be captured.
+            branches on them) to be captured. A mapping of another class, such as a ``BatchEncoding``, reaches it as a
+            plain ``dict``: ``batch["labels"]`` works, ``batch.labels`` does not.
         pad_to_multiple_of: pad text batches (mappings with ``input_ids`` and ``attention_mask``) on the right to a
             multiple of this length, so that there are few signatures; labels are padded with -100.
         max_signatures: programs kept; the one used least recently goes first, with its memory.
@@ -90,6 +91,8 @@ class GraphedStep:
 
     def __call__(self, batch: Batch) -> Tensor:
         """One step; returns f(w_t) before it, on the device."""
+        if isinstance(batch, Mapping) and tree_is_leaf(batch):
+            batch = dict(batch)
         if self.pad_to_multiple_of is not None:
             batch = pad(batch, self.pad_to_multiple_of)
         if self._give_up:

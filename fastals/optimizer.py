@@ -51,7 +51,8 @@ class ALS(torch.optim.Optimizer):
             one) or ``"tested"`` (test and move along the averaged one; where it does not descend, fall back).
         schedule: ``"sweep"``, ``"independent"``, ``"cycle"`` or ``"joint"``, see :mod:`fastals.schedule`.
         order: order of the searches in a sweep: ``"top_down"``, ``"bottom_up"`` or ``"random"``.
-        every: search in every N-th step only and keep the found steps in between, or ``"auto"`` (SaLSA).
+        every: search in every N-th step only and keep the found steps in between, or ``"auto"`` (SaLSA), which
+            waits for the device after every step that searches.
         c: sufficient-decrease constant in (0, 1).
         backtrack: factor β in (0, 1) on rejection.
         growth: factor γ ≥ 1 on the remembered step for the next mini-batch.

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastals import rng
 from fastals.cache import ActivationCache
 from fastals.closure import Learned, Losses, non_finite
 from fastals.device import Device, DeviceBatch, Immediately
@@ -170,10 +171,13 @@ class Program:
         max_grad_norm: float | None,
     ) -> None:
         self.backend, self.params, self.max_grad_norm = backend, params, max_grad_norm
+        _drop_gradients(params)
         cache = ActivationCache(model, (device.arena.device.index or 0,) if _on_cuda(device) else ()) if model else None
         trusted = {name: learned.trusted.get(name, False) for name in [*(u.name for u in device.units), "all units"]}
         self.losses = Losses(closure, params, model, cache, Learned(trusted, learned.written), lazy=True)
-        self.head, self.loss = backend.capture_head(self._differentiate)
+        self.generators = rng.get_state(self.losses.devices)
+        with self._capturing():
+            self.head, self.loss = backend.capture_head(self._differentiate)
         self.grads = [p.grad for p in params]
         self.units = [u for u in device.units if u.find_active()]
         if cache is not None:
@@ -181,8 +185,7 @@ class Program:
         self.device = copy.copy(device)
         self.device.table = Table(device.table.entries)
         self.tails: dict[object, Tail] = {}
-        for p in params:
-            p.grad = None
+        _drop_gradients(params)
 
     def _differentiate(self) -> Tensor:
         self.losses.restart()
@@ -191,7 +194,7 @@ class Program:
     def tail(self, kind: object, record: Callable[[DeviceBatch], None], batch: Callable[..., DeviceBatch]) -> Tail:
         """The tail of this kind of step; ``record`` runs its schedule on a mini-batch from ``batch``."""
         if kind not in self.tails:
-            with self._gradients_in_place():
+            with self._gradients_in_place(), self._capturing():
                 for unit in self.units:
                     unit.find_active()
                 self.tails[kind] = self._capture_tail(record, batch)
@@ -206,8 +209,18 @@ class Program:
         operations = recorder.finish()
         try:
             return Tail(operations, batch, self.backend.link(operations, self.device.arena.flags), "")
-        except RuntimeError as error:
-            return Tail(operations, batch, None, str(error))
+        except Exception as error:  # the bindings raise what they like
+            named = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+            return Tail(operations, batch, None, f"{named}{error}")
+
+    @contextmanager
+    def _capturing(self) -> Iterator[None]:
+        """Hold the generators, whose seed may not change between captures, and keep no cast in the graphs' memory."""
+        try:
+            with rng.standing_at(self.generators):
+                yield
+        finally:
+            torch.clear_autocast_cache()
 
     @contextmanager
     def _gradients_in_place(self) -> Iterator[None]:
@@ -241,6 +254,7 @@ class Program:
             self.backend.set_rng_state(before)
             raise
         self.backend.set_rng_state(after)
+        torch.clear_autocast_cache()  # casts of the weights before this step are stale
         self.backend.note(self.device.arena.flags[-1])
 
     def _run_on_host(self, operations: Sequence[Operation], rng_state: Any) -> None:
@@ -272,6 +286,12 @@ class Program:
         """Say that an earlier step was refused, if one was and nobody has waited for it."""
         if any(flags[FLAGS.index("refused")] for flags in self.backend.noted()):
             raise non_finite(math.nan)
+
+
+def _drop_gradients(params: Sequence[Tensor]) -> None:
+    """Let go of the gradients and of the memory that they lie in."""
+    for p in params:
+        p.grad = None
 
 
 def _on_cuda(device: Device) -> bool:

@@ -1,6 +1,7 @@
 """Save and restore the random generators that a forward pass draws from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,3 +25,14 @@ def set_state(state: State) -> None:
     torch.set_rng_state(cpu)
     for index, device_state in cuda.items():
         torch.cuda.set_rng_state(device_state, index)
+
+
+@contextmanager
+def standing_at(state: State) -> Iterator[None]:
+    """Put the generators at a saved state for as long as this lasts, and back afterwards."""
+    present = get_state(tuple(state[1]))
+    set_state(state)
+    try:
+        yield
+    finally:
+        set_state(present)

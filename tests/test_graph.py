@@ -1,9 +1,11 @@
 """Steps as captured pieces: one program with a back end that records, on the CPU, and with CUDA graphs on a GPU."""
 
 import copy
+import gc
 import math
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -33,10 +35,9 @@ class Recording:
         self.params, self.linked, self.log, self._noted = params, linked, log, []
 
     def capture_head(self, action):
-        before = torch.get_rng_state()
+        self.seed = torch.initial_seed()
         result = action()
         grads = [p.grad for p in self.params]
-        torch.set_rng_state(before)
 
         def again():
             result.copy_(action())
@@ -48,6 +49,7 @@ class Recording:
         return self.capture(again), result
 
     def capture(self, action):
+        assert torch.initial_seed() == self.seed, "while torch captures, a state of another seed cannot be set"
         self.log.append("capture")
         return action
 
@@ -283,6 +285,36 @@ def test_an_error_during_a_replay_leaves_everything_as_it_was(linked, at):
 
 @interpreted
 @pytest.mark.parametrize("linked", [False, True])
+def test_an_outer_autocast_region_sees_the_weights_behind_a_replayed_step(linked):
+    model, _, step = build(linked=linked, momentum="after", **HARD)
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for batch in tiny_batches(WARMUP + 2):
+            step(batch)
+            found = float(model(**batch))
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                assert found == float(model(**batch))
+    assert step.mode.name != "eager", step.mode
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(RuntimeError("no loops"), "no loops"), (AttributeError("no such node"), "AttributeError: no such node")],
+)
+def test_whatever_a_launch_fails_with_the_pieces_are_replayed_by_the_host(error, reason, monkeypatch):
+    def fails(self, operations, flags):
+        raise error
+
+    monkeypatch.setattr(Recording, "link", fails)
+    _, _, step = build()
+    for batch in tiny_batches(WARMUP + 1):
+        step(batch)
+    assert step.mode == GraphMode("host", reason)
+
+
+@interpreted
+@pytest.mark.parametrize("linked", [False, True])
 def test_a_loss_that_is_not_finite_moves_nothing_and_is_said(linked):
     scale = torch.ones(())
     model, opt, step = build(loss_fn=lambda batch: model(**batch) * scale, linked=linked)
@@ -361,7 +393,7 @@ class Bindings:
     """Writes down which nodes are made and on what they wait."""
 
     def __init__(self):
-        self.nodes, self.graphs = [], 0
+        self.nodes = []
 
     def __getattr__(self, name):
         return lambda *args: (0, self.node(name, args))
@@ -396,8 +428,9 @@ def test_a_tail_becomes_one_graph_of_child_graphs_and_while_nodes(monkeypatch):
     bindings = Bindings()
     monkeypatch.setattr(cuda_graphs, "runtime", bindings)
     monkeypatch.setattr(cuda_graphs, "driver", bindings)
+    monkeypatch.setattr(cuda_graphs, "set_condition", lambda device: "set_condition")
     backend = object.__new__(cuda_graphs.CudaGraphs)
-    backend.draws, backend._module, backend._kept = False, None, []
+    backend.draws, backend.device = False, torch.device("cuda", 0)
     backend.stream = type("Stream", (), {"cuda_stream": 5})()
     piece = type("Piece", (), {"raw_cuda_graph": lambda self: "raw"})()
     flags = torch.zeros(3, 3, dtype=torch.int32)
@@ -416,6 +449,12 @@ def test_a_tail_becomes_one_graph_of_child_graphs_and_while_nodes(monkeypatch):
     assert {flag for _, flag in kernels} == {flags[1].data_ptr()}
     launch()
     assert bindings.nodes[-1] == ("cudaGraphLaunch", ("cudaGraphInstantiate", 5))
+    made = len(bindings.nodes)
+    del launch, backend
+    gc.collect()
+    assert sorted(bindings.nodes[made:]) == [
+        ("cudaGraphDestroy", ("cudaGraphCreate",)), ("cudaGraphExecDestroy", ("cudaGraphInstantiate",)),
+    ]  # fmt: skip
 
 
 def test_why_there_are_no_loops_on_the_device(monkeypatch):
@@ -428,6 +467,34 @@ def test_why_there_are_no_loops_on_the_device(monkeypatch):
     backend.draws = True
     with pytest.raises(RuntimeError, match="random numbers"):
         backend.link([], None)
+
+
+def test_a_failed_capture_is_ended_by_a_clean_one(monkeypatch):
+    modes = []
+
+    class Graph:
+        def __init__(self, keep_graph=False):
+            self.fails = keep_graph
+
+        def capture_begin(self, pool=None, capture_error_mode="global"):
+            modes.append(capture_error_mode)
+
+        def capture_end(self):
+            if self.fails:
+                raise RuntimeError("the capture is not valid")
+            warnings.warn("The CUDA Graph is empty.", stacklevel=2)
+
+    def action():
+        raise BrokenError
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    backend = object.__new__(cuda_graphs.CudaGraphs)
+    backend.stream = backend.pool = None
+    with pytest.raises(BrokenError):
+        backend.capture(action)
+    with pytest.raises(RuntimeError, match="not valid"):
+        backend.capture(lambda: None)
+    assert modes == ["relaxed"] * 4
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
@@ -448,11 +515,12 @@ def test_the_kernel_that_sets_a_condition_assembles(architecture):
 # On a GPU
 
 
-def on_gpu(model, opt, count=8, **inputs):
+def on_gpu(model, opt, count=8):
     step = opt.graphed(lambda batch: model(**batch))
     for t, batch in enumerate(tiny_batches(count)):
         torch.manual_seed(t)
         step({k: v.cuda() for k, v in batch.items()})
+    print(step.mode)
     return step
 
 
@@ -481,6 +549,7 @@ def test_graphs_take_the_steps_of_the_eager_path(options, force_host, monkeypatc
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             q.data.copy_(p.data)
         eager.load_state_dict(opt.state_dict())
+    print(step.mode)
     assert step.mode.name == "host" if force_host else step.mode.name in ("while", "host"), step.mode
 
 
@@ -524,7 +593,25 @@ def test_hugging_face_models_are_replayed(kind):
     assert step.mode.name == "host"
 
 
+@interpreted
+def test_what_a_tokenizer_returns_is_a_dict_in_eager_and_in_replayed_steps():
+    from transformers import BatchEncoding
+
+    seen = set()
+
+    def loss_fn(batch):
+        seen.add(type(batch))
+        return model(**batch)
+
+    model, _, step = build(loss_fn=loss_fn)
+    for batch in tiny_batches(WARMUP + 2):
+        step(BatchEncoding(batch))
+    assert step.mode.name == "host"
+    assert seen == {dict}
+
+
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")  # the compiler's advice
 @pytest.mark.parametrize("how", ["plain", "autocast", "compiled", "checkpointed", "accumulated"])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_hugging_face_models_are_captured_as_they_are(kind, how):
@@ -546,6 +633,7 @@ def test_hugging_face_models_are_captured_as_they_are(kind, how):
     for t in range(8):
         step(pairs[t % 3][1])
         assert opt.report.loss_after <= opt.report.loss_before
+    print(step.mode)
     assert step.mode.name != "eager", step.mode
 
 
@@ -585,8 +673,44 @@ def test_dropout_masks_are_held_in_a_step_and_change_between_steps():
         step(batch)
         starts.append(opt.report.loss_before)
         assert opt.report.loss_after == opt.report.loss_before
+    print(step.mode)
     assert step.mode.name != "eager", step.mode
     assert len(set(starts)) == len(starts)
+
+
+@pytest.mark.gpu
+def test_a_loss_that_waits_for_the_device_is_not_captured_and_steps_go_on():
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=2, dropout=0.5).cuda()
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True)
+
+    def loss_fn(batch):
+        loss = model(**batch)
+        assert math.isfinite(float(loss))
+        return loss
+
+    step = opt.graphed(loss_fn)
+    batches = [{k: v.cuda() for k, v in batch.items()} for batch in tiny_batches(WARMUP + 3)]
+    for batch in batches[:WARMUP]:
+        step(batch)
+    with pytest.warns(UserWarning, match="the capture failed"):
+        step(batches[-3])
+    for batch in batches[-2:]:
+        step(batch)
+    assert step.mode.name == "eager"
+    assert opt.param_groups[0]["count"] == len(batches)
+
+
+@pytest.mark.gpu
+def test_loops_run_on_the_device_where_bindings_and_driver_know_them():
+    pytest.importorskip("cuda.bindings")
+    version = cuda_graphs.checked(cuda_graphs.runtime.cudaDriverGetVersion())
+    if version < cuda_graphs.OLDEST_DRIVER:
+        pytest.skip(f"the driver knows CUDA {version} only")
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=2, dropout=0.0).cuda()
+    step = on_gpu(model, fastals.ALS(fastals.units(model), model=model, fused=True))
+    assert step.mode.name == "while", step.mode.reason
 
 
 @pytest.mark.gpu
@@ -602,8 +726,8 @@ def test_a_step_in_while_mode_does_not_wait_for_the_device():
     asleep = torch.cuda.Event()
     torch.cuda._sleep(2_000_000_000)
     asleep.record()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -615,9 +739,8 @@ def test_generators_stand_where_a_plain_forward_and_backward_leaves_them():
     torch.manual_seed(0)
     model = TinyTransformer(depth=2, dropout=0.5).cuda()
     opt = fastals.ALS(fastals.units(model), model=model, fused=True)
-    on_gpu(model, opt)
+    step = on_gpu(model, opt)
     batch = {k: v.cuda() for k, v in next(tiny_batches(1)).items()}
-    step = opt.graphed(lambda b: model(**b))
     states = []
     for take in (lambda: model(**batch).backward(), lambda: step(batch)):
         torch.manual_seed(3)
