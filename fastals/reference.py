@@ -2,9 +2,9 @@
 
 It does plainly what scripts for this method do: copies of all parameters in every step, a loop over
 tensors for every direction and every trial, a full forward and a host read per trial, the random state put
-back before each. No cache, no flat buffers, no undo after an error. It shares the scalar rules
-(:mod:`fastals.search`) with :class:`fastals.ALS` and nothing else, so that tests and timings can hold one
-against the other.
+back before each. What the host needs of a unit it reads once, not once a tensor. No cache, no flat buffers, no undo
+after an error. It shares the scalar rules (:mod:`fastals.search`) with :class:`fastals.ALS` and nothing else, so that
+tests and timings can hold one against the other.
 """
 
 import inspect
@@ -34,8 +34,8 @@ class Part:
     owners: list[dict] = field(default_factory=list)  # group of each parameter
     weights: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
-    means: list[Tensor] = field(default_factory=list)
-    squares: list[Tensor] = field(default_factory=list)
+    means: list[Tensor | None] = field(default_factory=list)
+    squares: list[Tensor | None] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     direction: list[Tensor] = field(default_factory=list)
     slope: float = 0.0
@@ -130,26 +130,36 @@ class EagerALS(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 exact = torch.promote_types(p.dtype, torch.float32)
-                state, (beta1, beta2), clipped = self.state[p], group["betas"], p.grad.to(exact) * self.scale
-                m, v = (state.get(k, torch.zeros_like(clipped)) for k in ("exp_avg", "exp_avg_sq"))
-                adam = self.settings.direction == "adam"
+                state, clipped = self.state[p], p.grad.to(exact) * self.scale
                 master = state.get("master")  # of a parameter below float32, unless someone else wrote it since
                 keeps = master is not None and torch.equal(master.to(p.dtype), p)
                 part.params.append(p)
                 part.owners.append(group)
                 part.weights.append(master.clone() if keeps else p.detach().to(exact, copy=True))
                 part.grads.append(p.grad.to(exact, copy=True))
-                part.means.append(beta1 * m + (1 - beta1) * clipped if adam else beta1 * m + clipped)
-                part.squares.append(beta2 * v + (1 - beta2) * clipped**2)
+                part.means.append(self._mean(state.get("exp_avg"), clipped, group["betas"][0]))
+                part.squares.append(self._square(state.get("exp_avg_sq"), clipped, group["betas"][1]))
                 part.counts.append(int(state.get("step", 0)) + 1)
         return part
+
+    def _mean(self, m: Tensor | None, g: Tensor, beta: float) -> Tensor | None:
+        """The first moment with this gradient in, where something reads it."""
+        if self.settings.momentum == "none":
+            return None
+        if self.settings.direction == "adam":
+            return _average(m, g, beta)
+        return g if m is None else beta * m + g
+
+    def _square(self, v: Tensor | None, g: Tensor, beta: float) -> Tensor | None:
+        """The second moment with this gradient in; SGD has none."""
+        return _average(v, g**2, beta) if self.settings.direction == "adam" else None
 
     def _aim(self, part: Part, averaged: bool) -> float:
         """Compute the direction and slope of a unit; returns the largest step it may try."""
         part.direction = [self._direction(part, i, averaged) for i in range(len(part.params))]
-        part.slope = sum(float((g * d).sum()) for g, d in zip(part.grads, part.direction, strict=True))
+        part.slope = float(sum((g * d).sum().double() for g, d in zip(part.grads, part.direction, strict=True)))
         largest, trust = part.rules["eta_max"], part.rules["trust"]
-        moving = sum(int((g != 0).sum()) for g in part.grads)
+        moving = int(sum(torch.count_nonzero(g) for g in part.grads))
         length = _norm(part.direction) / math.sqrt(max(moving, 1))
         if trust is not None and length > 0:
             largest = min(largest, trust * max(_rms(part.weights), self.weight_rms) / length)
@@ -291,7 +301,8 @@ class EagerALS(torch.optim.Optimizer):
     def _remember(self, part: Part) -> None:
         """Store moments, counts and what the search learned."""
         for i, p in enumerate(part.params):
-            self.state[p] |= {"step": part.counts[i], "exp_avg": part.means[i], "exp_avg_sq": part.squares[i]}
+            moments = {"exp_avg": part.means[i], "exp_avg_sq": part.squares[i]}
+            self.state[p] |= {"step": part.counts[i]} | {k: m for k, m in moments.items() if m is not None}
             if p.dtype != part.weights[i].dtype:
                 w = part.weights[i]
                 self.state[p]["master"] = w - part.eta * part.direction[i] if part.eta else w
@@ -311,8 +322,12 @@ class EagerALS(torch.optim.Optimizer):
                 group.update(memory, unit=unit)
 
 
+def _average(old: Tensor | None, new: Tensor, beta: float) -> Tensor:
+    return (1 - beta) * new if old is None else beta * old + (1 - beta) * new
+
+
 def _norm(tensors: list[Tensor]) -> float:
-    return math.hypot(*(float(t.norm()) for t in tensors))
+    return float(torch.stack([t.norm().double() for t in tensors]).norm())
 
 
 def _rms(tensors: list[Tensor]) -> float:
