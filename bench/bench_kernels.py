@@ -21,6 +21,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton
+from floor import moved_bytes
 
 from fastals.device import Device
 from fastals.kernels import armijo
@@ -110,17 +111,6 @@ def copied():
     source = torch.randn(2**28 if DEVICE == "cuda" else 2**16, device=DEVICE)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.numel() * 4
-
-
-def moved_bytes(kernel, param_bytes, averages):
-    """Bytes per parameter; p and g have ``param_bytes``, the rest is float32."""
-    first = 4 if averages else 0
-    master = 4 if param_bytes < 4 else 0
-    return {
-        "survey": 2 * param_bytes + 4 + 4 + master + first,
-        "trial": 2 * param_bytes + 4 + 4 + first,
-        "advance": param_bytes + 8 + 2 * master + 2 * first,
-    }[kernel]
 
 
 @needs_gpu

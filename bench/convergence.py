@@ -77,7 +77,7 @@ def train(task: Task, method: Method, regime: str, seed: int, steps: int) -> dic
         if annealing:
             annealing.step()
         seconds.append(round(clock, 3))
-        forwards.append(round(rival.forwards, 2))
+        forwards.append(round(rival.work(), 2))
         reports.append(getattr(rival.optimizer, "report", None))
         if not math.isfinite(loss):
             break

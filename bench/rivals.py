@@ -5,14 +5,17 @@ blocks that it ran. A package that is not installed raises ImportError where its
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import fastals
-from fastals.graph import GraphedStep
+from fastals.graph import WARMUP, GraphedStep
 from fastals.reference import EagerALS
+
+if TYPE_CHECKING:
+    from fastals.program import Program
 
 
 class Plain:
@@ -31,6 +34,10 @@ class Plain:
         self.optimizer.zero_grad()
         self.forwards += 3
         return loss.detach()
+
+    def work(self) -> float:
+        """Forward passes so far."""
+        return self.forwards
 
     def rest(self) -> None:
         """Put the weights where they are to be evaluated."""
@@ -84,19 +91,35 @@ class Salsa(Plain):
 
 
 class Graphed(Search):
-    """ALS whose whole step is captured."""
-
-    first_steps = 6
+    """ALS whose whole step is captured; ``cycle`` captures the steps of every unit's turn."""
 
     def __init__(self, model: nn.Module, optimizer: fastals.ALS, backend: Any = None) -> None:
         super().__init__(model, optimizer)
         self.train_step = GraphedStep(optimizer, lambda batch: model(**batch).loss, backend=backend)
+        turns = len(optimizer.param_groups) if optimizer.settings.schedule == "cycle" else 1
+        self.first_steps = WARMUP + turns + 2
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """Search on the mini-batch."""
-        loss = self.train_step(batch)
-        self.forwards += 2 + self.optimizer.last_forwards
-        return loss
+        return self.train_step(batch)
+
+    def work(self) -> float:
+        """From the reports of all steps, 64 at most, by the trials that each unit made and the share of its blocks."""
+        (captured,) = self.train_step._programs.values()
+        share = shares(captured.program)
+        reports = self.optimizer.reports
+        trials = sum(u.trials * share[u.name] for r in reports for u in r.units)
+        return 3 * len(reports) + trials + sum(r.joint_trials for r in reports)
+
+
+def shares(program: "Program") -> dict[str, float]:
+    """The part of the blocks that a trial of each unit runs, by the unit's name."""
+    cache = program.losses.cache
+    if cache is None:
+        return {u.name: 1.0 for u in program.units}
+    (calls,) = cache.passes
+    at = [i for i, call in enumerate(calls) if id(call.module) in cache.names]
+    return {u.name: sum(i >= cache.start(u.active_params())[0] for i in at) / len(at) for u in program.units}
 
 
 class Captured(Plain):

@@ -18,10 +18,13 @@ class Turns:
         batches: mini-batches on the device.
         rounds: timed steps of each.
         device: ``"cpu"`` or ``"cuda"``.
+        host: stop the clock when a step returns to the host, and not when the device is done.
     """
 
-    def __init__(self, rivals: tuple[Plain, Plain], batches: Iterator[dict], rounds: int, device: str) -> None:
-        self.rivals, self.rounds, self.device = rivals, rounds, device
+    def __init__(
+        self, rivals: tuple[Plain, Plain], batches: Iterator[dict], rounds: int, device: str, *, host: bool = False
+    ) -> None:
+        self.rivals, self.rounds, self.device, self.host = rivals, rounds, device, host
         self.first = max(rival.first_steps for rival in rivals)  # out of the clock: allocation, verification, capture
         self.batches = [next(batches) for _ in range(self.first + rounds)]
         self.seconds: tuple[list[float], list[float]] = ([], [])
@@ -33,15 +36,16 @@ class Turns:
         for k in range(self.first):
             self.step(0, k)
             self.step(1, k)
-        self.before = [rival.forwards for rival in self.rivals]
+        self.before = [rival.work() for rival in self.rivals]
 
     def step(self, rival: int, batch: int) -> None:
-        """One step, until the device is done."""
+        """One step, until the device is done or, for the host's time, until the call returns."""
         torch.manual_seed(2)
         self._synchronize()
         begin = time.perf_counter()
         self.rivals[rival].step(self.batches[batch])
-        self._synchronize()
+        if not self.host:
+            self._synchronize()
         self.seconds[rival].append(time.perf_counter() - begin)
 
     def count(self) -> None:
@@ -57,11 +61,11 @@ class Turns:
     def result(self) -> dict[str, Any]:
         """Median, lowest and highest ratio of the rounds; the ratio of the forward passes; trials a unit of each."""
         ratios = [a / b for a, b in zip(*(s[self.first :] for s in self.seconds), strict=True)]
-        work = [rival.forwards - before for rival, before in zip(self.rivals, self.before, strict=True)]
+        work = [rival.work() - before for rival, before in zip(self.rivals, self.before, strict=True)]
         found: dict[str, Any] = {
             "speedup": round(statistics.median(ratios), 3), "spread": [round(min(ratios), 3), round(max(ratios), 3)],
         }  # fmt: skip
-        if all(map(math.isfinite, work)):  # a captured step does not say how many it made
+        if not self.host and all(map(math.isfinite, work)):
             found["by_forwards"] = round(work[0] / work[1], 3)
         if self.searches:
             found["trials_per_unit"] = [round(statistics.mean(t), 2) for t in self.trials]

@@ -2,15 +2,27 @@
 
 import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastals import charts, tuning
 from fastals.errors import UserError
 from fastals.stamp import STAMP
 
 Record = dict[str, Any]
-RUN = ("task", "regime", "method", "seed", "steps", "loss", "accuracy", "losses", "seconds", "forwards", "device")
+APART = 1.05  # what two values must differ by to count as changed
+
+
+class Measure(NamedTuple):
+    """What a case is judged by: the median, lowest and highest ratio of its rounds; the higher the better."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} ({self.low:.4g} - {self.high:.4g})"
 
 
 def report(files: Sequence[Path], out: Path) -> Path:
@@ -41,28 +53,27 @@ def report(files: Sequence[Path], out: Path) -> Path:
 
 
 def compare(before: Path, after: Path) -> tuple[list[str], bool]:
-    """Lines on every case that has changed beyond the spread, and whether any got slower.
+    """Lines on the conditions that differ and on every measure that has changed, and whether any got slower.
 
-    A case has changed if the medians lie outside each other's spread: lowest to highest of the ratios, or the quartiles
-    of the times where no ratio is stored.
+    Measured are ratios of times taken in turn: a case's speed-up, and each kernel's bandwidth over that of a copy. One
+    has changed if its two ranges, lowest to highest, are disjoint and its medians more than 5 % apart: with five rounds
+    a side ranges are disjoint by chance in 1 of 126 comparisons. Seconds are not judged, for those of two runs are not
+    comparable.
 
     Raises:
-        UserError: a file that is no result, or cases of ``before`` that ``after`` does not have.
+        UserError: a file that is no result or has no measure, or measures of ``before`` that ``after`` does not have.
     """
-    old, new = ({c["fullname"]: c for c in read(path)[0]} for path in (before, after))
-    if not old:
-        raise UserError(f"there is no timing in {before}")
+    cases = [read(path)[0] for path in (before, after)]
+    old, new = ({name: m for c in own for name, m in _measures(c).items()} for own in cases)
+    for path, measures in ((before, old), (after, new)):
+        if not measures:
+            raise UserError(f"nothing can be judged in {path}: it has neither ratios nor kernels")
     missing = [name for name in old if name not in new]
     if missing:
-        raise UserError(f"{after} does not have {', '.join(missing)}")
-    devices = [sorted(set(map(_device, cases.values()))) for cases in (old, new)]
-    lines = [f"the devices differ: {devices[0]} and {devices[1]}"] if devices[0] != devices[1] else []
-    slower = False
-    for name, case in old.items():
-        verdict, values = _verdict(case, new[name])
-        lines += [f"{verdict}: {name}: {values}"] if verdict else []
-        slower |= verdict == "slower"
-    return lines, slower
+        raise UserError(f"{after} does not have {'; '.join(missing)}")
+    verdicts = {name: _verdict(measure, new[name]) for name, measure in old.items()}
+    lines = [f"{verdict}: {name}: {old[name]} -> {new[name]}" for name, verdict in verdicts.items() if verdict]
+    return _differences(*cases) + lines, "slower" in verdicts.values()
 
 
 def read(path: Path) -> tuple[list[Record], list[Record]]:
@@ -74,14 +85,53 @@ def read(path: Path) -> tuple[list[Record], list[Record]]:
     try:
         text = path.read_text()
         if path.suffix == ".jsonl":
-            runs = [json.loads(line) for line in text.splitlines()]
-            return [], [r for r in runs if [r[key] for key in RUN]]
-        cases = json.loads(text)["benchmarks"]
-        return [c for c in cases if (c["fullname"], _device(c), _time(c))], []
+            return [], [_run(json.loads(line)) for line in text.splitlines() if line.strip()]
+        return [_case(c) for c in json.loads(text)["benchmarks"]], []
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no pytest-benchmark file and no file of convergence runs") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no pytest-benchmark file and no file of convergence runs: {error!r}") from error
+
+
+def _case(case: Record) -> Record:
+    """The timing; fails unless it has all that pages and comparisons look up."""
+    info = case["extra_info"]
+    _all(str, case["fullname"], info["device"], charts.mini_batch(case))
+    _all(Real, *_time(case), *info.get("trials_per_unit", ()), *info.get("peak_mib", {}).values())
+    _all(Real, *(info[k] for k in ("by_forwards", "depth") if k in info))
+    for measure in _measures(case).values():
+        _all(Real, *measure)
+        if not measure.low <= measure.median <= measure.high:
+            raise ValueError(f"{measure} lies outside its own spread")
+    _all(Real, *(k["gbs"] for k in info.get("kernels", {}).values()))
+    if "copy_roof_gbs" in info:
+        _all(Real, info["copy_roof_gbs"], info["matmul_roof_tflops"])
+    return case
+
+
+def _run(run: Record) -> Record:
+    """The convergence run; fails unless it has all that pages look up."""
+    _all(str, run["task"], run["regime"], run["method"], run["device"])
+    _all(Real, run["seed"], run["steps"], run["loss"], run["accuracy"])
+    _all_of_one_length(run[key] for key in ("losses", "seconds", "forwards"))
+    if "step_sizes" in run:
+        _all_of_one_length(run["step_sizes"].values())
+    if "trials" in run:
+        _all(Real, run["trials"], run["rises"])
+    return run
+
+
+def _all(kind: type, *values: Any) -> None:
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
+
+
+def _all_of_one_length(rows: Iterable[Iterable[float]]) -> None:
+    values = [value for column in zip(*rows, strict=True) for value in column]
+    if not values:
+        raise ValueError("no numbers")
+    _all(Real, *values)
 
 
 def _refuse_twins(records: Iterable[Record], identity: Callable[[Record], tuple[Hashable, ...]]) -> None:
@@ -99,19 +149,37 @@ def _device(case: Record) -> str:
     return case["extra_info"]["device"]
 
 
-def _verdict(old: Record, new: Record) -> tuple[str, str]:
-    """``slower``, ``faster`` or nothing, and the two values; of ratios the higher is better, of times the lower."""
-    ratios = "speedup" in old["extra_info"] and "speedup" in new["extra_info"]
-    (a, a_low, a_high), (b, b_low, b_high) = (_ratio(c) if ratios else _time(c) for c in (old, new))
-    unit = "x" if ratios else " s"
-    values = f"{a:.4g}{unit} ({a_low:.4g} - {a_high:.4g}) -> {b:.4g}{unit} ({b_low:.4g} - {b_high:.4g})"
-    if a_low <= b <= a_high or b_low <= a <= b_high:
-        return "", values
-    return "faster" if (b > a) == ratios else "slower", values
+def _measures(case: Record) -> dict[str, Measure]:
+    """All that the case is judged by."""
+    name, info = case["fullname"], case["extra_info"]
+    found = {f"{name}, against {info['against']}": _ratio(case)} if "speedup" in info else {}
+    return found | {f"{name}, {kernel}": _of_roof(k) for kernel, k in info.get("kernels", {}).items()}
 
 
-def _ratio(case: Record) -> tuple[float, float, float]:
-    return case["extra_info"]["speedup"], *case["extra_info"]["spread"]
+def _ratio(case: Record) -> Measure:
+    return Measure(case["extra_info"]["speedup"], *case["extra_info"]["spread"])
+
+
+def _of_roof(kernel: Record) -> Measure:
+    return Measure(kernel["of_roof"], *kernel["spread"])
+
+
+def _verdict(old: Measure, new: Measure) -> str:
+    """``slower``, ``faster`` or nothing."""
+    low, high = sorted((old, new))
+    if low.high >= high.low or high.median <= APART * low.median:
+        return ""
+    return "faster" if high is new else "slower"
+
+
+def _differences(old: list[Record], new: list[Record]) -> list[str]:
+    """The conditions that differ, commits aside, and whether either tree was dirty."""
+    lines = []
+    for key in STAMP:
+        a, b = (sorted({str(c["extra_info"].get(key, "")) or "-" for c in cases}) for cases in (old, new))
+        if key != "commit" and (a != b or (key == "dirty" and "True" in a)):
+            lines.append(f"{key}: {' / '.join(a)} -> {' / '.join(b)}")
+    return lines
 
 
 def _time(case: Record) -> tuple[float, float, float]:
@@ -128,7 +196,8 @@ def _case_sections(cases: list[Record], where: str, out: Path) -> list[str]:
     """Tables and pictures of the timings of one device."""
     ratios = [c for c in cases if "speedup" in c["extra_info"]]
     kernels = [c for c in cases if "kernels" in c["extra_info"]]
-    times = [c for c in cases if c not in ratios and c not in kernels]
+    roofs = [c for c in cases if "copy_roof_gbs" in c["extra_info"]]
+    times = [c for c in cases if c not in ratios + kernels + roofs]
     sections = []
     for title in dict.fromkeys(map(charts.family, ratios)):
         members = [c for c in ratios if charts.family(c) == title]
@@ -137,15 +206,18 @@ def _case_sections(cases: list[Record], where: str, out: Path) -> list[str]:
     deep = [c for c in ratios if "depth" in c["extra_info"]]
     if deep:
         sections.append(f"## Depth{where}\n\n{_image(charts.depth('Depth' + where, deep, out))}")
+    if kernels or roofs:
+        sections.append("\n\n".join([f"## Kernels{where}", *map(_roofs, roofs)]))
     if kernels:
         picture = charts.roof("Kernels under the roof" + where, kernels, out)
-        sections.append(f"## Kernels{where}\n\n{_kernel_table(kernels)}\n\n{_image(picture)}")
+        sections += [_kernel_table(kernels), _image(picture)]
     return [*sections, f"## Times{where}\n\n{_time_table(times)}"] if times else sections
 
 
 def _ratio_table(cases: list[Record]) -> str:
     columns = [
-        "case", "speed-up (lowest - highest)", "from forward passes alone", "seconds", "trials a unit", "peak MiB",
+        "case", "mini-batch", "speed-up (lowest - highest)", "from forward passes alone", "seconds", "trials a unit",
+        "peak MiB",
     ]  # fmt: skip
     return _table(columns, map(_ratio_row, cases))
 
@@ -154,28 +226,32 @@ def _ratio_row(case: Record) -> list[str]:
     info, (median, low, high) = case["extra_info"], _ratio(case)
     return [
         charts.label(case),
+        charts.mini_batch(case),
         f"{median:.2f}x ({low:.2f} - {high:.2f})",
         f"{info['by_forwards']:.2f}x" if "by_forwards" in info else "-",
         f"{_time(case)[0]:.4g}",
-        " / ".join(map(str, info.get("trials_per_unit", "-"))),
+        " / ".join(f"{t:g}" for t in info.get("trials_per_unit", ())) or "-",
         _memory(info["peak_mib"]) if "peak_mib" in info else "-",
     ]
 
 
 def _memory(peaks: Record) -> str:
     found = ", ".join(f"{name} {mib}" for name, mib in peaks.items())
-    both = {"als", "adamw"} <= peaks.keys()
+    both = "als" in peaks and peaks.get("adamw")
     return f"{found} (als over adamw {peaks['als'] / peaks['adamw']:.2f}x)" if both else found
+
+
+def _roofs(case: Record) -> str:
+    copy, product = (case["extra_info"][key] for key in ("copy_roof_gbs", "matmul_roof_tflops"))
+    return (
+        f"The roofs, measured on the same device: a copy moves {copy:.4g} GB/s, a bfloat16 matrix product does "
+        f"{product:.4g} TFLOP/s."
+    )
 
 
 def _kernel_table(cases: list[Record]) -> str:
     rows = [
-        [
-            charts.label(case),
-            name,
-            f"{k['gbs']:.4g}",
-            f"{k['of_roof']:.1%} ({k['spread'][0]:.1%} - {k['spread'][1]:.1%})",
-        ]
+        [charts.label(case), name, f"{k['gbs']:.4g}", "{:.1%} ({:.1%} - {:.1%})".format(*_of_roof(k))]
         for case in cases
         for name, k in case["extra_info"]["kernels"].items()
     ]
@@ -186,7 +262,7 @@ def _time_table(cases: list[Record]) -> str:
     rows = []
     for case in cases:
         median, low, high = _time(case)
-        others = ", ".join(f"{k} {v}" for k, v in case["extra_info"].items() if k not in STAMP)
+        others = ", ".join(f"{k} {v}" for k, v in case["extra_info"].items() if k not in (*STAMP, "gates"))
         rows.append([charts.full_name(case), f"{median:.4g} ({low:.4g} - {high:.4g})", others or "-"])
     return _table(["case", "seconds (quartiles)", "beside"], rows)
 

@@ -2,13 +2,17 @@
 
 import math
 import statistics
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from fastals.plots import new_figure, running_mean
-from fastals.tuning import of_method, sweep_cost
+from fastals.stamp import slug
+from fastals.tuning import diverged, of_method, sweep_cost
 
 Record = dict[str, Any]
+LINES = ("-", ":")  # of the first ten methods, and of the next ten; dashes are the sweep's
 ARITHMETIC = "from forward passes alone"
 
 
@@ -24,14 +28,15 @@ def bars(title: str, cases: list[Record], out: Path) -> Path:
     axes.set_yticks(range(len(cases)), [label(c) for c in reversed(cases)])
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xlabel="speed-up: median, lowest and highest", title=title)
-    return _saved(figure, axes, out / f"speedup_{_slug(title)}.png")
+    return _saved(figure, axes, out / f"speedup_{slug(title)}.png")
 
 
 def depth(title: str, cases: list[Record], out: Path) -> Path:
     """Speed-up by the number of blocks, beside what forward passes alone would give."""
     figure, axes = new_figure()
-    for i, name in enumerate(dict.fromkeys(map(family, cases))):
-        infos = [c["extra_info"] for c in cases if family(c) == name]
+    names = [f"{family(c)}\n{mini_batch(c)}" for c in cases]
+    for i, name in enumerate(dict.fromkeys(names)):
+        infos = [c["extra_info"] for c, own in zip(cases, names, strict=True) if own == name]
         infos.sort(key=lambda info: info["depth"])
         medians, lows, highs = zip(*((info["speedup"], *info["spread"]) for info in infos), strict=True)
         errors = [
@@ -41,9 +46,9 @@ def depth(title: str, cases: list[Record], out: Path) -> Path:
         depths = [info["depth"] for info in infos]
         axes.errorbar(depths, medians, yerr=errors, color=f"C{i}", marker="o", capsize=3, label=name)
         counted = [(info["depth"], info["by_forwards"]) for info in infos if "by_forwards" in info]
-        axes.plot(*zip(*counted, strict=True), color=f"C{i}", marker="_", linestyle="--", label=f"{name}, {ARITHMETIC}")
+        axes.plot(*zip(*counted, strict=True), color=f"C{i}", marker="_", linestyle="--", label=f"{name}\n{ARITHMETIC}")
     axes.set(xlabel="blocks", ylabel="speed-up", title=title)
-    return _saved(figure, axes, out / f"{_slug(title)}.png")
+    return _saved(figure, axes, out / f"{slug(title)}.png")
 
 
 def roof(title: str, cases: list[Record], out: Path) -> Path:
@@ -56,35 +61,41 @@ def roof(title: str, cases: list[Record], out: Path) -> Path:
     axes.set_yticks(range(len(points)), [name for name, _ in reversed(points)])
     axes.axvline(1, color="C3", label="measured copy bandwidth")
     axes.set(xlabel="GB/s over the copy bandwidth of the same run", title=title)
-    return _saved(figure, axes, out / f"{_slug(title)}.png")
+    return _saved(figure, axes, out / f"{slug(title)}.png")
 
 
 def losses(title: str, runs: list[Record], best: str, out: Path) -> Path:
-    """Running mean of the loss against steps, seconds and forward passes, the mean over the seeds."""
+    """Running mean of the loss against steps, seconds and forward passes: mean over the seeds, and their range.
+
+    The axis ends a little above the first loss, so that a method that diverges does not squeeze the others.
+    """
     figure, panels = new_figure(rows=3)
+    top = 1.1 * max((r["losses"][0] for r in runs if math.isfinite(r["losses"][0])), default=1)
     for panel, key in zip(panels, ("steps", "seconds", "forwards"), strict=True):
         for i, method in enumerate(dict.fromkeys(r["method"] for r in runs)):
-            members, tried = of_method(runs, method), method.startswith("adamw") and method != best
-            x, y = _curve(members, key)
-            color = f"C{i}" if i < 10 else "black"
-            panel.plot(x, y, color=color, label=method, linewidth=0.8 if tried else 2)
+            members, wide = of_method(runs, method), method == best or not method.startswith("adamw")
+            name = f"{method} (diverged)" if any(map(diverged, members)) else method
+            color, (x, y, low, high) = f"C{i % 10}", _curve(members, key)
+            panel.plot(x, y, LINES[i // 10 % 2], color=color, label=name, linewidth=2 if wide else 0.8)
+            if wide and len(members) > 1:
+                panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             if method == best and key != "steps":
                 before = statistics.mean(sweep_cost(r, runs, key) - r[key][-1] for r in members)
                 panel.plot([before + v for v in x], y, "--", color=color, label=f"{method}, after the other rates")
-        panel.set(xlabel={"forwards": "forward passes"}.get(key, key), ylabel="loss, running mean")
+        panel.set(xlabel={"forwards": "forward passes"}.get(key, key), ylabel="loss, running mean", ylim=(0, top))
     panels[0].set(title=title, xlim=(0, runs[0]["steps"]))
-    return _saved(figure, panels[1], out / f"loss_{_slug(title)}.png")
+    return _saved(figure, panels[1], out / f"loss_{slug(title)}.png")
 
 
 def heat_map(title: str, run: Record, out: Path) -> Path:
     """Step size by unit and step; white where the unit did not move."""
     figure, axes = new_figure()
-    sizes = [[math.log10(s) if s else math.nan for s in row] for row in run["step_sizes"].values()]
+    sizes = [[math.log10(s) if s > 0 else math.nan for s in row] for row in run["step_sizes"].values()]
     image = axes.imshow(sizes, aspect="auto", interpolation="nearest")
     figure.colorbar(image, label="log10 of the step size")
     axes.set_yticks(range(len(sizes)), list(run["step_sizes"]))
     axes.set(xlabel="step", title=f"{title}: step size of each unit, {run['method']}, seed {run['seed']}")
-    path = out / f"step_sizes_{_slug(title)}.png"
+    path = out / f"step_sizes_{slug(title)}.png"
     figure.savefig(path, dpi=100)
     return path
 
@@ -105,13 +116,27 @@ def family(case: Record) -> str:
     return f"{test}, against {case['extra_info']['against']}"
 
 
-def _curve(members: list[Record], key: str) -> tuple[list[float], list[float]]:
-    """Means over the seeds; a loss stands where its step begins, for it is measured before."""
-    y = [statistics.mean(values) for values in zip(*(running_mean(r["losses"]) for r in members), strict=False)]
-    if key == "steps":
-        return list(range(len(y))), y
-    spent = [statistics.mean(values) for values in zip(*(r[key] for r in members), strict=False)]
-    return [0, *spent[:-1]], y
+def mini_batch(case: Record) -> str:
+    """Size and type of the mini-batch: texts x tokens, or images."""
+    info = case["extra_info"]
+    if "batch" not in info:
+        return "-"
+    return f"{info['batch']} " + (f"x {info['length']}" if info["length"] else "images") + f", {info['dtype']}"
+
+
+def _curve(members: list[Record], key: str) -> tuple[list[float], ...]:
+    """Where the losses stand, their mean over the seeds, lowest and highest, as long as all seeds are finite.
+
+    A loss stands where its step begins, for it is measured before.
+    """
+    together = zip(*(running_mean(r["losses"]) for r in members), strict=False)
+    points = list(takewhile(lambda values: all(map(math.isfinite, values)), together))
+    spent = range(1, len(points)) if key == "steps" else _means(zip(*(r[key] for r in members), strict=False))
+    return [0, *spent][: len(points)], _means(points), [*map(min, points)], [*map(max, points)]
+
+
+def _means(points: Iterable[Sequence[float]]) -> list[float]:
+    return [statistics.mean(values) for values in points]
 
 
 def _saved(figure: Any, axes: Any, path: Path) -> Path:
@@ -121,7 +146,3 @@ def _saved(figure: Any, axes: Any, path: Path) -> Path:
         axes.legend(named.values(), named.keys(), fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100)
     return path
-
-
-def _slug(text: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())

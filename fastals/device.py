@@ -148,18 +148,18 @@ class DeviceBatch:
         trial(self.table, self.arena, unit.row)
         armijo.judge(self.arena, unit.row, self.losses.at(unit.name, params, record=record))
 
-    def move_together(self, *, tries: int, split: bool) -> bool:
+    def move_together(self, *, once: bool) -> bool:
         """Move all units by a common factor of their steps; whether a factor was accepted."""
         self.do(partial(armijo.open_together, self.arena))
         params = [p for unit in self.units for p in unit.active_params()]
-        accepted = self.executor.repeat(self.arena, self.arena.units, partial(self._try_together, params, tries, split))
+        accepted = self.executor.repeat(self.arena, self.arena.units, partial(self._try_together, params, once))
         self.do(partial(trial, self.table, self.arena))
         self.executor.skip_rest_if_accepted()
         return bool(accepted)
 
-    def _try_together(self, params: Sequence[Tensor], tries: int, split: bool) -> None:
+    def _try_together(self, params: Sequence[Tensor], once: bool) -> None:
         trial(self.table, self.arena)
-        armijo.judge_together(self.arena, self.losses.at("all units", params), tries=tries, split=split)
+        armijo.judge_together(self.arena, self.losses.at("all units", params), once=once)
 
     def keep(self, unit: Unit) -> None:
         """Move the unit by its remembered step, untested."""

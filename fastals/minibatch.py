@@ -95,16 +95,16 @@ class MiniBatch:
         self.loss = self.start if put_back else search.final_loss
         self._note(unit, search, search.eta)
 
-    def move_together(self, *, tries: int, split: bool) -> bool:
+    def move_together(self, *, once: bool) -> bool:
         """Move all proposed units by a common factor of their steps; whether a factor was accepted."""
         searches, self.proposed = self.proposed, {}
         if not searches:
             return True
         start = self.loss
-        factor = self._common_factor(searches, tries)
+        factor = self._common_factor(searches, tries=1 if once else self.units[0].rules["max_trials"])
         required = sum(s.required for s in searches.values())
         for unit, search in searches.items():
-            if split and factor:
+            if once and factor:
                 search.accept(start - (start - self.loss) * search.required / required)
             self._note(unit, search, eta=factor * search.eta)
         return factor > 0

@@ -29,10 +29,10 @@ class Searches(Protocol):
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, untested."""
 
-    def move_together(self, *, tries: int, split: bool) -> bool:
+    def move_together(self, *, once: bool) -> bool:
         """Move all units by a common factor 1, β, β² … of their steps, tested jointly; whether one was accepted.
 
-        ``split`` credits every unit with its part of the decrease.
+        With ``once`` only the factor 1 is tried, and every unit is credited with its part of the decrease.
         """
 
     def keep(self, unit: Unit) -> None:
@@ -52,7 +52,7 @@ def independent(batch: Searches, order: str) -> None:
     """Search every unit from w_t with the others at w_t, then move all by one common, jointly tested factor."""
     for unit in _in_order(batch, order):
         batch.search(unit, put_back=True)
-    batch.move_together(tries=batch.units[0].rules["max_trials"], split=False)
+    batch.move_together(once=False)
 
 
 def cycle(batch: Searches, order: str) -> None:
@@ -72,7 +72,7 @@ def joint(batch: Searches, order: str) -> None:
     if not _first_step(batch):
         for unit in batch.units:
             batch.propose(unit)
-        if batch.move_together(tries=1, split=True):
+        if batch.move_together(once=True):
             return
     sweep(batch, order)
 

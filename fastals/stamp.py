@@ -1,4 +1,7 @@
-"""What a number needs to be believed: device, versions, commit."""
+"""What a number needs to be believed: device, versions, commit.
+
+``python -m fastals.stamp`` prints the place of a result made here and now below ``bench/results``.
+"""
 
 import os
 import platform
@@ -11,32 +14,51 @@ import torch
 
 import fastals
 
-PACKAGES = ("torch", "triton", "transformers", "fastals", "prodigyopt", "schedulefree", "SaLSa-Optimizer")
-STAMP = ("device", "driver", "threads", "cores", "python", *PACKAGES, "commit", "dirty")
+PACKAGES = (
+    "torch", "triton", "cuda-bindings", "transformers", "peft", "fastals", "prodigyopt", "schedulefree",
+    "SaLSa-Optimizer",
+)  # fmt: skip
+STAMP = ("device", "driver", "cuda", "threads", "cores", "python", *PACKAGES, "commit", "dirty")
 
 
 def stamp() -> dict[str, Any]:
-    """Stamp of a result made by the fastals that is imported; files below ``bench/results`` do not make it dirty."""
+    """Stamp of a result made by the fastals that is imported; files below ``bench/results`` do not make it dirty.
+
+    A copy of the tree that git knows nothing of may name its commit in the environment variable ``FASTALS_COMMIT``.
+    """
     git = ("git", "-C", str(Path(fastals.__file__).parent))
     commit = _output(*git, "rev-parse", "--short", "HEAD")
     changed = _output(*git, "status", "--porcelain", "--", ":/", ":!/bench/results")
     return {
         "device": _device(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda or "",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: found for name in PACKAGES if (found := _version(name))},
-        "commit": commit or "unknown",
+        "commit": commit or os.environ.get("FASTALS_COMMIT") or "unknown",
         "dirty": bool(changed) if commit else "unknown",
     }
+
+
+def place() -> str:
+    """Device and commit as a path: where below ``bench/results`` a result of this tree belongs."""
+    made = stamp()
+    return f"{slug(made['device'])}/{made['commit']}{'-dirty' if made['dirty'] is True else ''}"
+
+
+def slug(text: str) -> str:
+    """The letters and digits of a text, lower case, everything between them one hyphen."""
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
 
 def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -48,7 +70,13 @@ def _version(package: str) -> str:
 
 
 def _output(*command: str) -> str:
+    """First line that the command prints; nothing if it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return ""
+    return done.stdout.partition("\n")[0].strip()
+
+
+if __name__ == "__main__":
+    print(place())

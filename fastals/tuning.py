@@ -44,10 +44,15 @@ def of_method(runs: Sequence[Record], method: str) -> list[Record]:
     return [r for r in runs if r["method"] == method]
 
 
+def diverged(run: Record) -> bool:
+    """Whether the run ended in a loss that is not finite, most often before its last step."""
+    return not math.isfinite(run["loss"])
+
+
 def _rates(runs: Sequence[Record]) -> list[str]:
-    """AdamW's rates at as many steps as everybody takes."""
-    own = [r["method"] for r in runs if len(r["losses"]) == r["steps"]]
-    return [m for m in dict.fromkeys(own) if m.startswith("adamw")]
+    """AdamW's rates at as many steps as everybody takes; longer runs say ``4x steps`` in their names."""
+    methods = dict.fromkeys(r["method"] for r in runs)
+    return [m for m in methods if m.startswith("adamw") and not m.endswith("x steps")]
 
 
 def _charged(run: Record, runs: Sequence[Record]) -> Record:
@@ -55,11 +60,18 @@ def _charged(run: Record, runs: Sequence[Record]) -> Record:
 
 
 def _row(name: str, runs: Sequence[Record]) -> list[str]:
-    trials = f"{statistics.mean(r['trials'] for r in runs):.1f}" if "trials" in runs[0] else "-"
-    rises = str(sum(r["rises"] for r in runs)) if "rises" in runs[0] else "-"
-    quality = [_spread([r[key] for r in runs], 3) for key in ("loss", "accuracy")]
+    searched = [r for r in runs if "trials" in r]  # not a run that diverged at its first step
+    trials = f"{statistics.mean(r['trials'] for r in searched):.1f}" if searched else "-"
+    rises = str(sum(r["rises"] for r in searched)) if searched else "-"
+    accuracy = _spread([r["accuracy"] for r in runs], 3)
     costs = [_spread([r[key][-1] for r in runs], 0) for key in ("seconds", "forwards")]
-    return [name, *quality, *costs, trials, rises, str(len(runs))]
+    return [name, _loss(runs), accuracy, *costs, trials, rises, str(len(runs))]
+
+
+def _loss(runs: Sequence[Record]) -> str:
+    """Mean and spread of the seeds, or how many of them diverged: a mean of the others would flatter."""
+    lost = sum(map(diverged, runs))
+    return f"diverged ({lost} of {len(runs)})" if lost else _spread([r["loss"] for r in runs], 3)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

@@ -14,7 +14,7 @@ STATE = (
     "at",  # step that they stand at
     "go",  # 1 while there is another trial to make
     "trials", "outcome",
-    "start",  # first step; in the last row, f(w_t)
+    "start",  # first step; in the last row, f(w_t), and NaN between two steps
     "loss",  # where the search starts; in the last row, at the current weights
     "reference", "required_slope", "slope", "final_loss", "resolution",
     "unseen",  # the loss could not have shown the decrease asked for
@@ -64,6 +64,7 @@ class Arena:
         self.partials = zeros(len(SUMS), table.chunks, dtype=torch.float32)
         self.sums = zeros(units, len(SUMS))
         self.state, self.memory = zeros(units + 1, len(STATE)), zeros(units, len(MEMORY))
+        self.state[-1, STATE.index("start")] = float("nan")
         self.rules = zeros(groups, len(RULES))
         self.flags = zeros(units + 1, len(FLAGS), dtype=torch.int32)
         self.history = zeros(RING, units + 1, len(STATE))

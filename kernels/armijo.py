@@ -264,25 +264,26 @@ def open_together_kernel(state, rules, lead, flags, units, UP: tl.constexpr):
 
 
 @triton.jit
-def judge_together_kernel(state, rules, lead, flags, loss, units, tries, SPLIT: tl.constexpr, UP: tl.constexpr):
-    """Accept the common factor or shrink it; with SPLIT every unit is credited with its part of the decrease."""
+def judge_together_kernel(state, rules, lead, flags, loss, units, ONCE: tl.constexpr, UP: tl.constexpr):
+    """Accept the common factor or shrink it; with ONCE it is 1, and every unit is credited with its part."""
     batch = state + units * N_STATE
     if tl.load(batch + GO) != 0:
         f = tl.load(loss).to(tl.float64)
         factor, trials = tl.load(batch + ETA), tl.load(batch + TRIALS) + 1
         required = tl.load(batch + REQUIRED_SLOPE)
         accepted = (tl.abs(f) < float("inf")) & (f <= tl.load(batch + REFERENCE) - factor * required)
+        first = rules + tl.load(lead) * N_RULES
+        tries = 1 if ONCE else tl.load(first + MAX_TRIALS)
         exhausted = (accepted == 0) & (trials >= tries)
         going = (accepted == 0) & (exhausted == 0)
-        backtrack = tl.load(rules + tl.load(lead) * N_RULES + BACKTRACK)
-        factor = tl.where(accepted, factor, tl.where(exhausted, 0.0, factor * backtrack))
+        factor = tl.where(accepted, factor, tl.where(exhausted, 0.0, factor * tl.load(first + BACKTRACK)))
         o = tl.arange(0, UP)
         mask = o < units
         rows = state + o * N_STATE
         eta = tl.load(rows + ETA, mask=mask, other=0.0)
         tl.store(rows + AT, tl.load(rows + MOVE, mask=mask, other=0.0), mask=mask)
         tl.store(rows + MOVE, factor * eta, mask=mask)
-        if SPLIT:  # noqa: SIM102
+        if ONCE:  # noqa: SIM102
             if accepted:
                 c = tl.load(rules + tl.load(lead + o, mask=mask, other=0) * N_RULES + C, mask=mask, other=0.0)
                 part = c * eta * tl.load(rows + REQUIRED_SLOPE, mask=mask, other=0.0) / required
@@ -315,11 +316,14 @@ def follow_kernel(state, units, UP: tl.constexpr):
 
 @triton.jit
 def restore_kernel(state, units, UP: tl.constexpr):
-    """Ask for every unit to be put back, wherever it stands."""
+    """Ask for every unit to be put back, wherever it stands; between two steps, for nothing to be moved."""
     o = tl.arange(0, UP)
     mask = o < units
-    tl.store(state + o * N_STATE + MOVE, tl.zeros([UP], tl.float64), mask=mask)
-    tl.store(state + o * N_STATE + AT, tl.zeros([UP], tl.float64) + float("nan"), mask=mask)
+    rows, start = state + o * N_STATE, tl.load(state + units * N_STATE + START)
+    under_way = start == start
+    move = tl.where(under_way, 0.0, tl.load(rows + MOVE, mask=mask, other=0.0))
+    tl.store(rows + MOVE, move, mask=mask)
+    tl.store(rows + AT, tl.where(under_way, float("nan"), move), mask=mask)
 
 
 @triton.jit
@@ -361,6 +365,8 @@ def remember_kernel(state, memory, rules, lead, history, step, units, UP: tl.con
         value = tl.load(rows + column, mask=o <= units, other=0.0)
         tl.store(history + o * N_STATE + column, value, mask=o <= units)
     tl.store(step, now + 1)
+    tl.debug_barrier()  # every lane has read the row
+    tl.store(state + units * N_STATE + START, float("nan"))  # the snapshot is no longer that of a step under way
 
 
 def _padded(arena: Arena) -> int:
@@ -398,11 +404,11 @@ def open_together(arena: Arena) -> None:
     )
 
 
-def judge_together(arena: Arena, loss: Tensor, *, tries: int, split: bool) -> None:
-    """Accept or shrink the common factor; ``split`` credits every unit with its part of the decrease."""
+def judge_together(arena: Arena, loss: Tensor, *, once: bool) -> None:
+    """Accept or shrink the common factor; ``once`` tries the factor 1 only and credits every unit with its part."""
     judge_together_kernel[(1,)](
-        arena.state, arena.rules, arena.lead, arena.flags, loss, arena.units, tries,
-        SPLIT=split, UP=_padded(arena), num_warps=1,
+        arena.state, arena.rules, arena.lead, arena.flags, loss, arena.units,
+        ONCE=once, UP=_padded(arena), num_warps=1,
     )  # fmt: skip
 
 
@@ -412,7 +418,7 @@ def follow(arena: Arena) -> None:
 
 
 def restore(arena: Arena) -> None:
-    """Ask for every unit to be put back to w_t."""
+    """Ask for every unit to be put back to w_t, if a step is under way."""
     restore_kernel[(1,)](arena.state, arena.units, UP=_padded(arena), num_warps=1)
 
 

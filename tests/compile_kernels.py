@@ -21,12 +21,12 @@ FLAT = {"m": "*fp32", "v": "*fp32", "w": "*fp32"}
 SCALARS = {
     "state": "*fp64", "memory": "*fp64", "rules": "*fp64", "sums": "*fp64", "history": "*fp64", "lead": "*i32",
     "flags": "*i32", "step": "*i64", "loss": "*fp32", "counts": "*fp32", "layout": "*i64", "out": "*fp32",
-    "partials": "*fp32", "spans": "*i32", "n_rows": "i32", "unit": "i32", "units": "i32", "tries": "i32", "n": "i32",
+    "partials": "*fp32", "spans": "*i32", "n_rows": "i32", "unit": "i32", "units": "i32", "n": "i32",
     "eps": "fp32", "first": "i32",
 }  # fmt: skip
 CHUNK_KERNELS = {"survey": moments.survey_kernel, "trial": trial.trial_kernel, "advance": moments.advance_kernel}
 CONSTANTS = {"UP": 16, "SUMS": 8, "ROWS": 1024, "BLOCK": 128}
-FLAGS = {"open_kernel": ("TESTED", "KEEP"), "judge_together_kernel": ("SPLIT",)}
+FLAGS = {"open_kernel": ("TESTED", "KEEP"), "judge_together_kernel": ("ONCE",)}
 
 
 def build(kernel, types, constants, arch, warps):

@@ -1,6 +1,7 @@
 """``fastals bench``: pages of stored results, and which changes count as slower."""
 
 import json
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 
 import fastals
-from fastals import benchmarks, tuning
+from fastals import benchmarks, charts, tuning
 from fastals.cli import main
-from fastals.stamp import stamp
+from fastals.stamp import STAMP as STAMP_FIELDS
+from fastals.stamp import place, slug, stamp
 
+NAN = float("nan")
 STAMP = {"device": "a cpu", "torch": "2.13.0", "commit": "abc1234", "dirty": False}
 
 
@@ -24,11 +27,24 @@ def ratio(name, median, low, high, **info):
     return timing(name, **{"speedup": median, "spread": [low, high], "against": "eager"} | info)
 
 
+def kernel(of_roof, low, high):
+    kernels = {"survey": {"gbs": 1.0, "of_roof": 0.5, "spread": [0.5, 0.5]}}
+    kernels["trial"] = {"gbs": 50.0, "of_roof": of_roof, "spread": [low, high]}
+    return timing("bert", test="bandwidth", kernels=kernels)
+
+
 def run(method, seed=0, loss=1.0, **more):
     return {
         "task": "news", "regime": "full", "method": method, "seed": seed, "steps": 3, "loss": loss, "accuracy": 0.5,
         "losses": [2.0, 1.5, loss], "seconds": [1.0, 2.0, 3.0], "forwards": [3, 6, 9],
     } | STAMP | more  # fmt: skip
+
+
+def shortened(method, seed=0, losses=(2.0, NAN), **more):
+    """A run that diverged at its last loss."""
+    spent = range(1, len(losses) + 1)
+    more = {"losses": list(losses), "seconds": list(spent), "forwards": [3 * n for n in spent]} | more
+    return run(method, seed, NAN, **more)
 
 
 @pytest.fixture
@@ -42,6 +58,20 @@ def store(tmp_path):
     return write
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The axes of the figures that are drawn."""
+    drawn, new_figure = [], charts.new_figure
+
+    def kept(*args, **kwargs):
+        figure, axes = new_figure(*args, **kwargs)
+        drawn.append(axes)
+        return figure, axes
+
+    monkeypatch.setattr(charts, "new_figure", kept)
+    return drawn
+
+
 def rows(page):
     """Cells of all table rows by their first cell."""
     cells = [[c.strip() for c in line.strip("| ").split("|")] for line in page.splitlines() if line.startswith("|")]
@@ -49,14 +79,17 @@ def rows(page):
 
 
 def test_report_has_tables_and_pictures_of_all_kinds(store, tmp_path, capsys):
-    kernel = {"trial": {"gbs": 50.0, "of_roof": 0.5, "spread": [0.4, 0.6]}}
+    shape = {"batch": 8, "length": 128, "dtype": "float32"}
     timings = store("step.json", [
-        ratio("small", 1.85, 1.69, 2.31, by_forwards=1.47, trials_per_unit=[1.0, 2], peak_mib={"als": 10, "adamw": 8}),
+        ratio("small", 1.85, 1.69, 2.31, by_forwards=1.47, trials_per_unit=[1.0, 2], peak_mib={"als": 10, "adamw": 8},
+              **shape),
+        ratio("vit", 1.2, 1.1, 1.3, **shape | {"batch": 4, "length": 0}),
         ratio("depth-6", 1.5, 1.4, 1.6, by_forwards=1.7, depth=6), ratio("depth-12", 1.6, 1.5, 1.7, depth=12),
         ratio("6", 8.0, 7.0, 9.0, test="graphed_depth", depth=6),
         ratio("prodigy", 0.9, 0.8, 1.0, test="instead", against="adamw"),
-        timing("bert", test="bandwidth", copy_gbs=100.0, kernels=kernel),
-        timing("other", 0.25, (0.2, 0.3), test="look", tensors=400),
+        kernel(0.5, 0.4, 0.6),
+        timing("other", 0.25, (0.2, 0.3), test="look", tensors=400, gates=["tests/test_fused.py"]),
+        {**timing("", copy_roof_gbs=3012.3, matmul_roof_tflops=701.5), "fullname": "bench/k.py::test_roofs"},
     ])  # fmt: skip
     sizes = {"embeddings": [0.1, 0.2, 0.0], "head": [0.1, 0.1, 0.1]}
     runs = store("runs.jsonl", [run("als", trials=8.0, rises=0, step_sizes=sizes), run("adamw 0.1"), run("adamw 0.2")])
@@ -66,9 +99,14 @@ def test_report_has_tables_and_pictures_of_all_kinds(store, tmp_path, capsys):
     assert str(out / "report.md") in capsys.readouterr().out
     table = rows(page)
     assert table["a cpu"] == ["2.13.0", "abc1234", "False"]
-    assert table["small"] == ["1.85x (1.69 - 2.31)", "1.47x", "1", "1.0 / 2", "als 10, adamw 8 (als over adamw 1.25x)"]
-    assert table["prodigy"][0] == "0.90x (0.80 - 1.00)"
+    assert table["small"] == [
+        "8 x 128, float32", "1.85x (1.69 - 2.31)", "1.47x", "1", "1 / 2", "als 10, adamw 8 (als over adamw 1.25x)",
+    ]  # fmt: skip
+    assert table["vit"] == ["4 images, float32", "1.20x (1.10 - 1.30)", "-", "1", "-", "-"]
+    assert table["prodigy"][:2] == ["-", "0.90x (0.80 - 1.00)"]
     assert table["bert"] == ["trial", "50", "50.0% (40.0% - 60.0%)"]
+    assert "## Kernels\n\nThe roofs, measured on the same device: a copy moves 3012 GB/s, a bfloat16 matrix" in page
+    assert "roofs" not in table
     assert table["look[other]"] == ["0.25 (0.2 - 0.3)", "tensors 400"]
     assert table["als"] == ["1.000", "0.500", "3", "9", "8.0", "0", "1"]
     titles = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
@@ -102,6 +140,25 @@ def test_devices_and_lengths_have_sections_of_their_own(store, tmp_path):
         "News, all training samples, 5 steps (a cpu)", "Step, against eager (b)",
     ]  # fmt: skip
     assert len(set(tmp_path.glob("page/*.png"))) == 4
+
+
+def test_two_commits_on_one_device_share_a_page(store, tmp_path):
+    files = [
+        store("a.json", [ratio("small", 2.0, 1.9, 2.1), kernel(0.5, 0.4, 0.6)]),
+        store("b.json", [ratio("large", 3.0, 2.9, 3.1, commit="def5678")]),
+        store("c.jsonl", [run("als", commit="def5678")]),
+    ]  # fmt: skip
+    page = benchmarks.report([Path(f) for f in files], tmp_path / "page").read_text()
+    assert page.count("| a cpu |") == 2
+    titles = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
+    assert titles == ["Conditions", "Step, against eager", "Kernels", "News, all training samples, 3 steps"]
+    assert {"small", "large"} <= rows(page).keys()
+
+
+def test_roofs_alone_are_a_section(store, tmp_path):
+    file = store("a.json", [timing("", test="roofs", copy_roof_gbs=3012.3, matmul_roof_tflops=701.5)])
+    page = benchmarks.report([Path(file)], tmp_path / "page").read_text()
+    assert page.strip().endswith("a bfloat16 matrix product does 701.5 TFLOP/s.")
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
@@ -147,8 +204,60 @@ def test_a_longer_run_is_no_rate_of_the_sweep():
     assert tuning.sweep_cost(runs[0], runs, "seconds") == 6.0
 
 
+def test_a_rate_that_diverged_is_charged_and_a_longer_run_that_diverged_is_not():
+    runs = [run("adamw 0.1"), shortened("adamw 0.2"), shortened("adamw 0.2, 4x steps", losses=[2.0, 2.0, NAN])]
+    assert tuning.sweep_cost(runs[0], runs, "seconds") == 3.0 + 2.0
+    assert {row[0] for row in tuning.rows(runs)} >= {"adamw 0.1, best of 2 rates, charged with all"}
+
+
+def test_a_method_that_diverged_has_no_mean_loss():
+    first = shortened("als", 0, losses=[NAN])  # it ended before it made a trial
+    runs = [first, *(run("als", s, 0.5, trials=8.0, rises=1) for s in (1, 2)), shortened("prodigy")]
+    found = {row[0]: row[1:] for row in tuning.rows(runs)}
+    assert found["als"][0] == "diverged (1 of 3)"
+    assert found["als"][4:] == ["8.0", "2", "3"]
+    assert found["prodigy"][0] == "diverged (1 of 1)"
+
+
+def test_twenty_methods_are_told_apart(figures, tmp_path):
+    charts.losses("many", [run(f"method {i}") for i in range(20)], "", tmp_path)
+    for panel in figures[0]:
+        assert len({(line.get_color(), line.get_linestyle()) for line in panel.lines}) == 20
+
+
+def test_the_seeds_of_wider_lines_have_a_band(figures, tmp_path):
+    runs = [run(m, s, losses=[2.0, 1.0 + s, 1.0]) for m in ("als", "adamw 0.1", "adamw 0.2") for s in (0, 1)]
+    charts.losses("two seeds", [*runs, run("eager")], "adamw 0.1", tmp_path)
+    bands = [band.get_paths()[0].vertices for band in figures[0][0].collections]
+    assert len(bands) == 2  # ALS and the best rate: neither the other rate nor the single seed of eager
+    at_one = bands[0][bands[0][:, 0] == 1, 1]
+    assert (at_one.min(), at_one.max()) == pytest.approx((1.9, 2.0))
+
+
+def test_a_method_that_diverged_keeps_its_beginning_and_squeezes_nobody(figures, tmp_path):
+    wild = [run("wild", 0, losses=[2.0, 5.0, 9.0]), shortened("wild", 1, losses=[2.0, 1e9, NAN])]
+    charts.losses("diverged", [run("als"), *wild, shortened("gone", losses=[NAN])], "", tmp_path)
+    lines = {line.get_label(): line.get_xydata() for line in figures[0][1].lines}
+    assert list(lines) == ["als", "wild (diverged)", "gone (diverged)"]
+    assert lines["als"][:, 0].tolist() == [0, 1, 2]
+    assert lines["wild (diverged)"].shape == (2, 2)
+    assert len(lines["gone (diverged)"]) == 0
+    assert [panel.get_ylim() for panel in figures[0]] == [(0, pytest.approx(2.2))] * 3
+
+
+def test_depths_of_two_models_are_told_apart(figures, tmp_path):
+    shape = {"batch": 8, "length": 64, "dtype": "float32"}
+    cases = [ratio(f"depth-{n}", 1.5, 1.4, 1.6, depth=n, by_forwards=1.7, **shape) for n in (12, 6)]
+    cases += [ratio(f"wide-{n}", 2.5, 2.4, 2.6, depth=n, **shape | {"dtype": "bfloat16"}) for n in (6, 12)]
+    charts.depth("Depth", cases, tmp_path)
+    labels = [text.get_text() for text in figures[0].get_legend().get_texts()]
+    assert "step, against eager\n8 x 64, float32" in labels
+    assert "step, against eager\n8 x 64, bfloat16" in labels
+    assert figures[0].lines[0].get_xdata().tolist() == [6, 12]
+
+
 def test_a_rate_that_lacks_a_seed_or_diverged_is_not_the_best():
-    runs = [run("adamw 0.1", s, 0.5) for s in (0, 1)] + [run("adamw 0.3", s, float("nan")) for s in (0, 1)]
+    runs = [run("adamw 0.1", s, 0.5) for s in (0, 1)] + [run("adamw 0.3", s, NAN) for s in (0, 1)]
     assert tuning.best_rate([*runs, run("adamw 0.2", 0, 0.1)]) == "adamw 0.1"
     assert tuning.best_rate([run("adamw 0.1")]) == ""
 
@@ -160,14 +269,24 @@ def test_a_rate_that_lacks_a_seed_or_diverged_is_not_the_best():
         (ratio("a", 1.5, 1.4, 1.6), ratio("a", 2.0, 1.9, 2.1), 0, "faster"),
         (ratio("a", 2.0, 1.4, 2.1), ratio("a", 1.5, 1.4, 1.6), 0, "nothing changed"),
         (ratio("a", 2.0, 1.9, 2.1), ratio("a", 1.5, 1.4, 2.2), 0, "nothing changed"),
-        (timing("a", 1.0, (0.9, 1.1)), timing("a", 1.5, (1.4, 1.6)), 1, "slower"),
-        (timing("a", 1.5, (1.4, 1.6)), timing("a", 1.0, (0.9, 1.1)), 0, "faster"),
-        (timing("a", 1.0, (0.9, 1.6)), timing("a", 1.5, (1.4, 1.6)), 0, "nothing changed"),
-        (timing("a", 1.0, (0.9, 1.1)), ratio("a", 1.5, 1.4, 1.6), 0, "nothing changed"),
-        (ratio("a", 2.0, 1.9, 2.1), ratio("a", 2.0, 1.9, 2.1, device="b"), 0, "the devices differ"),
+        (ratio("a", 2.0, 1.8, 2.1), ratio("a", 1.7, 1.6, 1.85), 0, "nothing changed"),  # the ranges touch
+        (ratio("a", 2.0, 1.99, 2.01), ratio("a", 1.91, 1.9, 1.92), 0, "nothing changed"),  # by less than 5 %
+        (ratio("a", 1.9, 1.89, 1.91), ratio("a", 2.0, 1.99, 2.01), 0, "faster"),
+        (
+            kernel(0.9, 0.88, 0.92),
+            kernel(0.8, 0.78, 0.82),
+            1,
+            "slower: bench/bench_step.py::test_bandwidth[bert], trial:",
+        ),
+        (
+            kernel(0.8, 0.78, 0.82),
+            kernel(0.9, 0.88, 0.92),
+            0,
+            "faster: bench/bench_step.py::test_bandwidth[bert], trial:",
+        ),
     ],
 )
-def test_compare_counts_what_lies_beyond_the_spread(store, capsys, old, new, code, word):
+def test_compare_counts_disjoint_ranges_more_than_five_percent_apart(store, capsys, old, new, code, word):
     assert main(["bench", "compare", store("old.json", [old]), store("new.json", [new])]) == code
     assert capsys.readouterr().out.startswith(word)
 
@@ -182,8 +301,79 @@ def test_compare_names_the_cases_that_are_missing(store, capsys):
     old = store("old.json", [ratio("a", 2.0, 1.9, 2.1), ratio("b", 2.0, 1.9, 2.1)])
     assert main(["bench", "compare", old, store("new.json", [ratio("a", 2.0, 1.9, 2.1)])]) == 2
     assert "does not have bench/bench_step.py::test_step[b]" in capsys.readouterr().err
-    assert main(["bench", "compare", store("none.json", []), old]) == 2
-    assert "there is no timing in" in capsys.readouterr().err
+
+
+def test_compare_judges_no_plain_times(store, capsys):
+    measure = ratio("a", 2.0, 1.9, 2.1)
+    old = store("old.json", [measure, timing("b", 1.0, (0.9, 1.1), test="look")])
+    assert main(["bench", "compare", old, store("new.json", [measure, timing("c", 9.0, (8.9, 9.1), test="look")])]) == 0
+    assert capsys.readouterr().out == "nothing changed beyond the spread\n"
+    times = store("times.json", [timing("b")])
+    for files in ((old, times), (times, old), (times, times), (store("none.json", []), old)):
+        assert main(["bench", "compare", *files]) == 2
+        assert "nothing can be judged in" in capsys.readouterr().err
+
+
+def test_compare_names_the_measure_that_is_missing(store, capsys):
+    old, new = kernel(0.9, 0.88, 0.92), kernel(0.9, 0.88, 0.92)
+    del new["extra_info"]["kernels"]["trial"]
+    assert main(["bench", "compare", store("old.json", [old]), store("new.json", [new])]) == 2
+    assert "does not have bench/bench_step.py::test_bandwidth[bert], trial\n" in capsys.readouterr().err
+    other = store("other.json", [ratio("a", 2.0, 1.9, 2.1, against="adamw")])
+    assert main(["bench", "compare", store("eager.json", [ratio("a", 2.0, 1.9, 2.1)]), other]) == 2
+    assert "does not have bench/bench_step.py::test_step[a], against eager" in capsys.readouterr().err
+
+
+def test_compare_prints_the_conditions_that_differ(store, capsys):
+    old = store("old.json", [ratio("a", 2.0, 1.9, 2.1, threads=1)])
+    changed = {"threads": 2, "torch": "2.14.0", "triton": "3.7", "commit": "def5678", "dirty": True}
+    new = store("new.json", [ratio("a", 2.0, 1.9, 2.1, **changed)])
+    assert main(["bench", "compare", old, new]) == 0
+    conditions = ["threads: 1 -> 2", "torch: 2.13.0 -> 2.14.0", "triton: - -> 3.7", "dirty: False -> True"]
+    assert capsys.readouterr().out.splitlines() == conditions
+    assert main(["bench", "compare", new, new]) == 0
+    assert capsys.readouterr().out.splitlines() == ["dirty: True -> True"]
+
+
+BAD_CASES = [
+    {"spread": None}, {"spread": [1.9]}, {"spread": [1.9, "a"]}, {"spread": "ab"}, {"spread": [2.1, 2.2]},
+    {"against": None}, {"speedup": "2"}, {"trials_per_unit": 1.5}, {"trials_per_unit": "12"}, {"by_forwards": "a"},
+    {"depth": "a"}, {"peak_mib": 3}, {"length": None}, {"dtype": None}, {"device": None}, {"kernels": [1]},
+    *({"kernels": {"trial": {"gbs": 1.0, "of_roof": 0.5, "spread": [0.4, 0.6]} | k}}
+      for k in ({"gbs": None}, {"of_roof": "a"}, {"spread": [0.4]})),
+    {"copy_roof_gbs": 3012.3},
+]  # fmt: skip
+BAD_RUNS = [
+    {"losses": [], "seconds": [], "forwards": []}, {"seconds": [1.0]}, {"seconds": 3.0}, {"forwards": [1, 2, "a"]},
+    {"step_sizes": {"a": [0.1, 0.2], "b": [0.1]}}, {"step_sizes": {}}, {"step_sizes": [[0.1]]}, {"method": 1},
+    {"loss": "a"}, {"accuracy": None}, {"task": ["a"]}, {"trials": 8.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize("wrong", BAD_CASES, ids=str)
+def test_a_timing_that_lacks_something_is_one_line(store, tmp_path, monkeypatch, capsys, command, wrong):
+    monkeypatch.chdir(tmp_path)
+    case = ratio("a", 2.0, 1.9, 2.1, **{"batch": 8, "length": 64, "dtype": "float32"} | wrong)
+    case["extra_info"] = {k: v for k, v in case["extra_info"].items() if v is not None}
+    file = store("a.json", [case])
+    assert main(["bench", command, *[file] * (2 if command == "compare" else 1)]) == 2
+    assert "a.json is no pytest-benchmark file" in (error := capsys.readouterr().err.strip())
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize("wrong", BAD_RUNS, ids=str)
+def test_a_run_that_lacks_something_is_one_line(store, tmp_path, capsys, wrong):
+    record = {k: v for k, v in (run("als") | wrong).items() if v is not None}
+    assert main(["bench", "report", store("a.jsonl", [record]), "--out", str(tmp_path / "page")]) == 2
+    assert "no file of convergence runs" in (error := capsys.readouterr().err.strip())
+    assert "\n" not in error
+
+
+def test_blank_lines_between_runs_are_skipped(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n{json.dumps(run('als'))}\n \n{json.dumps(run('eager'))}\n\n")
+    assert [r["method"] for r in benchmarks.read(path)[1]] == ["als", "eager"]
 
 
 @pytest.mark.parametrize(
@@ -221,10 +411,35 @@ def test_the_stamp_is_dirty_from_a_change_of_code_and_not_from_a_result(tmp_path
     clean = stamp()
     assert (clean["dirty"], len(clean["commit"])) == (False, 7)
     assert clean["torch"] == torch.__version__
+    assert place() == f"{slug(clean['device'])}/{clean['commit']}"
+    monkeypatch.setenv("FASTALS_COMMIT", "told")
     code.write_text("2")
-    assert stamp()["dirty"] is True
+    assert (stamp()["dirty"], stamp()["commit"]) == (True, clean["commit"])
+    assert place().endswith(f"/{clean['commit']}-dirty")
 
 
-def test_the_stamp_of_an_installed_package_claims_no_commit(tmp_path, monkeypatch):
+def test_the_stamp_of_an_installed_package_claims_no_commit_but_one_that_it_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fastals, "__file__", str(tmp_path / "fastals" / "__init__.py"))
+    monkeypatch.delenv("FASTALS_COMMIT", raising=False)
     assert (stamp()["commit"], stamp()["dirty"]) == ("unknown", "unknown")
+    monkeypatch.setenv("FASTALS_COMMIT", "abc1234")
+    assert (stamp()["commit"], stamp()["dirty"]) == ("abc1234", "unknown")
+    runpy.run_path(stamp.__code__.co_filename, run_name="__main__")  # what python -m fastals.stamp does
+    assert capsys.readouterr().out == f"{slug(stamp()['device'])}/abc1234\n"
+
+
+@pytest.mark.parametrize(("text", "code", "driver"), [("570.1\n570.2", 0, "570.1"), ("failed to initialise", 9, "")])
+def test_the_driver_is_that_of_the_first_gpu_and_no_error_text(tmp_path, monkeypatch, text, code, driver):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '%s\\n' '{text}'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert stamp()["driver"] == driver
+
+
+def test_the_stamp_has_the_cuda_version_and_that_of_every_package(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("fastals.stamp.version", {"peft": "0.21.2", "cuda-bindings": "13.1"}.get)
+    made = stamp()
+    assert (made["cuda"], made["peft"], made["cuda-bindings"]) == ("13.0", "0.21.2", "13.1")
+    assert made.keys() <= set(STAMP_FIELDS)

@@ -253,11 +253,13 @@ def test_the_armijo_kernels_search_like_the_search_on_the_host(rules, memory, lo
     assert at(arena, -1)["loss"] == search.final_loss
     armijo.judge(arena, 0, torch.tensor(0.0, device=CUDA))
     assert at(arena, 0) == row, "a search that has ended judges no more"
+    stood = arena.state.tolist()
     armijo.remember(arena)
     search.remember()
     for key in DEVICE_MEMORY:
         assert float(groups[0][key]) == pytest.approx(twin[key], rel=1e-11, abs=1e-15), key
-    assert arena.history[0].tolist() == arena.state.tolist()
+    assert arena.history[0].tolist() == stood
+    assert math.isnan(at(arena, -1)["start"]), "between two steps there is nothing to put back"
 
 
 def at(arena, row):

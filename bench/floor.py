@@ -1,0 +1,80 @@
+"""The least that a captured sweep must do, timed as a rival of it.
+
+Forward and backward as one graph; for every trial that the sweep made, a graph of the forward above the unit and
+nothing else; and a copy on the device that moves as many bytes as the kernels must. Nothing is decided, nothing read.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from rivals import Graphed, Plain
+
+from fastals.report import EXHAUSTED, UnitReport
+
+
+def moved_bytes(kernel: str, param_bytes: int, averages: bool) -> int:
+    """Bytes per parameter that a kernel must move; p and g have ``param_bytes``, everything else is float32.
+
+    ``survey`` reads g, v, p (m, and the master of a small p) and writes w; ``trial`` reads g, v, w (m) and writes p;
+    ``advance`` reads g, v (m) and writes v (m, and reads and writes the master).
+    """
+    first = 4 if averages else 0
+    master = 4 if param_bytes < 4 else 0
+    return {
+        "survey": 2 * param_bytes + 4 + 4 + master + first,
+        "trial": 2 * param_bytes + 4 + 4 + first,
+        "advance": param_bytes + 8 + 2 * master + 2 * first,
+    }[kernel]
+
+
+class Floor(Plain):
+    """Floor of the step that ``graphed`` has taken last; ``trials`` are those of its units, by name."""
+
+    def __init__(self, graphed: Graphed) -> None:
+        (captured,) = graphed.train_step._programs.values()
+        self.program, self.backend = captured.program, captured.program.backend
+        reports = {u.name: u for u in graphed.optimizer.report.units}
+        self.trials = {u.name: reports[u.name].trials for u in self.program.units}
+        moved = sum(_kernel_bytes(u.active_params(), reports[u.name]) for u in self.program.units)
+        losses = self.program.losses
+        with self.program._capturing():
+            self.upper = {
+                u.name: self.backend.capture(partial(losses.at, u.name, u.active_params())) for u in self.program.units
+            }
+            self.copies = self.backend.capture(_copies(moved, self.program.loss.device))
+
+    def step(self, batch: dict) -> torch.Tensor:
+        """Replay what the step needed; the mini-batch is the one that the graphs hold."""
+        del batch
+        self.backend.replay(self.program.head)
+        for name, trials in self.trials.items():
+            for _ in range(trials):
+                self.backend.replay(self.upper[name])
+        self.backend.replay(self.copies)
+        return self.program.loss
+
+    def work(self) -> float:
+        """Not counted: the floor is a time."""
+        return float("nan")
+
+
+def _kernel_bytes(params: list[torch.Tensor], report: UnitReport) -> int:
+    """Of one unit: survey, advance, and a trial for each that was made and for putting the unit back."""
+    calls = {"survey": 1, "trial": report.trials + (report.outcome == EXHAUSTED), "advance": 1}
+    each = [sum(n * moved_bytes(kernel, p.itemsize, averages=False) for kernel, n in calls.items()) for p in params]
+    return sum(p.numel() * b for p, b in zip(params, each, strict=True))
+
+
+def _copies(moved: int, device: torch.device) -> Callable[[], None]:
+    """Copies that read and write so many bytes together, from one large buffer to another."""
+    source, target = (torch.ones(2**28 if device.type == "cuda" else 64, device=device) for _ in range(2))
+
+    def run() -> None:
+        left = moved // 2 // source.itemsize
+        while left > 0:
+            n = min(left, source.numel())
+            target[:n].copy_(source[:n])
+            left -= n
+
+    return run
