@@ -27,7 +27,7 @@ def shape(batch, depth=12):
 
 @pytest.mark.parametrize("trials", [1, 2, 5])
 @pytest.mark.parametrize("batch", [8, pytest.param(32, marks=pytest.mark.full)])
-def test_sweep_against_floor(benchmark, in_turn, batch, trials):
+def test_captured_floor(benchmark, in_turn, batch, trials):
     """At most 10 % above the floor; all trials are rejected, so that every step is the same."""
     shape_ = shape(batch)
     example, graphed = (
@@ -48,7 +48,7 @@ def test_sweep_against_floor(benchmark, in_turn, batch, trials):
 
 
 @pytest.mark.parametrize("batch", [8, 32])
-def test_sweep_against_eager(in_turn, batch):
+def test_captured_sweep(in_turn, batch):
     """At least 8x at batch 8 and 4x at batch 32."""
     shape_ = shape(batch)
     eager = RIVALS["eager"](shape_.model("cuda"), **ACCEPTING)
@@ -57,11 +57,13 @@ def test_sweep_against_eager(in_turn, batch):
 
 @pytest.mark.parametrize("rival", ["adamw", "adamw-captured"])
 @pytest.mark.parametrize("schedule", ["sweep", "joint", "cycle"])
-def test_captured_against_adamw(in_turn, schedule, rival):
+def test_captured(in_turn, schedule, rival):
     """``joint`` accepted at once: at most 1.4x the captured AdamW, and faster than the plain one; ``cycle`` 1.25x."""
     shape_ = shape(32)
     graphed = RIVALS["graphed"](shape_.model("cuda"), **ACCEPTING, schedule=schedule)
     in_turn(RIVALS[rival](shape_.model("cuda")), graphed, shape_, rival)
+    report = graphed.optimizer.report
+    assert schedule != "joint" or (report.joint_trials, report.trials) == (1, 1), "not accepted at once"
 
 
 @pytest.mark.parametrize("depth", [6, 12, 24, pytest.param(48, marks=pytest.mark.full)])

@@ -5,6 +5,7 @@ blocks that it ran. A package that is not installed raises ImportError where its
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from fastals.program import Program
 
 
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Cross entropy in float32; a classifier in bfloat16 would return one of 8 bits, which no search can go by."""
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    return nn.functional.cross_entropy(logits.float(), batch["labels"])
+
+
 class Plain:
     """Forward, backward, step: AdamW and Prodigy."""
 
@@ -28,7 +35,7 @@ class Plain:
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """Train on the mini-batch; returns the loss before the step."""
-        loss = self.model(**batch).loss
+        loss = loss_of(self.model, batch)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -65,7 +72,7 @@ class Search(Plain):
         def closure() -> Tensor:
             nonlocal calls
             calls += 1
-            return self.model(**batch).loss
+            return loss_of(self.model, batch)
 
         loss = self.optimizer.step(closure)
         self.forwards += 2 + getattr(self.optimizer, "last_forwards", calls)
@@ -79,7 +86,7 @@ class Salsa(Plain):
         """Search on the mini-batch."""
 
         def closure(backwards: bool = False) -> Tensor:
-            loss = self.model(**batch).loss
+            loss = loss_of(self.model, batch)
             self.forwards += 1
             if backwards:
                 loss.backward()
@@ -95,7 +102,7 @@ class Graphed(Search):
 
     def __init__(self, model: nn.Module, optimizer: fastals.ALS, backend: Any = None) -> None:
         super().__init__(model, optimizer)
-        self.train_step = GraphedStep(optimizer, lambda batch: model(**batch).loss, backend=backend)
+        self.train_step = GraphedStep(optimizer, partial(loss_of, model), backend=backend)
         turns = len(optimizer.param_groups) if optimizer.settings.schedule == "cycle" else 1
         self.first_steps = WARMUP + turns + 2
 
@@ -147,7 +154,7 @@ class Captured(Plain):
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):  # zero_grad has left no gradients: backward writes them anew in every replay
-            self.loss = self.model(**self.inputs).loss
+            self.loss = loss_of(self.model, self.inputs)
             self.loss.backward()
             self.optimizer.step()
 

@@ -27,7 +27,7 @@ def bars(title: str, cases: list[Record], out: Path) -> Path:
             axes.plot([info["by_forwards"]] * 2, [i - 0.4, i + 0.4], color="C3", label=ARITHMETIC)
     axes.set_yticks(range(len(cases)), [label(c) for c in reversed(cases)])
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xlabel="speed-up: median, lowest and highest", title=title)
+    axes.set(xlabel="speed-up: median, lowest and highest", title=title, ylim=(-0.6, len(cases) - 0.4))
     return _saved(figure, axes, out / f"speedup_{slug(title)}.png")
 
 
@@ -44,7 +44,8 @@ def depth(title: str, cases: list[Record], out: Path) -> Path:
             [x - m for m, x in zip(medians, highs, strict=True)],
         ]
         depths = [info["depth"] for info in infos]
-        axes.errorbar(depths, medians, yerr=errors, color=f"C{i}", marker="o", capsize=3, label=name)
+        axes.errorbar(depths, medians, yerr=errors, color=f"C{i}", fmt="none", capsize=3)
+        axes.plot(depths, medians, color=f"C{i}", marker="o", label=name)  # the legend would have error bars last
         counted = [(info["depth"], info["by_forwards"]) for info in infos if "by_forwards" in info]
         axes.plot(*zip(*counted, strict=True), color=f"C{i}", marker="_", linestyle="--", label=f"{name}\n{ARITHMETIC}")
     axes.set(xlabel="blocks", ylabel="speed-up", title=title)
@@ -60,7 +61,7 @@ def roof(title: str, cases: list[Record], out: Path) -> Path:
         axes.barh(i, k["of_roof"], xerr=errors, color="C0", alpha=0.7, capsize=3)
     axes.set_yticks(range(len(points)), [name for name, _ in reversed(points)])
     axes.axvline(1, color="C3", label="measured copy bandwidth")
-    axes.set(xlabel="GB/s over the copy bandwidth of the same run", title=title)
+    axes.set(xlabel="GB/s over the copy bandwidth of the same run", title=title, ylim=(-0.6, len(points) - 0.4))
     return _saved(figure, axes, out / f"{slug(title)}.png")
 
 
@@ -76,7 +77,7 @@ def losses(title: str, runs: list[Record], best: str, out: Path) -> Path:
             members, wide = of_method(runs, method), method == best or not method.startswith("adamw")
             name = f"{method} (diverged)" if any(map(diverged, members)) else method
             color, (x, y, low, high) = f"C{i % 10}", _curve(members, key)
-            panel.plot(x, y, LINES[i // 10 % 2], color=color, label=name, linewidth=2 if wide else 0.8)
+            panel.plot(x, y, LINES[i // 10 % 2], color=color, label=name, linewidth=2 if wide else 1)
             if wide and len(members) > 1:
                 panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             if method == best and key != "steps":

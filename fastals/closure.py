@@ -50,18 +50,38 @@ class Losses:
         self.before: rng.State
         self.after: rng.State
         self.devices = rng.cuda_devices(params)
-        self.restart()
         self.grads = [p.grad for p in params]
         found = list(model.buffers()) if model is not None else []
         if lazy and learned.written is not None:
             found = [found[i] for i in learned.written]
         self.buffers = [(b, b.clone()) for b in found]
         self.written: list[tuple[Tensor, Tensor]] = []
+        self.before = self.after = rng.get_state(self.devices)
         self.forwards = 1.0  # full forwards so far, the first one included; a cached trial is a part of one
 
     def restart(self) -> None:
-        """Start from where the generators stand now."""
+        """Start from where generators and module buffers stand now."""
         self.before = self.after = rng.get_state(self.devices)
+        for buffer, value in self.buffers:
+            value.copy_(buffer)
+
+    def put_buffers_back(self, refused: Tensor | None = None) -> None:
+        """Put module buffers back to where the step found them; with ``refused``, if it says so on the device."""
+        for buffer, value in self.buffers:
+            if refused is not None:
+                buffer.copy_(torch.where(refused, value, buffer))
+            elif not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+    def verify(self, unit: str, params: Sequence[Tensor]) -> None:
+        """Compare a cached trial of the unit with a full forward, at weights a little off; they are put back."""
+        plain = [p.detach() for p in params]
+        old = [p.clone() for p in plain]
+        try:
+            torch._foreach_add_(plain, 0.01)
+            self.at(unit, params)
+        finally:
+            torch._foreach_copy_(plain, old)
 
     def differentiate(self) -> Tensor:
         """f(w_t) with its gradients, by one forward and one backward."""
@@ -140,9 +160,7 @@ class Losses:
         torch.clear_autocast_cache()  # casts of the last trial's weights are stale
         for p, grad in zip(self.params, self.grads, strict=True):
             p.grad = grad
-        for buffer, value in self.buffers:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
+        self.put_buffers_back()
         if self.cache is not None:
             self.cache.clear()
 

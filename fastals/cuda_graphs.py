@@ -15,7 +15,6 @@ import functools
 import gc
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +30,6 @@ except ImportError:
     driver = runtime = None
 
 OLDEST_DRIVER = 12040
-MOST_NOTED = 64  # steps that the host may be ahead of the device
 MODE = "relaxed"  # a kernel may be loaded at its first launch; a wait for the device fails the capture in any mode
 TORCH = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
 
@@ -79,15 +77,24 @@ class CudaGraphs:
     def __init__(self, device: torch.device, stream: torch.cuda.Stream, *, draws: bool) -> None:
         self.device, self.stream, self.draws = device, stream, draws
         self.generator = torch.cuda.default_generators[device.index or 0]
-        self.pool: Any = None
-        self._noted: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self.pool = torch.cuda.graph_pool_handle()
+        self._read = torch.cuda.Event()
+        self._flags: Tensor | None = None  # pinned, where the host reads
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Captures with cuBLAS workspaces of this pool, which no other program's captures come to use."""
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            yield
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
 
     def capture_head(self, action: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Capture forward and backward."""
         torch.cuda.synchronize(self.device)
         gc.collect()
         torch.cuda.empty_cache()
-        torch._C._cuda_clearCublasWorkspaces()  # or the graphs would use workspaces that others may free
         results: list[Tensor] = []
         piece = self.capture(lambda: results.append(action()))
         return piece, results[0]
@@ -108,7 +115,6 @@ class CudaGraphs:
                 self._abandon(graph)
                 raise
         graph.instantiate()
-        self.pool = graph.pool()
         return graph
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -118,9 +124,19 @@ class CudaGraphs:
             try:
                 graph.capture_end()
             except RuntimeError:
+                self._stop_allocating()
                 clean = torch.cuda.CUDAGraph()
                 clean.capture_begin(capture_error_mode=MODE)
                 clean.capture_end()
+
+    def _stop_allocating(self) -> None:
+        """Take the allocator out of a capture that could not be ended, as torch before 2.12 does not."""
+        index = self.device.index or 0
+        try:
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+        except RuntimeError:
+            return  # it is out already
+        torch._C._cuda_releasePool(index, self.pool)
 
     def replay(self, piece: torch.cuda.CUDAGraph) -> None:
         """Launch the graph on the stream."""
@@ -129,29 +145,18 @@ class CudaGraphs:
 
     def look(self, flags: Tensor) -> list[int]:
         """Wait for the stream and read the flags through pinned memory."""
-        event, copied = self._fetch(flags)
-        event.synchronize()
-        return copied.tolist()
-
-    def note(self, flags: Tensor) -> None:
-        """Start a copy of the flags to pinned memory."""
-        self._noted.append(self._fetch(flags))
-        if len(self._noted) > MOST_NOTED:
-            self._noted[0][0].synchronize()
-
-    def noted(self) -> list[list[int]]:
-        """The flags noted whose copies have arrived since the last call."""
-        arrived = []
-        while self._noted and self._noted[0][0].query():
-            arrived.append(self._noted.popleft()[1].tolist())
-        return arrived
-
-    def _fetch(self, flags: Tensor) -> tuple[torch.cuda.Event, Tensor]:
-        event, copied = torch.cuda.Event(), torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        if self._flags is None:
+            self._flags = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
         with torch.cuda.stream(self.stream):
-            copied.copy_(flags, non_blocking=True)
-            event.record(self.stream)
-        return event, copied
+            self._flags.copy_(flags, non_blocking=True)
+            self._read.record(self.stream)
+        self._read.synchronize()
+        return self._flags.tolist()
+
+    def held_bytes(self) -> int:
+        """Memory of the pool."""
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self.pool))
 
     def rng_state(self) -> Tensor:
         """Seed and offset, which the host keeps."""

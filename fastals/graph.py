@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_is_leaf, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_is_leaf, tree_map_only, tree_unflatten
 
+from fastals import rng
+from fastals.cache import ActivationCache
+from fastals.closure import non_finite
+from fastals.interrupt import uninterrupted
+from fastals.kernels.arena import FLAGS
 from fastals.schedule import SCHEDULES, keep
 
 if TYPE_CHECKING:
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
     from fastals.program import Backend, Program, Tail
 
 WARMUP = 3  # eager steps of each signature: compilation, workspaces, verification of the cache
+MOST_SEEN = 1024  # signatures whose steps are counted
+MOST_NOTED = 64  # steps that the host may be ahead of the device
 Batch = Any
 
 
@@ -44,20 +51,23 @@ class GraphedStep:
     The first steps of a signature run eagerly, as steps that count; then forward, backward, trials and updates are
     captured as CUDA graphs and replayed. The step sizes are those of the eager path. Dropout masks differ
     from step to step and are the same in all trials of a step. ``p.grad`` is not kept: gradients live in the graphs'
-    memory. Where graphs cannot be used, or a capture fails, steps run eagerly and :attr:`mode` says why.
+    memory. Hooks of the optimizer run in eager steps only. Where graphs cannot be used, or a capture fails, steps run
+    eagerly and :attr:`mode` says why.
 
     Args:
         optimizer: the :class:`fastals.ALS`.
         loss_fn: loss of a batch, a scalar tensor. It must not wait for the device (``.item()``, prints of values,
-            branches on them) to be captured. A mapping of another class, such as a ``BatchEncoding``, reaches it as a
-            plain ``dict``: ``batch["labels"]`` works, ``batch.labels`` does not.
+            branches on them) nor draw random numbers on the host to be captured. It is captured as it is: numbers
+            that it takes from elsewhere (the weight of a term, an epoch) keep the value of the capture, unless they
+            are in the batch, and tensors have to stay where they are. Its tensors come to the device of the
+            parameters. A mapping of another class, such as a ``BatchEncoding``, reaches it as a plain ``dict``:
+            ``batch["labels"]`` works, ``batch.labels`` does not.
         pad_to_multiple_of: pad text batches (mappings with ``input_ids`` and ``attention_mask``) on the right to a
             multiple of this length, so that there are few signatures; labels are padded with -100.
         max_signatures: programs kept; the one used least recently goes first, with its memory.
 
     Attributes:
         mode: :class:`GraphMode`, how steps run and why.
-        pool_bytes: device memory that captures have reserved so far.
 
     Raises:
         FloatingPointError: the loss is not finite at the current weights; nothing has moved. In mode ``while`` nobody
@@ -78,16 +88,17 @@ class GraphedStep:
         self.optimizer, self.loss_fn, self.max_signatures = optimizer, loss_fn, max_signatures
         self.pad_to_multiple_of, self._make_backend = pad_to_multiple_of, backend or _cuda_graphs
         self.mode = GraphMode("eager", "nothing has been captured yet")
-        self._seen: dict[Hashable, int] = {}
+        self._seen: OrderedDict[Hashable, int] = OrderedDict()
         self._programs: OrderedDict[Hashable, Captured] = OrderedDict()
         self._identity: Hashable = None
         self._draws = False
         self._give_up = why_not_graphed(optimizer) if backend is None else why_not_recorded(optimizer)
         if self._give_up:
             self.mode = GraphMode("eager", self._give_up)
-        device = optimizer.param_groups[0]["params"][0].device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and not self._give_up else None
-        self.pool_bytes = 0
+        self._device = optimizer.param_groups[0]["params"][0].device
+        captures = self._device.type == "cuda" and not self._give_up
+        self._stream = torch.cuda.Stream(self._device) if captures else None
+        self._notes = Notes()
 
     def __call__(self, batch: Batch) -> Tensor:
         """One step; returns f(w_t) before it, on the device."""
@@ -95,34 +106,63 @@ class GraphedStep:
             batch = dict(batch)
         if self.pad_to_multiple_of is not None:
             batch = pad(batch, self.pad_to_multiple_of)
+        self._notes.raise_if_refused()
         if self._give_up:
             return self._eagerly(batch)
-        self._forget_if_changed()
         leaves, spec = tree_flatten(batch)
-        signature = _signature(leaves, spec, self.optimizer.model)
-        if self._seen.get(signature, 0) < WARMUP:
-            loss = self._eagerly(batch)
-            self._seen[signature] = self._seen.get(signature, 0) + 1
-            self._identity = self._parameters()  # the step itself may have built its tables
-            return loss
+        try:
+            signature = _signature(leaves, spec, self.optimizer.model)
+        except TypeError as error:
+            self._run_eagerly(f"the batch holds what is neither a tensor nor a constant: {error}")
+            return self._eagerly(batch)
+        if self._forget_if_changed() or self._seen.get(signature, 0) < WARMUP:
+            return self._warm_up(signature, batch)
         try:
             captured, tail, due = self._captured(signature, leaves, spec)
         except Exception as error:
             self._drop_captures()
             loss = self._eagerly(batch)  # an error of the loss itself is raised here as in any eager step
-            self._fall_back(error)
+            self._run_eagerly(f"the capture failed: {type(error).__name__}: {error}")
+            warnings.warn(f"fastals: steps run eagerly, because {self._give_up}", stacklevel=2)
             return loss
-        return self._replay(captured, tail, leaves, due)
+        with uninterrupted():  # what is under way on the device is finished and counted before a Ctrl-C
+            return self._replay(captured, tail, leaves, due)
 
-    def _eagerly(self, batch: Batch) -> Tensor:
-        before = self._generator_state()
-        with self._on_stream():
-            loss = self.optimizer.step(lambda: self.loss_fn(batch))
-        self._draws |= before is not None and not torch.equal(before, self._generator_state())
+    @property
+    def pool_bytes(self) -> int:
+        """Device memory in bytes that the captured programs hold."""
+        return sum(captured.program.backend.held_bytes() for captured in self._programs.values())
+
+    def _warm_up(self, signature: Hashable, batch: Batch) -> Tensor:
+        loss = self._eagerly(batch)
+        if (standing := self._standing()) != self._identity:  # the step may have built its tables
+            self._programs.clear()
+            self._identity = standing
+        self._seen[signature] = self._seen.get(signature, 0) + 1
+        if len(self._seen) > MOST_SEEN:
+            self._seen.popitem(last=False)
+        if not self._programs and not self._give_up:
+            reason = f"{len(self._seen)} signatures of inputs seen, and one is captured after {WARMUP} steps"
+            self.mode = GraphMode("eager", reason)
         return loss
 
-    def _generator_state(self) -> Any:
-        return None if self._stream is None else torch.cuda.get_rng_state(self._stream.device)
+    def _eagerly(self, batch: Batch) -> Tensor:
+        generators = rng.get_state(rng.cuda_devices(self._parameters()))
+        with self._on_stream():
+            moved = tree_map_only(Tensor, lambda t: t.to(self._device, non_blocking=True), batch)
+            loss = self.optimizer.step(lambda: self.loss_fn(moved))
+        self._note_draws(*generators)
+        return loss
+
+    def _note_draws(self, host: Tensor, devices: dict[int, Tensor]) -> None:
+        """Note whether the forward has drawn random numbers since, and where."""
+        drawn = not torch.equal(host, torch.get_rng_state())
+        if self._device.type == "cpu":
+            self._draws |= drawn
+            return
+        self._draws |= any(not torch.equal(s, torch.cuda.get_rng_state(i)) for i, s in devices.items())
+        if drawn and not self._give_up:
+            self._run_eagerly("the loss draws random numbers on the host, which graphs would repeat in every step")
 
     def _on_stream(self) -> Any:
         if self._stream is None:
@@ -144,10 +184,9 @@ class GraphedStep:
         due = opt._search_is_due(units)
         turn = units[0].rules["count"] % len(units) if opt.settings.schedule == "cycle" else 0
         kind = turn if due else "keep"
-        held = self._reserved()
         with self._on_stream():
             tail = captured.program.tail(kind, partial(self._record, due), opt._device_batch)
-        self.pool_bytes += max(self._reserved() - held, 0)
+        self._identity = self._standing()  # a forward may give the model other buffers, which the graph then owns
         name = "while" if tail.launch is not None else "host"
         self.mode = GraphMode(name, tail.reason or "loops are nodes of the graph")
         return captured, tail, due
@@ -166,28 +205,22 @@ class GraphedStep:
     def _capture(self, leaves: list[Any], spec: TreeSpec) -> Captured:
         from fastals.program import Program
 
-        opt = self.optimizer
-        params = [p for g in opt.param_groups for p in g["params"]]
-        device = params[0].device
-        inputs = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        opt, params = self.optimizer, self._parameters()
+        inputs = [leaf.to(self._device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         batch = tree_unflatten(inputs, spec)
-        backend = self._make_backend(device, self._stream, draws=self._draws)
+        backend = self._make_backend(self._device, self._stream, draws=self._draws)
         opt._built_units()
-        held = self._reserved()
         with self._on_stream():
+            opt._verify(lambda: self.loss_fn(batch))
+            cache = ActivationCache(opt.model, rng.cuda_devices(params)) if opt._cache is not None else None
             program = Program(
-                opt._device, lambda: self.loss_fn(batch), params, opt.model if opt.settings.cache else None,
-                opt._learned, backend, opt.settings.max_grad_norm,
+                opt._device, lambda: self.loss_fn(batch), params, opt.model, cache, opt._learned, backend,
+                opt.settings.max_grad_norm,
             )  # fmt: skip
-        self.pool_bytes += max(self._reserved() - held, 0)
         return Captured(program, inputs)
-
-    def _reserved(self) -> int:
-        return 0 if self._stream is None else torch.cuda.memory_reserved(self._stream.device)
 
     def _replay(self, captured: Captured, tail: "Tail", leaves: list[Any], due: bool) -> Tensor:
         opt, program = self.optimizer, captured.program
-        program.raise_if_refused()
         with self._on_stream():
             for static, leaf in zip(captured.inputs, leaves, strict=True):
                 if isinstance(static, Tensor):
@@ -195,33 +228,76 @@ class GraphedStep:
             program.device.refresh_rules(opt._seed())
             program.run(tail)
             loss = program.loss.clone()
+            self._notes.add(program.device.arena.flags[-1])
         program.device.arena.steps += 1
         opt._count(tail.batch, searched=due)
         opt.last_forwards = math.nan
         return loss
 
-    def _forget_if_changed(self) -> None:
-        """Recapture where parameters have moved, been frozen or got another partition."""
-        if self._parameters() != self._identity:
+    def _forget_if_changed(self) -> bool:
+        """Capture anew where what the graphs hold fast has changed; whether it has."""
+        standing = self._standing()
+        changed = standing != self._identity
+        if changed:
             self._programs.clear()
             self._seen.clear()
+        self._identity = standing
+        return changed
 
-    def _parameters(self) -> Hashable:
-        opt = self.optimizer
-        params = [p for g in opt.param_groups for p in g["params"]]
-        trained = tuple(map(attrgetter("requires_grad"), params))
-        return tuple(map(Tensor.data_ptr, params)), trained, opt._device and id(opt._device.arena)
+    def _standing(self) -> Hashable:
+        """Where the tensors of optimizer and model lie, which of them are trained, and the modules that there are."""
+        opt, tensors = self.optimizer, self._parameters()
+        modules = list(opt.model.modules()) if opt.model is not None else []
+        for module in modules:
+            tensors += [t for t in module._parameters.values() if t is not None]
+            tensors += [t for t in module._buffers.values() if t is not None]
+        trained = tuple(map(attrgetter("requires_grad"), tensors))
+        arena = opt._device and id(opt._device.arena)
+        return tuple(map(Tensor.data_ptr, tensors)), trained, tuple(map(id, modules)), arena
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for g in self.optimizer.param_groups for p in g["params"]]
 
     def _drop_captures(self) -> None:
         self._programs.clear()
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = None
+        for p in self._parameters():
+            p.grad = None
 
-    def _fall_back(self, error: Exception) -> None:
-        self._give_up = f"the capture failed: {type(error).__name__}: {error}"
-        self.mode = GraphMode("eager", self._give_up)
-        warnings.warn(f"fastals: steps run eagerly, because {self._give_up}", stacklevel=3)
+    def _run_eagerly(self, reason: str) -> None:
+        self._give_up = reason
+        self.mode = GraphMode("eager", reason)
+
+
+class Notes:
+    """The flags of replayed steps on their way to the host, which does not wait for them."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
+
+    def add(self, flags: Tensor) -> None:
+        """Start a copy behind the work of the current stream."""
+        if flags.device.type == "cpu":
+            self._pending.append((None, flags.clone()))
+            return
+        event, copied = torch.cuda.Event(), torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        copied.copy_(flags, non_blocking=True)
+        event.record()
+        self._pending.append((event, copied))
+        if len(self._pending) > MOST_NOTED:
+            event = self._pending[0][0]
+            event.synchronize()
+
+    def raise_if_refused(self) -> None:
+        """Say that an earlier step was refused, if one was and its flags have arrived.
+
+        Raises:
+            FloatingPointError: f(w_t) was not finite in that step.
+        """
+        refused = False
+        while self._pending and (self._pending[0][0] is None or self._pending[0][0].query()):
+            refused |= bool(self._pending.popleft()[1][FLAGS.index("refused")])
+        if refused:
+            raise non_finite(math.nan)
 
 
 def why_not_recorded(optimizer: "ALS") -> str:
@@ -264,7 +340,11 @@ def pad(batch: Batch, multiple: int) -> Batch:
 
 def _signature(leaves: list[Any], spec: TreeSpec, model: torch.nn.Module | None) -> Hashable:
     kinds = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    return str(spec), kinds, model.training if model is not None else None, torch.is_autocast_enabled("cuda")
+    training = tuple(m.training for m in model.modules()) if model is not None else None
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    signature = str(spec), kinds, training, autocast
+    hash(signature)
+    return signature
 
 
 def _cuda_graphs(device: torch.device, stream: torch.cuda.Stream | None, *, draws: bool) -> "Backend":

@@ -232,6 +232,21 @@ class ALS(torch.optim.Optimizer):
             self._cache, self._learned = ActivationCache(self.model, rng.cuda_devices(params)), Learned()
         return self._cache
 
+    def _verify(self, closure: Callable[[], Tensor]) -> None:
+        """Find out whether the cache can be trusted for the units that have made no trial with it yet."""
+        unknown = [u for u in self._built_units() if u.name not in self._learned.trusted]
+        if self._cache is None or not unknown:
+            return
+        params = [p for g in self.param_groups for p in g["params"]]
+        losses = Losses(closure, params, self.model, self._cache, self._learned, lazy=True)
+        try:
+            losses.differentiate()
+            for unit in unknown:
+                if unit.find_active():
+                    losses.verify(unit.name, unit.active_params())
+        finally:
+            losses.undo()
+
     def _begin(self, batch: Any, loss: Tensor) -> None:
         """Put the units in forward order and start the batch with those that have gradients."""
         cache = batch.losses.cache
@@ -288,15 +303,15 @@ class ALS(torch.optim.Optimizer):
     @contextmanager
     def _transaction(self, batch: Any) -> Iterator[None]:
         """Undo everything if anything is raised before the commit; moments and memory are written in it alone."""
-        try:
-            with torch.cuda.device_of(batch.losses.params[0]):  # kernels go to the current device
+        with torch.cuda.device_of(batch.losses.params[0]):  # kernels go to the current device
+            try:
                 yield
-        except BaseException:
-            if not batch.committed:
-                with uninterrupted():
-                    batch.restore()
-                    batch.losses.undo()
-            raise
+            except BaseException:
+                if not batch.committed:
+                    with uninterrupted():
+                        batch.restore()
+                        batch.losses.undo()
+                raise
 
     def _commit(self, batch: Any, searched: bool) -> None:
         batch.commit(self.state)

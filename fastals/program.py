@@ -6,9 +6,8 @@ captures and replays pieces (:class:`fastals.cuda_graphs.CudaGraphs`).
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -57,7 +56,16 @@ Operation = Run | Loop | SkipIfAccepted | Always
 
 
 class Backend(Protocol):
-    """Captures device work once and replays it."""
+    """Captures device work once and replays it.
+
+    ``draws`` says whether the forward draws random numbers: then the head is replayed by itself, since only a replay
+    of its own gives a graph its random state.
+    """
+
+    draws: bool
+
+    def session(self) -> AbstractContextManager[None]:
+        """Surrounds the captures that belong together."""
 
     def capture_head(self, action: Callable[[], Tensor]) -> tuple[Any, Tensor]:
         """Capture an action; its piece, and its result at an address that every replay writes to again."""
@@ -71,11 +79,8 @@ class Backend(Protocol):
     def look(self, flags: Tensor) -> list[int]:
         """Wait for the work so far and read the flags."""
 
-    def note(self, flags: Tensor) -> None:
-        """Start reading the flags without waiting."""
-
-    def noted(self) -> list[list[int]]:
-        """The flags noted so far that have arrived and have not been returned yet."""
+    def held_bytes(self) -> int:
+        """Device memory that the captured pieces hold."""
 
     def rng_state(self) -> Any:
         """State of the generator that replays draw from."""
@@ -140,11 +145,15 @@ def _run_all(actions: Sequence[Action]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """What follows the head in one kind of step, and its one launch where that is possible."""
+    """What follows the head in one kind of step, and its one launch where that is possible.
+
+    ``whole`` says that the launch does the head as well.
+    """
 
     operations: list[Operation]
     batch: DeviceBatch
     launch: Action | None
+    whole: bool
     reason: str
 
 
@@ -156,7 +165,8 @@ class Program:
             the graphs' memory.
         closure: evaluates the loss of the static inputs.
         params: all parameters of the optimizer.
-        model: the module whose activations are cached, or None.
+        model: the module whose buffers a forward may write, or None.
+        cache: of the model's activations, or None.
         learned: what eager steps have found out about the model.
     """
 
@@ -166,13 +176,13 @@ class Program:
         closure: Callable[[], Tensor],
         params: Sequence[Tensor],
         model: torch.nn.Module | None,
+        cache: ActivationCache | None,
         learned: Learned,
         backend: Backend,
         max_grad_norm: float | None,
     ) -> None:
         self.backend, self.params, self.max_grad_norm = backend, params, max_grad_norm
         _drop_gradients(params)
-        cache = ActivationCache(model, (device.arena.device.index or 0,) if _on_cuda(device) else ()) if model else None
         trusted = {name: learned.trusted.get(name, False) for name in [*(u.name for u in device.units), "all units"]}
         self.losses = Losses(closure, params, model, cache, Learned(trusted, learned.written), lazy=True)
         self.generators = rng.get_state(self.losses.devices)
@@ -205,19 +215,25 @@ class Program:
         batch = make_batch(self.losses, executor=recorder)
         batch.begin(self.device, self.units, self.loss, self.max_grad_norm)
         record(batch)
+        if self.losses.buffers:
+            batch.do(self._put_buffers_back_if_refused)
         batch.learn()
-        operations = recorder.finish()
+        operations, whole = recorder.finish(), not self.backend.draws
+        linked = [Run(self.head), *operations] if whole else operations
         try:
-            return Tail(operations, batch, self.backend.link(operations, self.device.arena.flags), "")
+            return Tail(operations, batch, self.backend.link(linked, self.device.arena.flags), whole, "")
         except Exception as error:  # the bindings raise what they like
             named = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
-            return Tail(operations, batch, None, f"{named}{error}")
+            return Tail(operations, batch, None, False, f"{named}{error}")
+
+    def _put_buffers_back_if_refused(self) -> None:
+        self.losses.put_buffers_back(self.device.arena.flags[-1, FLAGS.index("refused")] != 0)
 
     @contextmanager
     def _capturing(self) -> Iterator[None]:
         """Hold the generators, whose seed may not change between captures, and keep no cast in the graphs' memory."""
         try:
-            with rng.standing_at(self.generators):
+            with rng.standing_at(self.generators), self.backend.session():
                 yield
         finally:
             torch.clear_autocast_cache()
@@ -235,12 +251,23 @@ class Program:
                 p.grad = g
 
     def run(self, tail: Tail) -> None:
-        """Replay the head and the tail; whatever is raised, weights and generator are as before.
+        """Replay the head and the tail; whatever is raised, weights, module buffers and generator are as before.
 
         Raises:
-            FloatingPointError: f(w_t) is not finite, or was not in an earlier step that nobody waited for.
+            FloatingPointError: f(w_t) is not finite, and the host has waited for it.
         """
         before = self.backend.rng_state()
+        try:
+            self._replay(tail, before)
+        except BaseException:
+            self.backend.set_rng_state(before)
+            raise
+        torch.clear_autocast_cache()  # casts of the weights before this step are stale
+
+    def _replay(self, tail: Tail, before: Any) -> None:
+        if tail.launch is not None and tail.whole:
+            tail.launch()
+            return
         self.backend.replay(self.head)
         after = self.backend.rng_state()
         try:
@@ -249,13 +276,11 @@ class Program:
             else:
                 self._run_on_host(tail.operations, before)
         except BaseException:
+            self.losses.put_buffers_back()
             armijo.restore(self.device.arena)
             trial(self.device.table, self.device.arena)
-            self.backend.set_rng_state(before)
             raise
         self.backend.set_rng_state(after)
-        torch.clear_autocast_cache()  # casts of the weights before this step are stale
-        self.backend.note(self.device.arena.flags[-1])
 
     def _run_on_host(self, operations: Sequence[Operation], rng_state: Any) -> None:
         skipping = accepted = False
@@ -282,17 +307,8 @@ class Program:
             if not go:
                 return bool(accepted)
 
-    def raise_if_refused(self) -> None:
-        """Say that an earlier step was refused, if one was and nobody has waited for it."""
-        if any(flags[FLAGS.index("refused")] for flags in self.backend.noted()):
-            raise non_finite(math.nan)
-
 
 def _drop_gradients(params: Sequence[Tensor]) -> None:
     """Let go of the gradients and of the memory that they lie in."""
     for p in params:
         p.grad = None
-
-
-def _on_cuda(device: Device) -> bool:
-    return device.arena.device.type == "cuda"

@@ -1,11 +1,14 @@
 """Steps as captured pieces: one program with a back end that records, on the CPU, and with CUDA graphs on a GPU."""
 
+import contextlib
 import copy
 import gc
 import math
+import signal
 import subprocess
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 import fastals
-from fastals import cuda_graphs, rng
+from fastals import cuda_graphs, graph, rng
 from fastals.graph import WARMUP, GraphedStep, GraphMode, pad
 from fastals.program import Always, Loop, Run, SkipIfAccepted
 from fastals.testing import TinyTransformer, tiny_batches
@@ -31,8 +34,14 @@ CASES = [
 class Recording:
     """Runs the captured actions anew at each replay, writes results where the first ones lie, and keeps a log."""
 
-    def __init__(self, params, *, linked, log):
-        self.params, self.linked, self.log, self._noted = params, linked, log, []
+    def __init__(self, params, *, linked, log, draws):
+        self.params, self.linked, self.log, self.draws, self.fails = params, linked, log, draws, False
+
+    def session(self):
+        return contextlib.nullcontext()
+
+    def held_bytes(self):
+        return 0
 
     def capture_head(self, action):
         self.seed = torch.initial_seed()
@@ -61,13 +70,6 @@ class Recording:
         self.log.append("look")
         return flags.tolist()
 
-    def note(self, flags):
-        self._noted.append(flags.clone())
-
-    def noted(self):
-        arrived, self._noted = [f.tolist() for f in self._noted], []
-        return arrived
-
     def rng_state(self):
         return torch.get_rng_state()
 
@@ -79,6 +81,8 @@ class Recording:
             raise RuntimeError("this back end has no loops")
 
         def launch():
+            if self.fails:
+                raise RuntimeError("out of memory")
             self.log.append("launch")
             for operation in operations:
                 if isinstance(operation, Run):
@@ -95,13 +99,13 @@ interpreted = pytest.mark.skipif(
 )
 
 
-def build(loss_fn=None, linked=False, depth=1, log=None, **options):
+def build(loss_fn=None, linked=False, depth=1, dropout=0.1, log=None, **options):
     torch.manual_seed(0)
-    model = TinyTransformer(depth=depth)
+    model = TinyTransformer(depth=depth, dropout=dropout)
     opt = fastals.ALS(fastals.units(model), model=model, fused=True, **options)
 
     def backend(device, stream, *, draws):
-        return Recording(list(model.parameters()), linked=linked, log=[] if log is None else log)
+        return Recording(list(model.parameters()), linked=linked, log=[] if log is None else log, draws=draws)
 
     return model, opt, GraphedStep(opt, loss_fn or (lambda batch: model(**batch)), backend=backend)
 
@@ -143,15 +147,15 @@ def test_a_replayed_step_is_the_eager_step_bitwise(options, linked):
 
 @interpreted
 def test_launches_and_looks():
-    """Host mode looks once per trial; in while mode a step is two launches and no look."""
-    for linked in (False, True):
+    """Host mode looks once per trial; in while mode a step is one launch, with dropout two, and no look."""
+    for linked, dropout in ((False, 0.1), (True, 0.1), (True, 0.0)):
         log = []
-        _, opt, step = build(linked=linked, log=log)
+        _, opt, step = build(linked=linked, log=log, dropout=dropout)
         for batch in tiny_batches(WARMUP + 3):
             log.clear()
             step(batch)
         if linked:
-            assert log == ["replay", "launch"]
+            assert log == (["replay", "launch"] if dropout else ["launch"])
         else:
             trials, units = opt.report.trials, len(opt.report.units)
             assert log.count("look") == trials
@@ -165,7 +169,7 @@ def test_programs_are_kept_by_signature_and_the_oldest_goes():
     opt = fastals.ALS(fastals.units(model), model=model, fused=True)
 
     def backend(device, stream, *, draws):
-        return Recording(list(model.parameters()), linked=False, log=log)
+        return Recording(list(model.parameters()), linked=False, log=log, draws=draws)
 
     step = GraphedStep(opt, lambda batch: model(**batch), max_signatures=2, backend=backend)
     lengths = [next(tiny_batches(1, length=n)) for n in (4, 5, 6)]
@@ -200,6 +204,94 @@ def test_frozen_and_moved_parameters_are_captured_anew():
     for _ in range(WARMUP):
         step(batches[0])
     assert "capture" in log
+
+
+def move_a_frozen_weight(model):
+    model.embed.weight.data = model.embed.weight.data.clone()
+
+
+def freeze(model):
+    model.head.weight.requires_grad_(False)
+    model.head.weight.grad = None
+
+
+def replace_a_module(model):
+    model.blocks[0].dropout = torch.nn.Dropout(0.2)
+
+
+def switch_a_module_to_evaluation(model):
+    model.blocks[0].eval()
+
+
+def move_a_buffer(model):
+    model.norm.scale = model.norm.scale.clone()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "change", [move_a_frozen_weight, freeze, replace_a_module, switch_a_module_to_evaluation, move_a_buffer]
+)
+def test_what_the_graphs_hold_fast_of_the_model_is_captured_anew_where_it_changes(change):
+    torch.manual_seed(0)
+    model, log = TinyTransformer(depth=1), []
+    model.embed.weight.requires_grad_(False)
+    model.norm.register_buffer("scale", torch.ones(1))
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True)
+    backend = partial(Recording, [p for p in model.parameters() if p.requires_grad], linked=False, log=log)
+    step = GraphedStep(opt, lambda b: model(**b), backend=lambda device, stream, *, draws: backend(draws=draws))
+    batch = next(tiny_batches(1))
+    for _ in range(WARMUP + 2):
+        step(batch)
+    assert "capture" in log
+    change(model)
+    log.clear()
+    for _ in range(WARMUP):
+        step(batch)
+    assert log == []
+    step(batch)
+    assert "capture" in log
+
+
+@interpreted
+@pytest.mark.parametrize("schedule", ["joint", "cycle", "sweep"])
+def test_a_resumed_optimizer_replays_with_its_cache(schedule):
+    model, opt, step = build(schedule=schedule, depth=2)
+    batches = list(tiny_batches(WARMUP + 2))
+    for batch in batches:
+        step(batch)
+    state = opt.state_dict()
+    twin, resumed, again = build(schedule=schedule, depth=2)
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(state)
+    weights = [p.detach().clone() for p in twin.parameters()]
+    for batch in batches:
+        again(batch)
+    assert all(resumed._learned.trusted.get(u.name) for u in resumed._units)
+    (captured,) = again._programs.values()
+    assert all(captured.program.losses.trusted[u.name] for u in resumed._units)
+    assert not all(torch.equal(p, q) for p, q in zip(twin.parameters(), weights, strict=True))
+
+
+@interpreted
+def test_a_batch_that_cannot_be_a_signature_runs_eagerly_and_says_why():
+    class Task:
+        __hash__ = None
+
+    model, _, step = build(loss_fn=lambda b: model(b["tokens"], b["labels"]))
+    for batch in tiny_batches(WARMUP + 2):
+        step(batch | {"task": Task()})
+    assert step.mode.name == "eager"
+    assert "unhashable type: 'Task'" in step.mode.reason
+
+
+@interpreted
+def test_signatures_that_never_come_back_are_counted_and_forgotten(monkeypatch):
+    monkeypatch.setattr(graph, "MOST_SEEN", 3)
+    model, _, step = build(loss_fn=lambda b: model(b["tokens"], b["labels"]))
+    for t, batch in enumerate(tiny_batches(6)):
+        step(batch | {"temperature": 0.1 * t})
+    assert len(step._seen) == 3
+    assert step.mode == GraphMode("eager", f"3 signatures of inputs seen, and one is captured after {WARMUP} steps")
 
 
 @interpreted
@@ -281,6 +373,93 @@ def test_an_error_during_a_replay_leaves_everything_as_it_was(linked, at):
         assert a == b
     calls["left"] = 10**6
     step(batches[-1])
+
+
+@interpreted
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_launch_that_fails_at_once_leaves_the_weights_of_this_step(dropout):
+    """And not those of the last one, whose snapshot the device still has."""
+    model, opt, step = build(linked=True, dropout=dropout, **HARD)
+    batches = list(tiny_batches(WARMUP + 3))
+    for batch in batches[:-1]:
+        step(batch)
+    weights, generator = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
+    (captured,) = step._programs.values()
+    captured.program.backend.fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(batches[-1])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+    assert torch.equal(torch.get_rng_state(), generator)
+    captured.program.backend.fails = False
+    step(batches[-1])
+    assert opt.report.loss_after < opt.report.loss_before
+
+
+@interpreted
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_replayed_step_is_finished_and_counted_before_an_interrupt(linked):
+    interrupted = {"now": False}
+
+    def loss_fn(batch):
+        if interrupted["now"]:
+            signal.raise_signal(signal.SIGINT)
+        return model(**batch)
+
+    model, opt, step = build(loss_fn=loss_fn, linked=linked, **HARD)
+    batches = list(tiny_batches(WARMUP + 2))
+    for batch in batches[:-1]:
+        step(batch)
+    interrupted["now"] = True
+    with pytest.raises(KeyboardInterrupt):
+        step(batches[-1])
+    assert opt.param_groups[0]["count"] == int(opt._device.arena.step) == len(opt.reports) == len(batches)
+
+
+@interpreted
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("cache", [True, False])
+def test_module_buffers_are_put_back_where_a_loss_is_not_finite(linked, cache):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+    opt = fastals.ALS([{"params": list(model.parameters()), "name": "all"}], model=model, fused=True, cache=cache)
+
+    def backend(device, stream, *, draws):
+        return Recording(list(model.parameters()), linked=linked, log=[], draws=draws)
+
+    step = GraphedStep(opt, lambda x: model(x).square().mean(), backend=backend)
+    for _ in range(WARMUP + 2):
+        step(torch.randn(8, 4))
+    assert step.mode.name == ("while" if linked else "host")
+    before = [b.clone() for b in model.buffers()]
+    refused = torch.full((8, 4), math.nan)
+    if linked:
+        step(refused)  # nobody waits for it: it is said at the next step, which is not taken
+    with pytest.raises(FloatingPointError):
+        step(refused)
+    assert all(torch.equal(b, c) for b, c in zip(model.buffers(), before, strict=True))
+    step(torch.randn(8, 4))
+    assert not any(torch.equal(b, c) for b, c in zip(model.buffers(), before, strict=True))
+
+
+@interpreted
+def test_a_refused_step_is_said_although_its_program_has_gone():
+    scale = torch.ones(())
+    model, opt, _ = build()
+    backend = partial(Recording, list(model.parameters()), linked=True, log=[])
+    step = GraphedStep(
+        opt,
+        lambda b: model(**b) * scale,
+        max_signatures=1,
+        backend=lambda device, stream, *, draws: backend(draws=draws),
+    )
+    short, long = (next(tiny_batches(1, length=n)) for n in (4, 6))
+    for batch in [short] * (WARMUP + 1) + [long] * WARMUP + [short]:
+        step(batch)
+    scale.fill_(math.nan)
+    step(short)
+    scale.fill_(1.0)
+    with pytest.raises(FloatingPointError):
+        step(long)
 
 
 @interpreted
@@ -470,7 +649,7 @@ def test_why_there_are_no_loops_on_the_device(monkeypatch):
 
 
 def test_a_failed_capture_is_ended_by_a_clean_one(monkeypatch):
-    modes = []
+    modes, taken_out = [], []
 
     class Graph:
         def __init__(self, keep_graph=False):
@@ -488,13 +667,16 @@ def test_a_failed_capture_is_ended_by_a_clean_one(monkeypatch):
         raise BrokenError
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *where, name=name: taken_out.append((name, *where)), raising=False)
     backend = object.__new__(cuda_graphs.CudaGraphs)
-    backend.stream = backend.pool = None
+    backend.stream, backend.pool, backend.device = None, (0, 1), torch.device("cuda", 0)
     with pytest.raises(BrokenError):
         backend.capture(action)
     with pytest.raises(RuntimeError, match="not valid"):
         backend.capture(lambda: None)
     assert modes == ["relaxed"] * 4
+    assert taken_out == [("_cuda_endAllocateToPool", 0, (0, 1)), ("_cuda_releasePool", 0, (0, 1))] * 2
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
@@ -584,7 +766,7 @@ def test_hugging_face_models_are_replayed(kind):
     opt = fastals.ALS(fastals.units(model), model=model, fused=True)
 
     def backend(device, stream, *, draws):
-        return Recording(params, linked=False, log=[])
+        return Recording(params, linked=False, log=[], draws=draws)
 
     step = GraphedStep(opt, lambda batch: model(**batch).loss, backend=backend)
     for t in range(WARMUP + 2):
