@@ -1,9 +1,11 @@
 """``fastals bench``: pages of stored results, and which changes count as slower."""
 
+import importlib.util
 import json
 import runpy
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +78,44 @@ def rows(page):
     """Cells of all table rows by their first cell."""
     cells = [[c.strip() for c in line.strip("| ").split("|")] for line in page.splitlines() if line.startswith("|")]
     return {row[0]: row[1:] for row in cells}
+
+
+@pytest.mark.gpu
+def test_a_captured_adamw_takes_the_steps_of_adamw():
+    from rivals import RIVALS
+    from shapes import bert
+
+    models = [bert(2, 96, 4).eval().cuda() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    plain, captured = RIVALS["adamw"](models[0]), RIVALS["adamw-captured"](models[1])
+    generator = torch.Generator().manual_seed(0)
+    for t in range(5):
+        ids = torch.randint(1000, 2000, (4, 16), generator=generator)
+        batch = {"input_ids": ids.cuda(), "labels": (ids[:, 0] % 5).cuda()}
+        for _ in range(3 if t == 0 else 0):  # that the captured one takes before its capture
+            plain.step(batch)
+        assert float(captured.step(batch)) == pytest.approx(float(plain.step(batch)), rel=1e-3)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own():
+    from memory import peak_mib
+
+    assert 50 < peak_mib("width-192", "adamw", {}, "cpu") < 5000
+
+
+def test_a_case_that_has_failed_or_was_interrupted_stores_no_number():
+    spec = importlib.util.spec_from_file_location("bench_conftest", Path(__file__).parents[1] / "bench" / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    cases = [SimpleNamespace(fullname=name) for name in ("passes", "fails", "interrupted")]
+    benchmarks = SimpleNamespace(benchmarks=cases)
+    for name, passed in (("passes", True), ("fails", False)):
+        conftest.pytest_runtest_logreport(SimpleNamespace(nodeid=name, when="call", passed=passed))
+    session = SimpleNamespace(config=SimpleNamespace(_benchmarksession=benchmarks))
+    next(conftest.pytest_sessionfinish(session))
+    assert benchmarks.benchmarks == cases[:1]
 
 
 def test_report_has_tables_and_pictures_of_all_kinds(store, tmp_path, capsys):

@@ -6,6 +6,7 @@ import gc
 import math
 import signal
 import subprocess
+import sys
 import tempfile
 import warnings
 from functools import partial
@@ -565,16 +566,50 @@ def test_schedules_differ_in_how_pieces_are_strung_together():
     assert shapes == {"sweep": "-o-o-o-", "independent": "-o-o-o-o-<>-", "cycle": "-o-", "joint": "-o-<-o-o-o->-"}
 
 
+@interpreted
+def test_the_benchmarks_count_and_replay_what_a_captured_sweep_needs():
+    """The floor: the head, a forward per trial and a copy; the work: what the eager step counts."""
+    from floor import Floor
+    from rivals import Graphed, Search
+
+    log, pairs = [], list(huggingface("bert"))
+    model = pairs[0][0]
+    twin = copy.deepcopy(model)
+
+    def backend(device, stream, *, draws):
+        return Recording(list(model.parameters()), linked=False, log=log, draws=draws)
+
+    graphed = Graphed(model, fastals.ALS(fastals.units(model), model=model, fused=True, **HARD), backend)
+    eager = Search(twin, fastals.ALS(fastals.units(twin), model=twin, fused=True, **HARD))
+    work = []
+    for t in range(graphed.first_steps):
+        for rival in (graphed, eager):
+            torch.manual_seed(t)
+            rival.step(pairs[t % 3][1])
+        work.append((graphed.work() if graphed.train_step._programs else 0.0, eager.work()))
+    ours, theirs = (b - a for a, b in zip(*work[-2:], strict=True))
+    assert ours == pytest.approx(theirs)
+    report, log[:] = graphed.optimizer.report, []
+    floor = Floor(graphed)
+    assert log == ["capture"] * (len(report.units) + 1)
+    assert floor.trials == {u.name: u.trials for u in report.units}
+    log.clear()
+    floor.step({})
+    assert log == ["replay"] * (1 + report.trials + 1)
+
+
 # The launch of a whole tail, with a stand-in for the CUDA bindings
 
 
 class Bindings:
-    """Writes down which nodes are made and on what they wait."""
+    """Writes down which nodes are made and on what they wait; those of CUDA 13 have no second version of a call."""
 
-    def __init__(self):
-        self.nodes = []
+    def __init__(self, major):
+        self.nodes, self.major = [], major
 
     def __getattr__(self, name):
+        if self.major > 12 and name.endswith("_v2"):
+            raise AttributeError(name)
         return lambda *args: (0, self.node(name, args))
 
     def node(self, name, args):
@@ -603,8 +638,9 @@ class Bindings:
         return f"body {address}"
 
 
-def test_a_tail_becomes_one_graph_of_child_graphs_and_while_nodes(monkeypatch):
-    bindings = Bindings()
+@pytest.mark.parametrize("major", [12, 13])
+def test_a_tail_becomes_one_graph_of_child_graphs_and_while_nodes(monkeypatch, major):
+    bindings = Bindings(major)
     monkeypatch.setattr(cuda_graphs, "runtime", bindings)
     monkeypatch.setattr(cuda_graphs, "driver", bindings)
     monkeypatch.setattr(cuda_graphs, "set_condition", lambda device: "set_condition")
@@ -620,6 +656,10 @@ def test_a_tail_becomes_one_graph_of_child_graphs_and_while_nodes(monkeypatch):
         ("cudaGraphAddNode", "cudaGraphCreate"), ("cudaGraphAddChildGraphNode", "body 77"),
         ("cuGraphAddKernelNode", "body 77"), ("cudaGraphAddChildGraphNode", "cudaGraphCreate"),
     ]  # fmt: skip
+    (added,) = (args for name, args in bindings.nodes if name == "cudaGraphAddNode")
+    assert len(added) == (4 if major == 12 else 5), (
+        "graph, what it waits for, data of the edges, their count, parameters"
+    )
     names = [name for name, _ in bindings.nodes]
     loop = names.index("cudaGraphAddNode")
     last = len(names) - 1 - names[::-1].index("cudaGraphAddChildGraphNode")
@@ -719,7 +759,7 @@ def test_graphs_take_the_steps_of_the_eager_path(options, force_host, monkeypatc
     opt = fastals.ALS(fastals.units(model), model=model, fused=True, **options)
     eager = fastals.ALS(fastals.units(twin), model=twin, fused=True, **options)
     step = opt.graphed(lambda batch: model(**batch))
-    for t, batch in enumerate(tiny_batches(20)):
+    for t, batch in enumerate(tiny_batches(200 if options == HARD | CASES[0] else 20)):
         batch = {k: v.cuda() for k, v in batch.items()}
         for take in (step, lambda b: eager.step(lambda: twin(**b))):
             torch.manual_seed(100 + t)
@@ -841,23 +881,211 @@ def test_two_signatures_live_beside_each_other_and_one_survives_the_other():
 
 
 @pytest.mark.gpu
-def test_dropout_masks_are_held_in_a_step_and_change_between_steps():
-    """With steps of length zero every trial's loss is f(w_t), bitwise."""
+@pytest.mark.parametrize("mode", ["while", "host", "eager"])
+def test_dropout_masks_are_held_in_a_step_and_change_between_steps(mode, monkeypatch):
+    """With steps too short to change a weight every first trial's loss is f(w_t), bitwise, and is accepted."""
+    if mode == "host":
+        monkeypatch.setattr(cuda_graphs, "runtime", None)
     torch.manual_seed(0)
     model = TinyTransformer(depth=3, dropout=0.5).cuda()
-    opt = fastals.ALS(
-        fastals.units(model), model=model, fused=True, trust=None, eta_init=1e-30, eta_max=1e-30, eta_min=1e-38
-    )
-    step = opt.graphed(lambda batch: model(**batch))
+    short = {"trust": None, "eta_init": 1e-30, "eta_max": 1e-30, "eta_min": 1e-38}
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True, **short)
+    step = opt.graphed(lambda batch: model(**batch)) if mode != "eager" else lambda b: opt.step(lambda: model(**b))
     batch = {k: v.cuda() for k, v in next(tiny_batches(1)).items()}
     starts = []
     for _ in range(8):
         step(batch)
-        starts.append(opt.report.loss_before)
-        assert opt.report.loss_after == opt.report.loss_before
-    print(step.mode)
-    assert step.mode.name != "eager", step.mode
+        report = opt.report
+        assert [(u.outcome, u.trials) for u in report.units] == [("accepted", 1)] * len(report.units)
+        assert report.loss_after == report.loss_before
+        starts.append(report.loss_before)
     assert len(set(starts)) == len(starts)
+    if mode != "eager" and step.mode.name != mode:
+        pytest.skip(f"steps ran in mode {step.mode.name}: {step.mode.reason}")
+
+
+def cuda_backend():
+    device = torch.device("cuda", torch.cuda.current_device())
+    return cuda_graphs.CudaGraphs(device, torch.cuda.Stream(device), draws=False)
+
+
+def linked_or_skipped(backend, operations, flags):
+    try:
+        return backend.link(operations, flags)
+    except RuntimeError as error:
+        pytest.skip(f"no loops on the device here: {error}")
+
+
+@pytest.mark.gpu
+def test_a_loop_on_the_device_ends_when_its_flag_says_so():
+    """A thousand launches, others allocating beside them; two loops, of which the second starts from the first."""
+    backend = cuda_backend()
+    flags = torch.zeros(2, 3, dtype=torch.int32, device="cuda")
+    counters = torch.zeros(2, dtype=torch.int32, device="cuda")
+
+    def arm():
+        counters.zero_()
+        flags.fill_(1)
+
+    def count(row, end):
+        counters[row].add_(1)
+        flags[row, 0].copy_(counters.sum() < end)
+
+    actions = [arm, partial(count, 0, 7), partial(count, 1, 12)]
+    with torch.cuda.stream(backend.stream):
+        for action in actions:
+            action()
+    torch.cuda.synchronize()
+    with backend.session():
+        armed, first, second = map(backend.capture, actions)
+    launch = linked_or_skipped(backend, [Run(armed), Loop(first, 0), Loop(second, 1)], flags)
+    for t in range(1000):
+        launch()
+        if t % 100 == 0:
+            torch.cuda.empty_cache()
+            torch.full((1 << 20,), math.nan, device="cuda")
+    torch.cuda.synchronize()
+    assert counters.tolist() == [7, 5]
+
+
+class Attending(torch.nn.Module):
+    """Two blocks of attention by torch's fused kernels, in bfloat16 under autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(32, 64), torch.nn.Linear(64, 4)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(64, 192) for _ in range(2))
+
+    def forward(self, tokens, labels):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            q, k, v = block(x).unflatten(-1, (3, 2, 32)).transpose(1, 3).unbind(2)
+            x = x + torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return torch.nn.functional.cross_entropy(self.head(x.mean(1)).float(), labels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"])
+def test_losses_have_the_same_bits_whether_host_or_device_runs_the_loops(kernel, monkeypatch):
+    """At weights that no step changes, since the backward of some kernels has no fixed order."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    seen = []
+    for host in (False, True):
+        if host:
+            monkeypatch.setattr(cuda_graphs, "runtime", None)
+        torch.manual_seed(0)
+        model = Attending().cuda()
+
+        def loss_fn(batch, model=model):
+            with sdpa_kernel(getattr(SDPBackend, kernel)), torch.autocast("cuda", torch.bfloat16):
+                return model(**batch)
+
+        short = {"trust": None, "eta_init": 1e-30, "eta_max": 1e-30, "eta_min": 1e-38}
+        opt = fastals.ALS(fastals.units(model), model=model, fused=True, **short)
+        step = opt.graphed(loss_fn)
+        for batch in tiny_batches(WARMUP + 4, length=16):
+            step({k: v.cuda() for k, v in batch.items()})
+        assert step.mode.name != "eager", step.mode
+        seen.append([(r.loss_before, r.loss_after) for r in opt.reports])
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.gpu
+def test_searches_without_a_step_and_refused_steps_leave_the_weights_bitwise():
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=2, dropout=0.0).cuda()
+    factor, shift = torch.ones((), device="cuda"), torch.zeros((), device="cuda")
+
+    def loss_fn(batch):
+        """Every evaluation is higher than the one before: no trial passes."""
+        shift.add_(1.0)
+        return model(**batch) * factor + shift
+
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True, max_trials=3)
+    opt._repeatable = True  # it is not, which the first step would refuse
+    step = opt.graphed(loss_fn)
+    batch = {k: v.cuda() for k, v in next(tiny_batches(1)).items()}
+    weights = [p.detach().clone() for p in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cached trials differ from full forwards, by the shift
+        for _ in range(WARMUP + 3):
+            step(batch)
+    assert {(u.outcome, u.trials) for u in opt.report.units} == {("exhausted", 3)}
+    factor.fill_(math.nan)
+    if step.mode.name == "while":
+        step(batch)
+        torch.cuda.synchronize()
+    with pytest.raises(FloatingPointError):
+        step(batch)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+
+
+@pytest.mark.gpu
+def test_pieces_captured_late_survive_programs_that_have_gone():
+    """``cycle`` captures each unit's turn when it comes, between the captures and evictions of other signatures."""
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=2, dropout=0.0).cuda()
+    twin = copy.deepcopy(model)
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True, schedule="cycle")
+    eager = fastals.ALS(fastals.units(twin), model=twin, fused=True, schedule="cycle")
+    step = opt.graphed(lambda batch: model(**batch), max_signatures=2)
+    batches = [{k: v.cuda() for k, v in next(tiny_batches(1, length=n)).items()} for n in (4, 6, 8)]
+    order = [0] * 5 + [1] * 5 + [0, 0, 2, 2, 2, 2, 0, 1, 0, 2, 0, 1, 2, 0, 1, 2] * 2
+    for k in order:
+        step(batches[k])
+        eager.step(lambda k=k: twin(**batches[k]))
+        assert opt.report.loss_before == pytest.approx(eager.report.loss_before, rel=1e-3)
+        torch.full((1 << 20,), math.nan, device="cuda")
+    assert step.mode.name != "eager", step.mode
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [False, True])
+def test_batches_on_the_host_are_brought_to_the_device(pinned):
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=2, dropout=0.0).cuda()
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True)
+    step = opt.graphed(lambda batch: model(**batch))
+    for batch in tiny_batches(WARMUP + 3):
+        with torch.no_grad():
+            expected = float(model(**{k: v.cuda() for k, v in batch.items()}))
+        loss = step({k: v.pin_memory() if pinned else v for k, v in batch.items()})
+        assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert step.mode.name != "eager", step.mode
+    assert step.pool_bytes > 0
+
+
+@pytest.mark.gpu
+def test_a_loss_that_draws_on_the_host_is_not_captured():
+    model = TinyTransformer(depth=1, dropout=0.0).cuda()
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True)
+    step = opt.graphed(lambda batch: model(**batch) * (1 + float(torch.rand(()))))
+    for batch in tiny_batches(WARMUP + 2):
+        step({k: v.cuda() for k, v in batch.items()})
+    assert step.mode.name == "eager"
+    assert "random numbers on the host" in step.mode.reason
+
+
+@pytest.mark.gpu
+def test_a_captured_step_can_be_profiled():
+    code = """
+import torch, fastals
+from fastals.testing import TinyTransformer, tiny_batches
+model = TinyTransformer(dropout=0.0).cuda()
+step = fastals.ALS(fastals.units(model), model=model, fused=True).graphed(lambda batch: model(**batch))
+batches = [{k: v.cuda() for k, v in b.items()} for b in tiny_batches(8)]
+for batch in batches[:5]:
+    step(batch)
+with torch.profiler.profile() as profile:
+    for batch in batches[5:]:
+        step(batch)
+    torch.cuda.synchronize()
+print(step.mode.name, len(profile.events()))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert not done.returncode, done.stderr[-2000:]
+    assert done.stdout.split()[0] in ("while", "host")
 
 
 @pytest.mark.gpu
@@ -877,6 +1105,7 @@ def test_a_loss_that_waits_for_the_device_is_not_captured_and_steps_go_on():
         step(batch)
     with pytest.warns(UserWarning, match="the capture failed"):
         step(batches[-3])
+    torch.cuda.empty_cache()  # refuses while a capture is under way
     for batch in batches[-2:]:
         step(batch)
     assert step.mode.name == "eager"
