@@ -23,10 +23,11 @@ check: $(STAMP)  ## lint, format and types
 	rm -rf build/types && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastals
 
-bench: $(STAMP)  ## the quick benchmark profile, its page in runs/bench; every case with pytest bench --full
-	mkdir -p runs/bench
-	$(BIN)/pytest bench --benchmark-only --benchmark-json=runs/bench/quick.json
-	$(BIN)/fastals bench report runs/bench/quick.json --out runs/bench
+bench: $(STAMP)  ## the quick benchmark profile and its page in bench/results/<device>; FULL=--full for every case
+	out=bench/results/$$($(BIN)/python -P -m fastals.stamp); folder=$$(dirname "$$out"); mkdir -p "$$folder"; \
+	$(BIN)/pytest bench $(FULL) --benchmark-only --benchmark-json="$$out.json"; status=$$?; \
+	$(BIN)/fastals bench report "$$out.json" $$(ls "$$folder"/convergence.jsonl 2> /dev/null) --out "$$folder" && \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) build *.egg-info

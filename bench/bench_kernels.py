@@ -1,12 +1,10 @@
 """The fused kernels on a GPU: bandwidth over the copy bandwidth of the same run, and the update phase as a whole.
 
-Bytes are those that a kernel must move: survey reads g, v, p and writes w; trial reads g, v, w and writes p; advance
-reads g, v and writes v; with a first moment survey and trial read m too and advance reads and writes it. The update
-phase of one search is survey, first trial, one retry, advance and the scalar kernels, all parameters as one unit. It
-is held against the eager sequence (deep copy, moments by ``torch._foreach``, dot products read by ``.item()``, two
-trials) and, without the retry, against ``torch.optim.AdamW(fused=True).step()``. Every ratio is of times taken in
-turn. Not in the clock: forward, backward, compilation, building
-of tables (the look for moved tensors is timed by itself). Caches are flushed between calls.
+Bytes are those that a kernel must move, :func:`floor.moved_bytes`. The update phase of one search is survey, first
+trial, one retry, advance and the scalar kernels, all parameters as one unit. It is held against the eager sequence
+(deep copy, moments by ``torch._foreach``, dot products read by ``.item()``, two trials) and, without the retry, against
+``torch.optim.AdamW(fused=True).step()``. Every ratio is of times taken in turn. Not in the clock: forward, backward,
+compilation, building of tables (the look for moved tensors is timed by itself). Caches are flushed between calls.
 
 Without a GPU every case is skipped; ``TRITON_INTERPRET=1`` runs the smallest one on the CPU, to see that it works.
 """
@@ -62,8 +60,13 @@ def smallest():
     return [(65, 33), (2048,), (7,)]
 
 
-SHAPES = {f.__name__: f for f in ([smallest] if DEVICE == "cpu" else [bert_base, llama_1b, lora])}
-CASES = [(s, d) for s in SHAPES for d in ("float32", "bfloat16")]
+SHAPES = {f.__name__: f for f in (smallest, bert_base, llama_1b, lora)}
+only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="stands in for the others where kernels are interpreted")
+CASES = [
+    pytest.param(name, dtype, marks=only_interpreted if name == "smallest" else pytest.mark.gpu)
+    for name in SHAPES
+    for dtype in ("float32", "bfloat16")
+]
 
 
 def parameters(shape, dtype):
@@ -113,7 +116,6 @@ def copied():
     return lambda: target.copy_(source), 2 * source.numel() * 4
 
 
-@needs_gpu
 @pytest.mark.parametrize("averages", [False, True], ids=["plain", "averaged"])
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_bandwidth(benchmark, shape, dtype, averages):
@@ -135,7 +137,6 @@ def test_bandwidth(benchmark, shape, dtype, averages):
     benchmark.extra_info.update(kernels=found, copy_gbs=round(copy_gbs, 1), parameters=n)
 
 
-@needs_gpu
 @pytest.mark.parametrize("against", ["eager", "adamw"])
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_update_phase(benchmark, shape, dtype, against):

@@ -25,9 +25,10 @@ class Shape:
     dtype: torch.dtype = torch.float32
 
     def model(self, device: str) -> nn.Module:
-        """The model in training mode, the same weights every time."""
+        """The model in training mode, the same weights every time on the same device."""
         torch.manual_seed(0)
-        return self.build().train().to(device, self.dtype)
+        with torch.device(device):
+            return self.build().train().to(self.dtype)
 
     def conditions(self) -> dict[str, Any]:
         """What a timing on this shape has to say of it."""
