@@ -73,7 +73,7 @@ def compare(before: Path, after: Path) -> tuple[list[str], bool]:
         raise UserError(f"{after} does not have {'; '.join(missing)}")
     verdicts = {name: _verdict(measure, new[name]) for name, measure in old.items()}
     lines = [f"{verdict}: {name}: {old[name]} -> {new[name]}" for name, verdict in verdicts.items() if verdict]
-    return _differences(*cases) + lines, "slower" in verdicts.values()
+    return _differences(*cases) + (lines or ["nothing changed beyond the spread"]), "slower" in verdicts.values()
 
 
 def read(path: Path) -> tuple[list[Record], list[Record]]:

@@ -1,8 +1,9 @@
 """Optimizer-owned flat buffers of one unit; parameters and gradients stay where they are."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, is_
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,31 @@ class Scratch:
         self.g, self.d, self.work = (torch.zeros(size, dtype=dtype, device=device) for _ in range(3))
 
 
+class Gradients:
+    """The gradients of one step, held for as long as kernels may read them."""
+
+    def __init__(self, units: "Iterable[Unit]") -> None:
+        self.params = [p for unit in units for p in unit.active_params()]
+        self.held = self._now()
+        self.versions = list(map(attrgetter("_version"), self.held))
+
+    def check(self) -> None:
+        """Refuse to go on where a trial has dropped, replaced or changed them.
+
+        Raises:
+            RuntimeError: it has.
+        """
+        same = all(map(is_, self._now(), self.held))
+        if not same or list(map(attrgetter("_version"), self.held)) != self.versions:
+            raise RuntimeError(
+                "the closure changed the gradients in a trial: let it return the loss only, without zero_grad or "
+                "backward"
+            )
+
+    def _now(self) -> list[Tensor]:
+        return list(map(attrgetter("grad"), self.params))
+
+
 class Unit:
     """Parameters whose step size is searched together, with their moments, snapshot and direction.
 
@@ -53,7 +79,7 @@ class Unit:
         self.name = "+".join(g["name"] for g in groups)
         self.members = [(p, g) for g in groups for p in g["params"]]
         params = [p for p, _ in self.members]
-        self.identity = [(p.dtype, p.device) for p in params]
+        self.identity = list(map(_identity, params))
         self.dtype = max((torch.promote_types(p.dtype, torch.float32) for p in params), key=lambda t: t.itemsize)
         self.device = params[0].device
         self.offsets, self.gaps, self.size = layout(params)
@@ -76,7 +102,7 @@ class Unit:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The flat buffer as one view per parameter, in its shape; no views of a buffer that the unit goes without."""
-        if not flat.numel():
+        if len(flat) < self.size:
             return []
         shapes = [p.shape for p, _ in self.members]
         return [flat[o : o + s.numel()].view(s) for o, s in zip(self.offsets, shapes, strict=True)]
@@ -155,9 +181,10 @@ class Unit:
         for i in self.active if active else range(len(self.members)):
             self._pack(i, state)
 
-    def squared_gradient(self) -> float:
-        """‖g‖² of the unit."""
-        return sum(float(torch.linalg.vector_norm(p.grad)) ** 2 for p in self.active_params() if p.grad is not None)
+    def gradient_norm(self) -> float:
+        """‖g‖ of the unit."""
+        grads = [p.grad for p in self.active_params() if p.grad is not None]
+        return math.hypot(*(float(torch.linalg.vector_norm(g, dtype=self.dtype)) for g in grads))
 
     def _gradient(self, scratch: Scratch) -> Tensor:
         g = scratch.g
@@ -197,14 +224,14 @@ class Unit:
         """Refuse parameters that are not what they were, and gradients that cannot be used.
 
         Raises:
-            RuntimeError: a parameter was moved or converted, or a gradient is sparse.
+            RuntimeError: a parameter was moved, converted or resized, or a gradient is sparse.
         """
         for i in self.active:
             p, grad = self.members[i][0], self.members[i][0].grad
-            if (p.dtype, p.device) != self.identity[i]:
+            if _identity(p) != self.identity[i]:
                 raise RuntimeError(
                     f"a parameter of unit {self.name!r} was {self.identity[i]} when the optimizer first saw it and is "
-                    f"{(p.dtype, p.device)} now: move or convert the model before making the optimizer"
+                    f"{_identity(p)} now: move, convert or resize the model before making the optimizer"
                 )
             if grad is not None and grad.is_sparse:
                 raise RuntimeError(f"unit {self.name!r} has a sparse gradient: use dense ones (sparse=False)")
@@ -219,7 +246,8 @@ class Unit:
     def _pack(self, i: int, state: dict) -> None:
         """Show the buffers of parameter i in the optimizer's state, under AdamW's names."""
         entry = state[self.members[i][0]]
-        entry["step"] = torch.tensor(float(self.counts[i])) if self.steps is None else self.steps[i]
+        count = float(self.counts[i])
+        entry["step"] = torch.tensor(count, device="cpu") if self.steps is None else self.steps[i]
         entry.update({name: flat[i] for name, flat in self._stored(i).items()})
 
     def _unpack(self, state: dict) -> None:
@@ -231,6 +259,10 @@ class Unit:
                         raise ValueError(f"the state has no {name!r}: it was saved with another momentum or direction")
                     flat[i].copy_(state[p][name])
                 self._pack(i, state)
+
+
+def _identity(p: Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
+    return p.dtype, p.device, tuple(p.shape)
 
 
 def layout(params: Sequence[Tensor]) -> tuple[list[int], list[slice], int]:

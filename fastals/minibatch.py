@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastals.buffers import Scratch, Unit
+from fastals.buffers import Gradients, Scratch, Unit
 from fastals.closure import Losses
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.search import MEMORY, Search, uniform
@@ -47,17 +47,19 @@ class MiniBatch:
         self.scratch = scratch
         self.start = self.loss = float(loss)
         self.resolution = torch.finfo(loss.dtype).eps * abs(self.start) / 2
+        self.gradients = Gradients(units)
         for unit in units:
             unit.begin()
         self.units = units  # only a whole snapshot can be restored
         total = math.hypot(*(unit.weight_norm for unit in units))
         self.weight_rms = total / math.sqrt(max(sum(unit.numel for unit in units), 1))
         if max_grad_norm is not None:
-            norm = math.sqrt(sum(u.squared_gradient() for u in units))
-            self.grad_scale = min(1.0, max_grad_norm / (norm + 1e-6))
+            norm = math.hypot(*(u.gradient_norm() for u in units))
+            self.grad_scale = min(1.0, max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
 
     def aim(self, unit: Unit, *, averaged: bool | None = None) -> tuple[float, float]:
         """Write the unit's direction; returns its slope and the largest step it may try."""
+        self.gradients.check()
         tested = self.momentum == "tested" if averaged is None else averaged
         slope, length = unit.direct(self.scratch, tested, self.grad_scale, own=self.keep_directions)
         if averaged is None and tested and not slope > 0:
@@ -151,6 +153,7 @@ class MiniBatch:
 
     def commit(self, state: dict) -> None:
         """Advance moments and memory; the parameters have moved already."""
+        self.gradients.check()
         for unit in self.units:
             move = self.moves[unit]
             if not math.isfinite(move.slope):

@@ -114,8 +114,8 @@ class EagerALS(torch.optim.Optimizer):
         self.random = random.Random(self.seed)
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         limit, self.scale = self.settings.max_grad_norm, 1.0
-        if limit is not None:
-            self.scale = min(1.0, limit / (_norm(grads) + 1e-6))
+        if limit is not None and math.isfinite(norm := _norm(grads)):
+            self.scale = min(1.0, limit / (norm + 1e-6))
         self.parts = [part for part in map(self._part, self._unit_groups()) if part.params]
         self.weight_rms = _rms([w for part in self.parts for w in part.weights])
 
@@ -327,7 +327,8 @@ def _average(old: Tensor | None, new: Tensor, beta: float) -> Tensor:
 
 
 def _norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack([t.norm().double() for t in tensors]).norm())
+    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return float(torch.stack([n.double() for n in norms]).norm())
 
 
 def _rms(tensors: list[Tensor]) -> float:

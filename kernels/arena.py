@@ -33,6 +33,7 @@ OUTCOMES = ("running", "accepted", "exhausted", "not_descent", "kept")
 SUMS = ("slope", "direction", "moving", "weights", "elements", "averaged_slope", "averaged_direction")
 CONSTANTS = ("beta1", "new1", "beta2", "new2", "correction1", "correction2", "eps", "decay")
 RING = 64  # steps of which the states are kept for reports
+SPLIT = 64  # programs that add up the partial sums of one unit
 
 
 class Arena:
@@ -42,7 +43,7 @@ class Arena:
         m, v, w: float32 [size]: moments and snapshot (masters) of all units; empty where the rule has none.
         counts: float32 [parameters], updates so far.
         constants: float32 [parameters, 8], of this step's update.
-        partials: float32 [7, chunks]; sums: float64 [units, 7].
+        partials: float32 [7, chunks]; parts: float64 [units, 64, 7]; sums: float64 [units, 7].
         state: float64 [units + 1, 15]; memory: float64 [units, 6]; rules: float64 [groups, 20].
         flags: int32 [units + 1, 3]; history: float64 [64, units + 1, 15], a ring; step: int64 [1].
         lead: int32 [units], the row of ``rules`` that each unit follows.
@@ -62,14 +63,14 @@ class Arena:
         self.counts = zeros(len(table.params), dtype=torch.float32)
         self.constants = zeros(len(table.params), len(CONSTANTS), dtype=torch.float32)
         self.partials = zeros(len(SUMS), table.chunks, dtype=torch.float32)
-        self.sums = zeros(units, len(SUMS))
+        self.parts, self.sums = zeros(units, SPLIT, len(SUMS)), zeros(units, len(SUMS))
         self.state, self.memory = zeros(units + 1, len(STATE)), zeros(units, len(MEMORY))
         self.state[-1, STATE.index("start")] = float("nan")
         self.rules = zeros(groups, len(RULES))
         self.flags = zeros(units + 1, len(FLAGS), dtype=torch.int32)
         self.history = zeros(RING, units + 1, len(STATE))
         self.step = zeros(1, dtype=torch.int64)
-        self.lead = upload(torch.tensor(lead, dtype=torch.int32), table.device)
+        self.lead = upload(torch.tensor(lead, dtype=torch.int32, device="cpu"), table.device)
         self.grad_scale = torch.ones(1, dtype=torch.float32, device=table.device)
         self.steps = 0  # that have entered the history, as the host counts them
         self._rules: list[list[float]] = []
@@ -77,5 +78,6 @@ class Arena:
     def set_rules(self, rules: Sequence[Sequence[float]]) -> None:
         """Bring the constants of the groups up to date, if any has changed."""
         if (wanted := [list(r) for r in rules]) != self._rules:
-            self.rules.copy_(upload(torch.tensor(wanted, dtype=torch.float64), self.device), non_blocking=True)
+            host = torch.tensor(wanted, dtype=torch.float64, device="cpu")
+            self.rules.copy_(upload(host, self.device), non_blocking=True)
             self._rules = wanted

@@ -80,9 +80,10 @@ from fastals.kernels.columns import (
     UNSEEN,
     C,
 )
+from fastals.kernels.table import SCALAR
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["loss", "units"])
 def begin_kernel(state, flags, loss, units, eps, UP: tl.constexpr):
     """Empty every row; f(w_t) and the smallest change it can show go where they are needed."""
     f = tl.load(loss).to(tl.float64)
@@ -196,7 +197,7 @@ def open_kernel(
         tl.store(flags + unit * N_FLAGS + F_ACCEPTED, 0)
 
 
-@triton.jit(do_not_specialize=["unit", "units"])
+@triton.jit(do_not_specialize=["loss", "unit", "units"])
 def judge_kernel(state, rules, lead, flags, loss, unit, units):
     """Accept the step of the trial just made, or shrink it; after the last trial it is 0."""
     row = state + unit * N_STATE
@@ -237,7 +238,7 @@ def put_back_kernel(state, unit, units):
     tl.store(batch + LOSS, tl.load(batch + START))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def open_together_kernel(state, rules, lead, flags, units, UP: tl.constexpr):
     """Start the test of a common factor on the steps of all units that have one."""
     o = tl.arange(0, UP)
@@ -263,16 +264,19 @@ def open_together_kernel(state, rules, lead, flags, units, UP: tl.constexpr):
     tl.store(flags + units * N_FLAGS + F_ACCEPTED, tl.where(any_moves, 0, 1))
 
 
-@triton.jit
-def judge_together_kernel(state, rules, lead, flags, loss, units, ONCE: tl.constexpr, UP: tl.constexpr):
-    """Accept the common factor or shrink it; with ONCE it is 1, and every unit is credited with its part."""
+@triton.jit(do_not_specialize=["loss", "unit", "units"])
+def judge_together_kernel(state, rules, lead, flags, loss, unit, units, ONCE: tl.constexpr, UP: tl.constexpr):
+    """Accept the common factor or shrink it by the rules of the unit.
+
+    With ONCE it is 1, and every unit is credited with its part.
+    """
     batch = state + units * N_STATE
     if tl.load(batch + GO) != 0:
         f = tl.load(loss).to(tl.float64)
         factor, trials = tl.load(batch + ETA), tl.load(batch + TRIALS) + 1
         required = tl.load(batch + REQUIRED_SLOPE)
         accepted = (tl.abs(f) < float("inf")) & (f <= tl.load(batch + REFERENCE) - factor * required)
-        first = rules + tl.load(lead) * N_RULES
+        first = rules + tl.load(lead + unit) * N_RULES
         tries = 1 if ONCE else tl.load(first + MAX_TRIALS)
         exhausted = (accepted == 0) & (trials >= tries)
         going = (accepted == 0) & (exhausted == 0)
@@ -302,7 +306,7 @@ def judge_together_kernel(state, rules, lead, flags, loss, units, ONCE: tl.const
             tl.store(batch + LOSS, f)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def follow_kernel(state, units, UP: tl.constexpr):
     """Turn every move towards the averaged direction; the loss there is not known."""
     o = tl.arange(0, UP)
@@ -314,7 +318,7 @@ def follow_kernel(state, units, UP: tl.constexpr):
     tl.store(batch + LOSS, tl.where(tl.sum(moved.to(tl.int32)) > 0, float("nan"), tl.load(batch + LOSS)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def restore_kernel(state, units, UP: tl.constexpr):
     """Ask for every unit to be put back, wherever it stands; between two steps, for nothing to be moved."""
     o = tl.arange(0, UP)
@@ -326,7 +330,7 @@ def restore_kernel(state, units, UP: tl.constexpr):
     tl.store(rows + AT, tl.where(under_way, float("nan"), move), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def remember_kernel(state, memory, rules, lead, history, step, units, UP: tl.constexpr):
     """Write what the next searches need, and the whole state into the ring of reports."""
     o = tl.arange(0, UP)
@@ -376,55 +380,58 @@ def _padded(arena: Arena) -> int:
 def begin(arena: Arena, loss: Tensor) -> None:
     """Start a mini-batch at f(w_t) = ``loss``, a 0-d tensor on the device."""
     eps = torch.finfo(loss.dtype).eps
-    begin_kernel[(1,)](arena.state, arena.flags, loss, arena.units, eps, UP=_padded(arena), num_warps=1)
+    begin_kernel[(1,)](arena.state, arena.flags, loss, arena.units, eps, UP=_padded(arena), **SCALAR)
 
 
 def open_search(arena: Arena, unit: int, *, tested: bool, keep: bool = False) -> None:
     """Aim the unit and set its first step; with ``keep`` its remembered step, untested."""
     open_kernel[(1,)](
         arena.state, arena.memory, arena.rules, arena.lead, arena.sums, arena.flags, unit, arena.units,
-        TESTED=tested, KEEP=keep, UP=_padded(arena), num_warps=1,
+        TESTED=tested, KEEP=keep, UP=_padded(arena), **SCALAR,
     )  # fmt: skip
 
 
 def judge(arena: Arena, unit: int, loss: Tensor) -> None:
     """Accept or shrink the unit's step by the loss of its trial."""
-    judge_kernel[(1,)](arena.state, arena.rules, arena.lead, arena.flags, loss, unit, arena.units, num_warps=1)
+    judge_kernel[(1,)](arena.state, arena.rules, arena.lead, arena.flags, loss, unit, arena.units, **SCALAR)
 
 
 def put_back(arena: Arena, unit: int) -> None:
     """Ask for the unit to stand at w_t again; what its search found stays in its row."""
-    put_back_kernel[(1,)](arena.state, unit, arena.units, num_warps=1)
+    put_back_kernel[(1,)](arena.state, unit, arena.units, **SCALAR)
 
 
 def open_together(arena: Arena) -> None:
     """Start the joint test of all steps found."""
     open_together_kernel[(1,)](
-        arena.state, arena.rules, arena.lead, arena.flags, arena.units, UP=_padded(arena), num_warps=1
+        arena.state, arena.rules, arena.lead, arena.flags, arena.units, UP=_padded(arena), **SCALAR
     )
 
 
-def judge_together(arena: Arena, loss: Tensor, *, once: bool) -> None:
-    """Accept or shrink the common factor; ``once`` tries the factor 1 only and credits every unit with its part."""
+def judge_together(arena: Arena, unit: int, loss: Tensor, *, once: bool) -> None:
+    """Accept or shrink the common factor, by the rules of ``unit``.
+
+    ``once`` tries the factor 1 only and credits every unit with its part.
+    """
     judge_together_kernel[(1,)](
-        arena.state, arena.rules, arena.lead, arena.flags, loss, arena.units,
-        ONCE=once, UP=_padded(arena), num_warps=1,
+        arena.state, arena.rules, arena.lead, arena.flags, loss, unit, arena.units,
+        ONCE=once, UP=_padded(arena), **SCALAR,
     )  # fmt: skip
 
 
 def follow(arena: Arena) -> None:
     """Ask for every move to be made along the averaged direction."""
-    follow_kernel[(1,)](arena.state, arena.units, UP=_padded(arena), num_warps=1)
+    follow_kernel[(1,)](arena.state, arena.units, UP=_padded(arena), **SCALAR)
 
 
 def restore(arena: Arena) -> None:
     """Ask for every unit to be put back to w_t, if a step is under way."""
-    restore_kernel[(1,)](arena.state, arena.units, UP=_padded(arena), num_warps=1)
+    restore_kernel[(1,)](arena.state, arena.units, UP=_padded(arena), **SCALAR)
 
 
 def remember(arena: Arena) -> None:
     """Write the memory of all units and this step's row of the history."""
     remember_kernel[(1,)](
         arena.state, arena.memory, arena.rules, arena.lead, arena.history, arena.step, arena.units,
-        UP=_padded(arena), num_warps=1,
+        UP=_padded(arena), **SCALAR,
     )  # fmt: skip

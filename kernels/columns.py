@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from fastals.kernels.arena import CONSTANTS, FLAGS, MEMORY, OUTCOMES, RING, RULES, STATE, SUMS
+from fastals.kernels.arena import CONSTANTS, FLAGS, MEMORY, OUTCOMES, RING, RULES, SPLIT, STATE, SUMS
 
 
 def _indices(names):
@@ -11,7 +11,7 @@ def _indices(names):
 
 N_STATE, N_SUMS, N_RULES = tl.constexpr(len(STATE)), tl.constexpr(len(SUMS)), tl.constexpr(len(RULES))
 N_MEMORY, N_FLAGS, N_CONSTANTS = tl.constexpr(len(MEMORY)), tl.constexpr(len(FLAGS)), tl.constexpr(len(CONSTANTS))
-N_RING = tl.constexpr(RING)
+N_RING, N_SPLIT = tl.constexpr(RING), tl.constexpr(SPLIT)
 
 (ETA, MOVE, AT, GO, TRIALS, OUTCOME, START, LOSS, REFERENCE, REQUIRED_SLOPE, SLOPE, FINAL, RESOLUTION, UNSEEN,
  AVERAGED) = _indices(STATE)  # fmt: skip

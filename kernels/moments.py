@@ -4,8 +4,8 @@ r"""Directions, slopes and moments of all units in one launch each.
 
     ⟨g, d⟩, ‖d‖², the entries with g ≠ 0, ‖w‖² and the elements, and ⟨g, d⟩ and ‖d‖² of the averaged direction,
 
-in float32, a row of partial sums per chunk; :func:`reduce` adds the rows of each unit up in float64. No atomics, a
-fixed order: the same inputs give the same bits. The moments stay as they are until :func:`advance`, so
+in float32, a row of partial sums per chunk; two kernels add the rows of each unit up in float64, many programs a
+unit and then one. No atomics, a fixed order: the same inputs give the same bits. The moments stay as they are until :func:`advance`, so
 that a step that fails has nothing to undo in them. Bytes per parameter (float32, Adam without average): survey 16,
 advance 12. Plain torch versions: ``direction``, ``snapshot`` and ``advance`` of :mod:`fastals.kernels.reference`.
 """
@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 
 from fastals.kernels.arena import Arena
-from fastals.kernels.columns import AVERAGED, MOVE, N_CONSTANTS, N_RULES, N_STATE, N_SUMS, SLOPE
-from fastals.kernels.table import BLOCK, WARPS, Table
+from fastals.kernels.columns import AVERAGED, MOVE, N_CONSTANTS, N_RULES, N_SPLIT, N_STATE, N_SUMS, SLOPE
+from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH, Table
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def constants_kernel(layout, counts, rules, out, n, BLOCK: tl.constexpr):
     """1/(1−β₁ᵗ) and 1/√(1−β₂ᵗ), with t the count of the update to come, and the rest of :data:`CONSTANTS`."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -97,7 +97,7 @@ def _survey_chunk(
     tl.store(out + 6 * n_rows, tl.sum(d * d))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def survey_kernel(
     p_base, g_base, m, v, w, chunks, places, layout, constants, grad_scale, partials, n_rows,
     ADAM: tl.constexpr, FIRST: tl.constexpr, LOW: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
@@ -129,19 +129,29 @@ def survey_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def reduce_kernel(partials, spans, sums, n_rows, SUMS: tl.constexpr, ROWS: tl.constexpr):
-    """One program a unit: its rows of partial sums, added in a fixed order in float64."""
-    i_u = tl.program_id(0)
+@triton.jit(do_not_specialize=["n_rows"])
+def reduce_kernel(partials, spans, parts, n_rows, SUMS: tl.constexpr, ROWS: tl.constexpr):
+    """Every :data:`SPLIT`-th block of a unit's rows of partial sums, added in a fixed order in float64."""
+    i_u, i_s = tl.program_id(0), tl.program_id(1)
     first = tl.load(spans + 2 * i_u)
     last = tl.load(spans + 2 * i_u + 1)
     k = tl.arange(0, SUMS)
     total = tl.zeros([SUMS, ROWS], tl.float64)
-    for start in range(first, last, ROWS):
+    for start in range(first + i_s * ROWS, last, N_SPLIT * ROWS):
         i = start + tl.arange(0, ROWS)
         mask = (k < N_SUMS)[:, None] & (i < last)[None, :]
         total += tl.load(partials + k[:, None] * n_rows + i[None, :], mask=mask, other=0.0).to(tl.float64)
-    tl.store(sums + i_u * N_SUMS + k, tl.sum(total, axis=1), mask=k < N_SUMS)
+    tl.store(parts + (i_u * N_SPLIT + i_s) * N_SUMS + k, tl.sum(total, axis=1), mask=k < N_SUMS)
+
+
+@triton.jit
+def add_parts_kernel(parts, sums, SUMS: tl.constexpr):
+    """One program a unit: the sum of its parts."""
+    i_u = tl.program_id(0)
+    k, s = tl.arange(0, SUMS), tl.arange(0, N_SPLIT)
+    mask = (k < N_SUMS)[:, None] & (s < N_SPLIT)[None, :]
+    b_part = tl.load(parts + (i_u * N_SPLIT + s[None, :]) * N_SUMS + k[:, None], mask=mask, other=0.0)
+    tl.store(sums + i_u * N_SUMS + k, tl.sum(b_part, axis=1), mask=k < N_SUMS)
 
 
 @triton.jit
@@ -203,20 +213,22 @@ def advance_kernel(
 
 
 def survey(table: Table, arena: Arena) -> None:
-    """Snapshot the weights and sum up the slopes of all units; 2 launches and one per kind."""
+    """Snapshot the weights and sum up the slopes of all units; 3 launches and one per kind."""
     n = len(table.params)
-    constants_kernel[(triton.cdiv(n, 128),)](table.layout, arena.counts, arena.rules, arena.constants, n, BLOCK=128)
+    constants_kernel[(triton.cdiv(n, 128),)](
+        table.layout, arena.counts, arena.rules, arena.constants, n, BLOCK=128, **LAUNCH
+    )
     for kind in table.kinds.values():
         survey_kernel[(len(kind.chunks),)](
             kind.param, kind.gradient, arena.m, arena.v, arena.w, kind.chunks, table.places, table.layout,
             arena.constants, arena.grad_scale, arena.partials, table.chunks,
-            ADAM=arena.adam, FIRST=arena.first, LOW=is_low(kind.param), ALIGNED=table.aligned, BLOCK=BLOCK,
-            num_warps=WARPS,
+            ADAM=arena.adam, FIRST=arena.first, LOW=is_low(kind.param), ALIGNED=kind.aligned, BLOCK=BLOCK, **BY_CHUNK,
         )  # fmt: skip
-    reduce_kernel[(arena.units,)](
-        arena.partials, table.spans, arena.sums, table.chunks,
-        SUMS=triton.next_power_of_2(N_SUMS.value), ROWS=1024, num_warps=WARPS,
-    )  # fmt: skip
+    columns = triton.next_power_of_2(N_SUMS.value)
+    reduce_kernel[arena.units, N_SPLIT.value](
+        arena.partials, table.spans, arena.parts, table.chunks, SUMS=columns, ROWS=1024, **BY_CHUNK
+    )
+    add_parts_kernel[(arena.units,)](arena.parts, arena.sums, SUMS=columns, **LAUNCH)
 
 
 def advance(table: Table, arena: Arena) -> None:
@@ -225,8 +237,7 @@ def advance(table: Table, arena: Arena) -> None:
         advance_kernel[(len(kind.chunks),)](
             kind.gradient, arena.m, arena.v, arena.w, kind.chunks, table.places, table.layout,
             arena.constants, arena.grad_scale, arena.state, arena.counts,
-            ADAM=arena.adam, FIRST=arena.first, LOW=is_low(kind.param), ALIGNED=table.aligned, BLOCK=BLOCK,
-            num_warps=WARPS,
+            ADAM=arena.adam, FIRST=arena.first, LOW=is_low(kind.param), ALIGNED=kind.aligned, BLOCK=BLOCK, **BY_CHUNK,
         )  # fmt: skip
 
 

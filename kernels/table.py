@@ -15,7 +15,9 @@ from torch import Tensor
 BLOCK = 2048  # elements of one chunk, which one program handles in registers
 WARPS = 8  # of such a program: 8 elements a thread, two 16-byte accesses to each float32 buffer
 ALIGNMENT = 64  # bytes; what the allocators give, and a multiple of 16 elements of any dtype here
-_gradient = attrgetter("grad")
+LAUNCH = {"enable_fp_fusion": True}  # said, since Triton 3.9 warns where it is not and 3.10 turns it off
+BY_CHUNK, SCALAR = LAUNCH | {"num_warps": WARPS}, LAUNCH | {"num_warps": 1}
+_gradient, _dtype, _bytes = map(attrgetter, ("grad", "dtype", "nbytes"))
 
 Dtypes = tuple[torch.dtype, torch.dtype]
 
@@ -30,7 +32,7 @@ class Entry:
     rules: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Kind:
     """Chunks of the parameters of one pair of dtypes, sorted by unit."""
 
@@ -38,41 +40,43 @@ class Kind:
     gradient: Tensor
     chunks: Tensor  # int32 [chunks, 3]: parameter, number of the block within it, row of partial sums
     units: dict[int, slice]  # rows of ``chunks`` that belong to each unit
+    aligned: bool = True  # whether every tensor starts at a multiple of ALIGNMENT
 
 
 class Table:
     """Rows of parameters and chunks; where anything has :meth:`moved`, :meth:`rebuild` before the next launch.
+
+    A new table has to be rebuilt first.
 
     Attributes:
         layout: int64 [parameters, 4]: first element in the flat buffers, number of elements, unit, rules.
         places: int64 [parameters, 3]: distances of p and p.grad from their anchors, 1 if there is a gradient.
         spans: int32 [units, 2]: first and last + 1 row of the unit's partial sums.
         chunks: number of chunks, the rows of partial sums.
-        aligned: whether every tensor starts at a multiple of :data:`ALIGNMENT`.
+        kinds: the chunks by dtypes of parameter and gradient.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = list(entries)
         self.params = [e.param for e in entries]
         self.device = self.params[0].device
-        self.layout = self._upload([[e.flat, e.param.numel(), e.unit, e.rules] for e in entries], torch.int64)
+        self.sizes = [p.numel() for p in self.params]
+        rows = [[e.flat, n, e.unit, e.rules] for e, n in zip(entries, self.sizes, strict=True)]
+        self.layout = self._upload(_host(rows))
+        self.chunks = sum(map(_blocks, self.sizes))
         self.kinds: dict[Dtypes, Kind] = {}
-        self._addresses: list[int] = []
         self._dtypes: list[Dtypes] = []
-        self.rebuild()
+        self._seen: tuple | None = None
 
     def moved(self) -> bool:
-        """Whether a parameter or gradient lies elsewhere than at the last rebuild, has come or has gone.
-
-        A dtype cannot change without its address, so equal addresses need no other look.
-        """
-        return self._addresses != _addresses(self.params)
+        """Whether a parameter or gradient is not what it was at the last rebuild, or lies elsewhere."""
+        return self._seen != _look(self.params)
 
     def rebuild(self) -> None:
         """Look at every tensor anew.
 
         Raises:
-            RuntimeError: a tensor that is not contiguous or lies on another device.
+            RuntimeError: a tensor that is not contiguous, has another size or lies on another device.
         """
         gradients = list(map(_gradient, self.params))
         self._check(gradients)
@@ -80,10 +84,15 @@ class Table:
         if dtypes != self._dtypes:
             self._cut(dtypes)
         self._place(gradients)
-        self._addresses, self._dtypes = _addresses(self.params), dtypes
+        self._seen, self._dtypes = _look(self.params), dtypes
 
     def _check(self, gradients: Sequence[Tensor | None]) -> None:
-        for p, g in zip(self.params, gradients, strict=True):
+        for p, g, size in zip(self.params, gradients, self.sizes, strict=True):
+            if p.numel() != size or (g is not None and g.numel() != size):
+                raise RuntimeError(
+                    f"a parameter had {size} elements when the optimizer first saw it, and it or its gradient has "
+                    f"another number now (shape {tuple(p.shape)}): resize the model before making the optimizer"
+                )
             if p.device != self.device or (g is not None and not g.is_contiguous()) or not p.is_contiguous():
                 raise RuntimeError(
                     f"a parameter or gradient of shape {tuple(p.shape)} is not contiguous or not on {self.device}: "
@@ -92,37 +101,38 @@ class Table:
 
     def _cut(self, dtypes: Sequence[Dtypes]) -> None:
         """Cut the parameters into chunks; the partial sums of a unit are neighbours, whatever its dtypes."""
-        order = sorted(range(len(dtypes)), key=lambda i: (self.entries[i].unit, str(dtypes[i])))
-        cut = [(i, block) for i in order for block in range(-(-self.params[i].numel() // BLOCK))]
-        rows: dict[Dtypes, list[list[int]]] = {}
-        spans = [[len(cut), 0] for _ in range(max(e.unit for e in self.entries) + 1)]
-        for row, (i, block) in enumerate(cut):
-            rows.setdefault(dtypes[i], []).append([i, block, row])
-            span = spans[self.entries[i].unit]
-            span[:] = [min(span[0], row), row + 1]
-        self.chunks, self.spans = len(cut), self._upload(spans, torch.int32)
-        self.kinds = {kind: self._kind(kind, cut_rows) for kind, cut_rows in rows.items()}
+        units = [e.unit for e in self.entries]
+        order = _host(sorted(range(len(units)), key=lambda i: (units[i], str(dtypes[i]))))
+        blocks = _host(list(map(_blocks, self.sizes)))[order]
+        param = torch.repeat_interleave(order, blocks)
+        row = torch.arange(self.chunks, device="cpu")
+        first = torch.repeat_interleave(blocks.cumsum(0) - blocks, blocks)
+        chunks, unit = torch.stack([param, row - first, row], 1).int(), _host(units)[param]
+        self.spans = self._upload(_spans(unit, max(units) + 1))
+        known = list(dict.fromkeys(dtypes))
+        kind = _host([known.index(pair) for pair in dtypes])[param]
+        self.kinds = {known[k]: self._kind(known[k], chunks[kind == k], unit[kind == k]) for k in kind.unique().tolist()}
 
-    def _kind(self, dtypes: Dtypes, rows: list[list[int]]) -> Kind:
-        units: dict[int, slice] = {}
-        for at, (i, _, _) in enumerate(rows):
-            unit = self.entries[i].unit
-            units[unit] = slice(units[unit].start if unit in units else at, at + 1)
+    def _kind(self, dtypes: Dtypes, chunks: Tensor, unit: Tensor) -> Kind:
+        spans = _spans(unit, int(unit.max()) + 1).tolist()
+        units = {u: slice(first, last) for u, (first, last) in enumerate(spans) if first < last}
         param, gradient = (torch.zeros(1, dtype=dtype, device=self.device) for dtype in dtypes)
-        return Kind(param, gradient, self._upload(rows, torch.int32), units)
+        return Kind(param, gradient, self._upload(chunks), units)
 
     def _place(self, gradients: Sequence[Tensor | None]) -> None:
-        places, self.aligned = [[0, 0, 0] for _ in gradients], True
+        places = [[0, 0, 0] for _ in gradients]
+        for kind in self.kinds.values():
+            kind.aligned = True
         for i, (p, g) in enumerate(zip(self.params, gradients, strict=True)):
-            if g is None:
+            if g is None or not self.sizes[i]:
                 continue
             kind = self.kinds[p.dtype, g.dtype]
             places[i] = [_distance(p, kind.param), _distance(g, kind.gradient), 1]
-            self.aligned &= p.data_ptr() % ALIGNMENT == 0 and g.data_ptr() % ALIGNMENT == 0
-        self.places = self._upload(places, torch.int64)
+            kind.aligned &= p.data_ptr() % ALIGNMENT == 0 and g.data_ptr() % ALIGNMENT == 0
+        self.places = self._upload(_host(places))
 
-    def _upload(self, rows: list[list[int]], dtype: torch.dtype) -> Tensor:
-        return upload(torch.tensor(rows, dtype=dtype), self.device)
+    def _upload(self, host: Tensor) -> Tensor:
+        return upload(host, self.device)
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
@@ -130,14 +140,31 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def _addresses(params: Sequence[Tensor]) -> list[int]:
+def _host(rows: list) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def _spans(unit: Tensor, units: int) -> Tensor:
+    """First and last + 1 index at which each unit stands in a sorted list of them."""
+    counts = torch.bincount(unit, minlength=units)
+    last = counts.cumsum(0)
+    return torch.stack([last - counts, last], 1).int()
+
+
+def _look(params: list[Tensor]) -> tuple:
+    """What the rows of a table rest on, in as few calls as will do: it is looked at in every step.
+
+    Autograd gives a gradient the layout and dtype of its parameter, so those are looked at in the parameter alone.
+    """
     gradients = list(map(_gradient, params))
-    if any(g is None for g in gradients):  # "None in" would compare tensors
-        found = [0 if g is None else g.data_ptr() for g in gradients]
-    else:
-        found = list(map(Tensor.data_ptr, gradients))
-    found += map(Tensor.data_ptr, params)
-    return found
+    present = [g for g in gradients if g is not None]
+    absent = len(present) < len(params) and [g is None for g in gradients]
+    addresses, contiguous = list(map(Tensor.data_ptr, present + params)), all(map(Tensor.is_contiguous, params))
+    return absent, addresses, contiguous, list(map(_bytes, present)), list(map(_dtype, params))
 
 
 def _distance(tensor: Tensor, anchor: Tensor) -> int:

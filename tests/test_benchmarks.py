@@ -370,9 +370,10 @@ def test_compare_prints_the_conditions_that_differ(store, capsys):
     new = store("new.json", [ratio("a", 2.0, 1.9, 2.1, **changed)])
     assert main(["bench", "compare", old, new]) == 0
     conditions = ["threads: 1 -> 2", "torch: 2.13.0 -> 2.14.0", "triton: - -> 3.7", "dirty: False -> True"]
+    conditions.append("nothing changed beyond the spread")
     assert capsys.readouterr().out.splitlines() == conditions
     assert main(["bench", "compare", new, new]) == 0
-    assert capsys.readouterr().out.splitlines() == ["dirty: True -> True"]
+    assert capsys.readouterr().out.splitlines() == ["dirty: True -> True", "nothing changed beyond the spread"]
 
 
 BAD_CASES = [
