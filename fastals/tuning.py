@@ -27,11 +27,15 @@ def rows(runs: Sequence[Record]) -> list[list[str]]:
 
 
 def best_rate(runs: Sequence[Record]) -> str:
-    """The AdamW rate of lowest mean training loss among those run on every seed; empty if there are less than two."""
+    """The AdamW rate of highest mean held-out accuracy, by hindsight; empty if there are less than two.
+
+    Rates that lack a seed of the others or have diverged on one are not among them.
+    """
     members = {m: of_method(runs, m) for m in _rates(runs)}
     most = max((len(rs) for rs in members.values()), default=0)
-    means = {m: statistics.mean(r["loss"] for r in rs) for m, rs in members.items() if len(rs) == most}
-    return min(means, key=lambda m: (math.isnan(means[m]), means[m])) if len(means) > 1 else ""
+    whole = {m: rs for m, rs in members.items() if len(rs) == most and not any(map(diverged, rs))}
+    means = {m: statistics.mean(r["accuracy"] for r in rs) for m, rs in whole.items()}
+    return max(means, key=lambda m: means[m]) if len(members) > 1 and means else ""
 
 
 def sweep_cost(run: Record, runs: Sequence[Record], key: str) -> float:
