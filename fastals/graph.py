@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_is_leaf, tree_map_only, tree_unflatten
 
 from fastals import rng
-from fastals.cache import ActivationCache
 from fastals.closure import non_finite
 from fastals.interrupt import uninterrupted
 from fastals.kernels.arena import FLAGS
@@ -212,7 +211,7 @@ class GraphedStep:
         opt._built_units()
         with self._on_stream():
             opt._verify(lambda: self.loss_fn(batch))
-            cache = ActivationCache(opt.model, rng.cuda_devices(params)) if opt._cache is not None else None
+            cache = opt._new_cache()
             program = Program(
                 opt._device, lambda: self.loss_fn(batch), params, opt.model, cache, opt._learned, backend,
                 opt.settings.max_grad_norm,
@@ -283,9 +282,9 @@ class Notes:
         copied.copy_(flags, non_blocking=True)
         event.record()
         self._pending.append((event, copied))
-        if len(self._pending) > MOST_NOTED:
-            event = self._pending[0][0]
-            event.synchronize()
+        oldest = self._pending[0][0]
+        if len(self._pending) > MOST_NOTED and oldest is not None:
+            oldest.synchronize()
 
     def raise_if_refused(self) -> None:
         """Say that an earlier step was refused, if one was and its flags have arrived.

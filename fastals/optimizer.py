@@ -209,7 +209,7 @@ class ALS(torch.optim.Optimizer):
     def _mini_batch(self, closure: Callable[[], Tensor]) -> Any:
         """The mini-batch under search, on the host or on the device."""
         params = [p for g in self.param_groups for p in g["params"]]
-        cache, fused = self._current_cache(params), self._is_fused() if self._units is None else bool(self._device)
+        cache, fused = self._current_cache(), self._is_fused() if self._units is None else bool(self._device)
         losses = Losses(closure, params, self.model, cache, self._learned, lazy=fused)
         if fused:
             return self._device_batch(losses)
@@ -224,13 +224,17 @@ class ALS(torch.optim.Optimizer):
     def _seed(self) -> str:
         return f"{self.settings.seed}-{self.param_groups[0]['count']}"
 
-    def _current_cache(self, params: list[Tensor]) -> ActivationCache | None:
+    def _current_cache(self) -> ActivationCache | None:
         """The cache of the model as it is now; a changed module tree starts a new one, verified anew."""
+        if self._cache is None or self._cache.outdated():
+            self._cache = self._new_cache()
+            self._learned = Learned() if self._cache is not None else self._learned
+        return self._cache
+
+    def _new_cache(self) -> ActivationCache | None:
         if self.model is None or not self.settings.cache:
             return None
-        if self._cache is None or self._cache.outdated():
-            self._cache, self._learned = ActivationCache(self.model, rng.cuda_devices(params)), Learned()
-        return self._cache
+        return ActivationCache(self.model, rng.cuda_devices(p for g in self.param_groups for p in g["params"]))
 
     def _verify(self, closure: Callable[[], Tensor]) -> None:
         """Find out whether the cache can be trusted for the units that have made no trial with it yet."""
