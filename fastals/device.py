@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastals.buffers import Flat, Unit, layout
+from fastals.buffers import Flat, Gradients, Unit, layout
 from fastals.closure import Losses, non_finite
 from fastals.kernels import armijo
 from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
@@ -40,9 +40,10 @@ class Device:
         self.arena = Arena(self.table, starts[-1], lead, len(groups), adam=kind == "adam", first=averages)
         self.units = [self._unit(u, unit, starts, kind, averages, state) for u, unit in enumerate(members)]
         counts = [count for unit in self.units for count in unit.counts]
-        self.arena.counts.copy_(torch.tensor(counts, dtype=torch.float32))
+        self.arena.counts.copy_(torch.tensor(counts, dtype=torch.float32, device="cpu"))
         memory = [[float(unit.rules[k]) for k in DEVICE_MEMORY] for unit in self.units]
-        self.arena.memory.copy_(torch.tensor(memory, dtype=torch.float64))
+        self.arena.memory.copy_(torch.tensor(memory, dtype=torch.float64, device="cpu"))
+        self.shown: dict[int, list[int]] = {}  # by unit: which of its parameters the optimizer's state shows
         for unit in self.units:
             for group in unit.groups:
                 group.update({k: self.arena.memory[unit.row, i] for i, k in enumerate(DEVICE_MEMORY)})
@@ -62,15 +63,20 @@ class Device:
         drawn = {id(g): uniform(seed, u.name) for u in self.units for g in u.groups} if random_first else {}
         self.arena.set_rules([_rules(g, drawn.get(id(g), 0.0)) for g in self.groups])
 
-    def refresh(self, seed: str) -> bool:
-        """Bring rules and addresses up to date; returns whether any tensor has moved."""
+    def refresh(self, seed: str) -> None:
+        """Bring rules and addresses up to date."""
         self.refresh_rules(seed)
-        if not self.table.moved():
-            return False
-        for unit in self.units:
-            unit.check()
-        self.table.rebuild()
-        return True
+        if self.table.moved():
+            for unit in self.units:
+                unit.check()
+            self.table.rebuild()
+
+    def show(self, units: list[Unit], state: dict) -> None:
+        """Show the state of parameters that have their first gradient."""
+        if (active := {unit.row: unit.active for unit in units}) != self.shown:
+            for unit in units:
+                unit.show(state, active=True)
+            self.shown = active
 
 
 class Immediately:
@@ -86,13 +92,22 @@ class Immediately:
         Raises:
             FloatingPointError: f(w_t) is not finite.
         """
-        while True:
+        go = True
+        while go:
             attempt()
-            go, accepted, refused = self.look(arena, row)
-            if refused:
-                raise non_finite(float(arena.state[-1, STATE.index("start")]))
-            if not go:
-                return bool(accepted)
+            go, accepted = self.verdict(arena, row)
+        return accepted
+
+    def verdict(self, arena: Arena, row: int) -> tuple[bool, bool]:
+        """Wait for the device: whether there is another trial to make, and whether the last one was accepted.
+
+        Raises:
+            FloatingPointError: f(w_t) is not finite.
+        """
+        go, accepted, refused = self.look(arena, row)
+        if refused:
+            raise non_finite(float(arena.state[-1, STATE.index("start")]))
+        return bool(go), bool(accepted)
 
     def look(self, arena: Arena, row: int) -> list[int]:
         """Wait for the device and read the row's flags."""
@@ -114,15 +129,15 @@ class DeviceBatch:
         self.do = self.executor.do
         self.random = random.Random(seed)
         self.units: list[Unit] = []
-        self.started = self.moved = self.committed = False
+        self.started = self.searched = self.committed = False
 
     def begin(self, device: Device, units: list[Unit], loss: Tensor, max_grad_norm: float | None) -> None:
         """Start from f(w_t) = ``loss``: snapshot the weights and sum up the slopes."""
         self.device, self.arena, self.table, self.units = device, device.arena, device.table, units
-        self.moved = device.refresh(self.seed)
+        self.gradients = Gradients(units)
+        device.refresh(self.seed)
         if max_grad_norm is not None:
-            grads = [p.grad for u in units for p in u.active_params() if p.grad is not None]
-            self.do(partial(_scale_gradients, grads, max_grad_norm, self.arena.grad_scale[0]))
+            self.do(partial(_scale_gradients, self.gradients.held, max_grad_norm, self.arena.grad_scale[0]))
         self.do(partial(armijo.begin, self.arena, loss))
         self.do(partial(survey, self.table, self.arena))
         self.started = True
@@ -135,14 +150,27 @@ class DeviceBatch:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""
         self.propose(unit)
         params = unit.active_params()
-        accepted = self.executor.repeat(self.arena, unit.row, partial(self._try, unit, params, record))
+        accepted = self._repeat(unit.name, unit.row, partial(self._try, unit, params, record))
         if put_back:
             self.do(partial(armijo.put_back, self.arena, unit.row))
-        self.do(partial(trial, self.table, self.arena, unit.row))
+        if put_back or not accepted:
+            self.do(partial(trial, self.table, self.arena, unit.row))
         if record and accepted is None:  # the last trial may have been rejected: evaluate where the unit stands now
             self.do(partial(self.losses.at, unit.name, params, record=True))
         if record and accepted is not False:
             self.do(self.losses.keep)
+
+    def _repeat(self, name: str, row: int, attempt: Callable[[], object]) -> bool | None:
+        """Attempt while the row's flag says so; whether it says accepted (None: not known yet).
+
+        The first attempt comes before the first look. Only where it would verify the cache it has to move something.
+        """
+        self.searched = True
+        if self.losses.cache is not None and name not in self.losses.trusted:
+            go, accepted = self.executor.verdict(self.arena, row)
+            if not go:
+                return accepted
+        return self.executor.repeat(self.arena, row, attempt)
 
     def _try(self, unit: Unit, params: Sequence[Tensor], record: bool) -> None:
         trial(self.table, self.arena, unit.row)
@@ -152,14 +180,15 @@ class DeviceBatch:
         """Move all units by a common factor of their steps; whether a factor was accepted."""
         self.do(partial(armijo.open_together, self.arena))
         params = [p for unit in self.units for p in unit.active_params()]
-        accepted = self.executor.repeat(self.arena, self.arena.units, partial(self._try_together, params, once))
-        self.do(partial(trial, self.table, self.arena))
+        accepted = self._repeat("all units", self.arena.units, partial(self._try_together, params, once))
+        if not accepted:
+            self.do(partial(trial, self.table, self.arena))
         self.executor.skip_rest_if_accepted()
         return bool(accepted)
 
     def _try_together(self, params: Sequence[Tensor], once: bool) -> None:
         trial(self.table, self.arena)
-        armijo.judge_together(self.arena, self.losses.at("all units", params), once=once)
+        armijo.judge_together(self.arena, self.units[0].row, self.losses.at("all units", params), once=once)
 
     def keep(self, unit: Unit) -> None:
         """Move the unit by its remembered step, untested."""
@@ -177,11 +206,17 @@ class DeviceBatch:
         self.do(partial(armijo.remember, self.arena))
 
     def commit(self, state: dict) -> None:
-        """Learn, and show the state of parameters that have their first gradient."""
+        """Learn, and show the state of parameters that have their first gradient.
+
+        Raises:
+            FloatingPointError: f(w_t) is not finite, and no search has waited for it.
+            RuntimeError: a trial changed the gradients.
+        """
+        self.gradients.check()
+        if not self.searched:
+            self.executor.verdict(self.arena, self.arena.units)
         self.learn()
-        if self.moved or not self.arena.steps:
-            for unit in self.units:
-                unit.show(state, active=True)
+        self.device.show(self.units, state)
         self.arena.steps += 1
 
     def restore(self) -> None:
@@ -197,8 +232,10 @@ class DeviceBatch:
 
 
 def _scale_gradients(grads: list[Tensor], max_norm: float, scale: Tensor) -> None:
-    norm = torch.nn.utils.get_total_norm(grads)
-    torch.clamp(max_norm / (norm + 1e-6), max=1.0, out=scale)
+    """Write min(1, limit / ‖g‖), or 1 where the norm is not finite: the units that it comes from are left out."""
+    norm = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).norm()
+    clipped = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    torch.where(torch.isfinite(norm), clipped, torch.ones_like(clipped), out=scale)
 
 
 def _read(history: Tensor, names: dict[int, str], step: int) -> StepReport:

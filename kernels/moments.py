@@ -4,10 +4,11 @@ r"""Directions, slopes and moments of all units in one launch each.
 
     ⟨g, d⟩, ‖d‖², the entries with g ≠ 0, ‖w‖² and the elements, and ⟨g, d⟩ and ‖d‖² of the averaged direction,
 
-in float32, a row of partial sums per chunk; two kernels add the rows of each unit up in float64, many programs a
-unit and then one. No atomics, a fixed order: the same inputs give the same bits. The moments stay as they are until :func:`advance`, so
-that a step that fails has nothing to undo in them. Bytes per parameter (float32, Adam without average): survey 16,
-advance 12. Plain torch versions: ``direction``, ``snapshot`` and ``advance`` of :mod:`fastals.kernels.reference`.
+in float32, a row of partial sums per chunk; the rows of each unit are added up in float64, by many programs and then
+by one. No atomics, a fixed order: the same inputs give the same bits. The moments stay as they are until
+:func:`advance`, so that a step that fails has nothing to undo in them. Bytes per parameter (float32, Adam without
+average): survey 16, advance 12. Plain torch versions: ``direction``, ``snapshot`` and ``advance`` of
+:mod:`fastals.kernels.reference`.
 """
 
 import torch

@@ -111,7 +111,8 @@ class Table:
         self.spans = self._upload(_spans(unit, max(units) + 1))
         known = list(dict.fromkeys(dtypes))
         kind = _host([known.index(pair) for pair in dtypes])[param]
-        self.kinds = {known[k]: self._kind(known[k], chunks[kind == k], unit[kind == k]) for k in kind.unique().tolist()}
+        present = kind.unique().tolist()  # all but those of parameters without elements
+        self.kinds = {known[k]: self._kind(known[k], chunks[kind == k], unit[kind == k]) for k in present}
 
     def _kind(self, dtypes: Dtypes, chunks: Tensor, unit: Tensor) -> Kind:
         spans = _spans(unit, int(unit.max()) + 1).tolist()

@@ -266,6 +266,53 @@ def at(arena, row):
     return dict(zip(STATE, arena.state[row].tolist(), strict=True))
 
 
+def test_a_decrease_that_a_bfloat16_loss_cannot_show_is_not_asked_for():
+    """The search ends, and the remembered step stays what it was."""
+    groups, state = make_groups([[(1000, torch.float32, True, 0)]], 0, c=0.1)
+    groups[0].update(step_size=1e-7)
+    device = Device(groups, [groups], "adam", False, state)
+    twin = groups[0] | {k: float(groups[0][k]) for k in DEVICE_MEMORY}
+    arena = device.arena
+    device.refresh("7")
+    survey(device.table, arena)
+    start = torch.tensor(1.5, dtype=torch.bfloat16, device=CUDA)
+    armijo.begin(arena, start)
+    armijo.open_search(arena, 0, tested=False)
+    arena.state[0, STATE.index("eta")] = arena.state[0, STATE.index("move")] = 1e-7
+    search = Search(twin, 1.5, at(arena, 0)["slope"], 1e-7, 0.0, torch.finfo(torch.bfloat16).eps * 1.5 / 2)
+    search.judge(1.5)
+    armijo.judge(arena, 0, start)
+    assert search.outcome == OUTCOMES[int(at(arena, 0)["outcome"])] == "exhausted"
+    assert at(arena, 0)["trials"] == search.trials == 1
+    armijo.remember(arena)
+    search.remember()
+    assert float(groups[0]["step_size"]) == twin["step_size"] == 1e-7
+
+
+def test_elements_are_counted_in_64_bits():
+    """The same tensors seen from two thousand million elements before them."""
+    found = []
+    for shift in (0, 2**20 + 3):  # in blocks
+        groups, state = make_groups([[(3000, torch.float32, True, 2), (65, torch.float32, True, 0)]], 3)
+        device = Device(groups, [groups], "adam", True, state)
+        table, arena = device.table, device.arena
+        device.refresh("0")
+        elements = shift * BLOCK
+        (kind,) = table.kinds.values()
+        kind.chunks[:, 1] += shift
+        table.layout[:, 0] -= elements
+        table.layout[:, 1] += elements
+        table.places[:, :2] -= elements
+        armijo.begin(arena, torch.ones((), device=CUDA))
+        survey(table, arena)
+        put(device, 0, 1e-3)
+        arena.state[:, STATE.index("slope")] = 1.0
+        moved = [p.detach().clone() for p in groups[0]["params"]]
+        advance(table, arena)
+        found.append([arena.sums[:, [0, 1, 3, 5, 6]].clone(), arena.m, arena.v, arena.w, *moved])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_start_that_is_not_finite_is_refused_and_teaches_nothing():
     groups, state = make_groups([[(65, torch.float32, True, 1)]], 0)
     device = Device(groups, [groups], "adam", False, state)
