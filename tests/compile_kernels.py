@@ -1,7 +1,6 @@
 """Compile every kernel ahead of time, without a GPU, and print what the compiler made of it: a JSON line each."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,14 +13,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastals.kernels import armijo, moments, trial
-from fastals.kernels.table import BLOCK, WARPS
+from fastals.kernels.table import BLOCK, LAUNCH, WARPS
 
 TABLES = {"chunks": "*i32", "places": "*i64", "layout": "*i64", "constants": "*fp32", "grad_scale": "*fp32"}
 FLAT = {"m": "*fp32", "v": "*fp32", "w": "*fp32"}
 SCALARS = {
     "state": "*fp64", "memory": "*fp64", "rules": "*fp64", "sums": "*fp64", "history": "*fp64", "lead": "*i32",
     "flags": "*i32", "step": "*i64", "loss": "*fp32", "counts": "*fp32", "layout": "*i64", "out": "*fp32",
-    "partials": "*fp32", "spans": "*i32", "n_rows": "i32", "unit": "i32", "units": "i32", "n": "i32",
+    "partials": "*fp32", "parts": "*fp64", "spans": "*i32", "n_rows": "i32", "unit": "i32", "units": "i32", "n": "i32",
     "eps": "fp32", "first": "i32",
 }  # fmt: skip
 CHUNK_KERNELS = {"survey": moments.survey_kernel, "trial": trial.trial_kernel, "advance": moments.advance_kernel}
@@ -39,7 +38,7 @@ def build(kernel, types, constants, arch, warps):
         constexprs={(names.index(k),): v for k, v in constants.items() if k in names},
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=LAUNCH | {"num_warps": warps})
 
 
 def describe(compiled):
@@ -57,15 +56,16 @@ def describe(compiled):
 
 def main(arch):
     """Print a line per kernel and variant."""
-    for dtype, first, adam in product(("fp32", "bf16"), (False, True), (True, False)):
+    for dtype, gradient, first, adam in product(("fp32", "bf16"), ("fp32", "bf16"), (False, True), (True, False)):
         constants = {"ADAM": adam, "FIRST": first, "LOW": dtype != "fp32", "ALIGNED": True, "BLOCK": BLOCK}
-        types = SCALARS | TABLES | FLAT | {"p_base": f"*{dtype}", "g_base": f"*{dtype}"}
+        types = SCALARS | TABLES | FLAT | {"p_base": f"*{dtype}", "g_base": f"*{gradient}"}
         for name, kernel in CHUNK_KERNELS.items():
             own = {n: v for n, v in types.items() if n in kernel.arg_names and n not in constants}
             found = describe(build(kernel, own, constants, arch, WARPS))
-            print(json.dumps({"kernel": name, "dtype": dtype, "first": first, "adam": adam, **found}))
+            case = {"kernel": name, "dtype": dtype, "gradient": gradient, "first": first, "adam": adam}
+            print(json.dumps(case | found))
     scalar = [k for k in vars(armijo).values() if isinstance(k, triton.JITFunction) and k.__name__.endswith("_kernel")]
-    for kernel in [*scalar, moments.constants_kernel, moments.reduce_kernel]:
+    for kernel in [*scalar, moments.constants_kernel, moments.reduce_kernel, moments.add_parts_kernel]:
         types = {n: SCALARS[n] for n in kernel.arg_names if n in SCALARS}
         names = FLAGS.get(kernel.__name__, ())
         for flags in product((False, True), repeat=len(names)):
@@ -76,5 +76,4 @@ def main(arch):
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     main(int(sys.argv[1]))

@@ -31,12 +31,13 @@ def accesses(buffers, case, *, first, masters):
     """16-byte accesses of one thread to these buffers, the first moment and the masters of low precision added."""
     wanted = buffers + ("m" if first else "") + (masters if case["dtype"] == "bf16" else "")
     kept = [b for b in wanted if b != "v" or case["adam"]]
-    return sum(1 if case["dtype"] == "bf16" and b in "pg" else 2 for b in kept)
+    dtypes = {"p": case["dtype"], "g": case["gradient"]}
+    return sum(1 if dtypes.get(b) == "bf16" else 2 for b in kept)
 
 
 def test_whole_chunks_are_read_and_written_16_bytes_at_a_time(compiled):
     chunk_kernels = [k for k in compiled if "dtype" in k]
-    assert len(chunk_kernels) == 24
+    assert len(chunk_kernels) == 48
     for k in chunk_kernels:
         updates = k["kernel"] == "advance"
         if updates and not (k["adam"] or k["first"] or k["dtype"] == "bf16"):
@@ -49,7 +50,7 @@ def test_whole_chunks_are_read_and_written_16_bytes_at_a_time(compiled):
 
 
 def test_nothing_spills(compiled):
-    assert len(compiled) == 24 + 11 + 3 + 1  # by chunk, scalar, and two with variants
+    assert len(compiled) == 48 + 12 + 3 + 1  # by chunk, scalar, and two with variants
     for k in compiled:
         assert k["stack"] == k["local"] == 0, k
         assert not k["local_access"], k
