@@ -289,6 +289,61 @@ def test_a_clipped_model_in_bfloat16_trains(kind):
     assert opt.report.loss_after < opt.report.loss_before
 
 
+def other_dtype(loss, params, dtype):
+    """Gradients of the loss in another dtype than their parameters'."""
+    loss.backward()
+    for p in params:
+        p.grad, found = None, p.grad
+        p.grad_dtype = dtype
+        p.grad = found.to(dtype)
+    return loss.detach()
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch gives gradients the parameter's dtype")
+@pytest.mark.parametrize(
+    ("dtype", "gradient"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str
+)
+def test_gradients_may_have_another_dtype_than_their_parameters(dtype, gradient):
+    reports = []
+    for kind in ("fused", "plain"):
+        torch.manual_seed(0)
+        model = TinyTransformer(depth=1, dropout=0.0).to(CUDA, dtype)
+        opt = optimizer(kind, model)
+        (batch,) = batches(1)
+        loss = other_dtype(model(**batch), list(model.parameters()), gradient)
+        opt.step(lambda m=model, b=batch: m(**b), loss=loss)
+        reports.append(opt.report)
+    for a, b in zip(*(r.units for r in reports), strict=True):
+        assert a.slope == pytest.approx(b.slope, rel=1e-3)
+    assert reports[0].loss_after < reports[0].loss_before
+
+
+def test_under_autocast_the_fused_path_takes_the_steps_of_the_plain_one():
+    reports = []
+    for kind in ("fused", "plain"):
+        torch.manual_seed(0)
+        model = TinyTransformer(depth=2).to(CUDA)
+        opt = optimizer(kind, model, **HARD)
+        with torch.autocast(CUDA.type, torch.bfloat16):
+            train(model, opt, batches(2))
+        reports.append(opt.reports)
+    for ours, theirs in zip(*reports, strict=True):
+        assert ours.loss_after <= ours.loss_before
+        assert [(u.outcome, u.trials) for u in ours.units] == [(u.outcome, u.trials) for u in theirs.units]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_give_the_same_bits(dtype):
+    found = []
+    for _ in range(2):
+        model, opt = build(dtype=dtype, momentum="after", **HARD)
+        train(model, opt, batches(3))
+        found.append(
+            [*(p.detach().clone() for p in model.parameters()), *(s["exp_avg_sq"] for s in opt.state.values())]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["fused", "plain"])
 def test_a_closure_that_drops_the_gradients_is_refused_and_nothing_moves(kind):
     torch.manual_seed(0)

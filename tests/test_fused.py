@@ -333,6 +333,7 @@ def test_the_table_follows_tensors_that_move():
     groups, state = make_groups([[(100, torch.float32, True, 0), (70, torch.float32, True, 0)]], 0)
     device = Device(groups, [groups], "sgd", False, state)
     p, q = groups[0]["params"]
+    device.refresh("0")
     assert not device.table.moved()
     p.grad = p.grad.clone()
     assert device.table.moved()
@@ -358,7 +359,8 @@ def test_unaligned_tensors_are_read_right():
     p.grad = numbers(3 * BLOCK, torch.float32, 2)
     groups = [RULES | MEMORY | {"name": "g", "params": [p]}]
     device = Device(groups, [groups], "sgd", False, {})
-    assert not device.table.aligned
     device.refresh("0")
+    (kind,) = device.table.kinds.values()
+    assert not kind.aligned
     survey(device.table, device.arena)
     assert float(device.arena.sums[0, 0]) == pytest.approx(float(p.grad.double().square().sum()), rel=1e-6)
