@@ -681,7 +681,7 @@ def test_why_there_are_no_loops_on_the_device(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "runtime", None)
     with pytest.raises(RuntimeError, match="cuda-bindings"):
         backend.link([], None)
-    monkeypatch.setattr(cuda_graphs, "runtime", Bindings())
+    monkeypatch.setattr(cuda_graphs, "runtime", Bindings(13))
     monkeypatch.setattr(cuda_graphs, "TORCH", (2, 13))
     backend.draws = True
     with pytest.raises(RuntimeError, match="random numbers"):
