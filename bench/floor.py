@@ -17,13 +17,14 @@ def moved_bytes(kernel: str, param_bytes: int, averages: bool) -> int:
     """Bytes per parameter that a kernel must move; p and g have ``param_bytes``, everything else is float32.
 
     ``survey`` reads g, v, p (m, and the master of a small p) and writes w; ``trial`` reads g, v, w (m) and writes p;
-    ``advance`` reads g, v (m) and writes v (m, and reads and writes the master).
+    ``restore`` reads w and writes p; ``advance`` reads g, v (m) and writes v (m, and reads and writes the master).
     """
     first = 4 if averages else 0
     master = 4 if param_bytes < 4 else 0
     return {
         "survey": 2 * param_bytes + 4 + 4 + master + first,
         "trial": 2 * param_bytes + 4 + 4 + first,
+        "restore": param_bytes + 4,
         "advance": param_bytes + 8 + 2 * master + 2 * first,
     }[kernel]
 
@@ -60,8 +61,8 @@ class Floor(Plain):
 
 
 def _kernel_bytes(params: list[torch.Tensor], report: UnitReport) -> int:
-    """Of one unit: survey, advance, and a trial for each that was made and for putting the unit back."""
-    calls = {"survey": 1, "trial": report.trials + (report.outcome == EXHAUSTED), "advance": 1}
+    """Of one unit: survey, the trials that were made, putting it back if none was accepted, advance."""
+    calls = {"survey": 1, "trial": report.trials, "restore": int(report.outcome == EXHAUSTED), "advance": 1}
     each = [sum(n * moved_bytes(kernel, p.itemsize, averages=False) for kernel, n in calls.items()) for p in params]
     return sum(p.numel() * b for p, b in zip(params, each, strict=True))
 
