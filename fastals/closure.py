@@ -1,5 +1,6 @@
 """Evaluate the user's closure: once with gradients, then as often as the search asks, always with the same masks."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -120,6 +121,8 @@ class Losses:
 
     def check_repeatable(self, loss: float) -> None:
         """Refuse a closure that gives another loss for the same weights and random state."""
+        if not math.isfinite(loss):
+            raise non_finite(loss)
         again = float(self._run([]))
         if not abs(again - loss) <= 1e-3 * (1 + abs(loss)):
             raise ValueError(

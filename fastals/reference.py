@@ -65,6 +65,9 @@ class EagerALS(torch.optim.Optimizer):
 
     Units are searched in the order of the parameter groups, which have to stand in forward order. ``model`` and
     ``cache`` are accepted and mean nothing here.
+
+    Attributes:
+        margins: loss of every trial of the last step minus the largest that its test would have accepted.
     """
 
     def __init__(self, params: nn.Module | Iterable, *args: Any, **options: Any) -> None:
@@ -74,6 +77,7 @@ class EagerALS(torch.optim.Optimizer):
         self.settings = Settings(**{f.name: values.pop(f.name) for f in fields(Settings)})
         check_ranges(values)
         self.report: StepReport | None = None
+        self.margins: list[float] = []
         super().__init__(units(params) if isinstance(params, nn.Module) else params, values | MEMORY)
         check_coverage(self.param_groups, params if isinstance(params, nn.Module) else bound.arguments["model"])
         for i, group in enumerate(self.param_groups):
@@ -110,7 +114,7 @@ class EagerALS(torch.optim.Optimizer):
     def _begin(self, start: float, eps: float) -> None:
         """Copy weights and take the gradients into copies of the moments."""
         self.loss, self.resolution, self.joint_trials = start, eps * abs(start) / 2, 0
-        self.seed = f"{self.settings.seed}-{self.param_groups[0]['count']}"
+        self.margins, self.seed = [], f"{self.settings.seed}-{self.param_groups[0]['count']}"
         self.random = random.Random(self.seed)
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         limit, self.scale = self.settings.max_grad_norm, 1.0
@@ -200,7 +204,9 @@ class EagerALS(torch.optim.Optimizer):
         search = part.search
         while not search.outcome:
             part.move(search.eta)
-            search.judge(self._evaluate())
+            loss = self._evaluate()
+            self.margins.append(loss - (search.reference - search.required))
+            search.judge(loss)
         if not search.accepted:
             part.move(0.0)
         part.eta, part.trials, part.outcome = search.eta, search.trials, search.outcome
@@ -237,7 +243,9 @@ class EagerALS(torch.optim.Optimizer):
                 part.move(factor * part.search.eta)
             self.joint_trials += 1
             loss = self._evaluate()
-            if math.isfinite(loss) and loss <= start + (highest - start) - factor * required:
+            largest = start + (highest - start) - factor * required
+            self.margins.append(loss - largest)
+            if math.isfinite(loss) and loss <= largest:
                 self.loss = loss
                 return factor
             factor *= self.parts[0].rules["backtrack"]

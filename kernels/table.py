@@ -17,7 +17,7 @@ WARPS = 8  # of such a program: 8 elements a thread, two 16-byte accesses to eac
 ALIGNMENT = 64  # bytes; what the allocators give, and a multiple of 16 elements of any dtype here
 LAUNCH = {"enable_fp_fusion": True}  # said, since Triton 3.9 warns where it is not and 3.10 turns it off
 BY_CHUNK, SCALAR = LAUNCH | {"num_warps": WARPS}, LAUNCH | {"num_warps": 1}
-_gradient, _dtype, _bytes = map(attrgetter, ("grad", "dtype", "nbytes"))
+_gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
 
 Dtypes = tuple[torch.dtype, torch.dtype]
 
@@ -66,11 +66,11 @@ class Table:
         self.chunks = sum(map(_blocks, self.sizes))
         self.kinds: dict[Dtypes, Kind] = {}
         self._dtypes: list[Dtypes] = []
-        self._seen: tuple | None = None
+        self._seen: list | None = None
 
     def moved(self) -> bool:
         """Whether a parameter or gradient is not what it was at the last rebuild, or lies elsewhere."""
-        return self._seen != _look(self.params)
+        return self._seen is None or self._seen != _look(self.params)
 
     def rebuild(self) -> None:
         """Look at every tensor anew.
@@ -156,16 +156,15 @@ def _spans(unit: Tensor, units: int) -> Tensor:
     return torch.stack([last - counts, last], 1).int()
 
 
-def _look(params: list[Tensor]) -> tuple:
+def _look(params: list[Tensor]) -> list:
     """What the rows of a table rest on, in as few calls as will do: it is looked at in every step.
 
-    Autograd gives a gradient the layout and dtype of its parameter, so those are looked at in the parameter alone.
+    Autograd gives a gradient the size, layout and dtype of its parameter, so those are looked at in the parameter.
     """
-    gradients = list(map(_gradient, params))
-    present = [g for g in gradients if g is not None]
-    absent = len(present) < len(params) and [g is None for g in gradients]
-    addresses, contiguous = list(map(Tensor.data_ptr, present + params)), all(map(Tensor.is_contiguous, params))
-    return absent, addresses, contiguous, list(map(_bytes, present)), list(map(_dtype, params))
+    found: list = [0 if g is None else g.data_ptr() for g in map(_gradient, params)]
+    for what in (Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous, _dtype):
+        found += map(what, params)
+    return found
 
 
 def _distance(tensor: Tensor, anchor: Tensor) -> int:

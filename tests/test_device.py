@@ -48,6 +48,10 @@ def train(model, opt, batches_, start=0):
         opt.step(lambda: model(**batch))  # noqa: B023
 
 
+def outcomes(report):
+    return [(u.name, u.outcome, u.trials) for u in report.units], report.joint_trials
+
+
 def snapshot(model, opt):
     saved = copy.deepcopy(opt.state_dict())
     return [p.detach().clone() for p in model.parameters()], saved, torch.get_rng_state()
@@ -64,10 +68,11 @@ def test_same_steps_as_the_eager_baseline(options):
             torch.manual_seed(100 + t)
             o.step(lambda: net(**batch))  # noqa: B023
         ours, theirs = opt.report, eager.report
-        assert [(u.name, u.outcome, u.trials) for u in ours.units] == [
-            (u.name, u.outcome, u.trials) for u in theirs.units
-        ]
-        assert ours.joint_trials == theirs.joint_trials
+        if CUDA.type == "cuda" and outcomes(ours) != outcomes(theirs):
+            # kernels of the forward may be chosen by address, so that losses differ by a rounding or two
+            assert min(map(abs, eager.margins)) <= 1e-6 * (1 + abs(theirs.loss_before))
+            return  # the two stand at different points from here on
+        assert outcomes(ours) == outcomes(theirs)
         for a, b in zip(ours.units, theirs.units, strict=True):
             assert a.step_size == pytest.approx(b.step_size, rel=1e-4)
             assert a.slope == pytest.approx(b.slope, rel=1e-3, abs=1e-4)
@@ -94,7 +99,9 @@ def test_the_loss_never_rises_by_plain_forwards():
             after = float(model(**batch))
         decrease = sum(0.5 * u.step_size * u.slope for u in opt.report.units)
         assert after <= before - decrease + 1e-6
-        assert (before, after) == (opt.report.loss_before, opt.report.loss_after)
+        exact = 0.0 if CUDA.type == "cpu" else 1e-6  # on a GPU kernels of the forward may be chosen by address
+        assert opt.report.loss_before == pytest.approx(before, rel=exact, abs=exact)
+        assert opt.report.loss_after == pytest.approx(after, rel=exact, abs=exact)
 
 
 class BrokenError(Exception):
@@ -177,9 +184,15 @@ def test_bfloat16_parameters_train_through_their_masters():
         assert p.dtype == torch.bfloat16
         assert master.dtype == torch.float32
         moved += int((master != p.float()).sum())
-        last_place = 2**-7 if CUDA.type == "cpu" else 2**-8  # the interpreter cuts off instead of rounding
-        assert ((master - p.float()).abs() <= last_place * master.abs() + 1e-30).all()
+        assert torch.equal(rounded(master), p)
     assert moved > 1000, "the masters hold what bfloat16 cannot"
+
+
+def rounded(master):
+    """The master in bfloat16, as the kernels store it: the interpreter cuts off instead of rounding."""
+    if CUDA.type == "cuda":
+        return master.to(torch.bfloat16)
+    return (master.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def test_memory_over_the_weights_is_that_of_adamw():
@@ -268,13 +281,23 @@ def optimizer(kind, model, **options):
     return fastals.ALS(fastals.units(model), model=model, fused=kind == "fused", **options)
 
 
+def spoilt(gradient, value):
+    """The gradient with one bad number."""
+    gradient = gradient.clone()
+    gradient.view(-1)[0] = value
+    return gradient
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("kind", ["fused", "plain", "eager"])
-def test_a_gradient_that_is_not_finite_leaves_its_unit_out_and_clips_nobody(kind):
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+def test_a_gradient_that_is_not_finite_leaves_its_unit_out_and_clips_nobody(kind, bad):
     torch.manual_seed(0)
     model = TinyTransformer(depth=2).to(CUDA)
-    model.head.weight.register_hook(lambda g: g * math.nan)
+    model.head.weight.register_hook(lambda g: spoilt(g, bad))
     opt = optimizer(kind, model, max_grad_norm=0.1)
     train(model, opt, batches(1))
+    assert all(opt.state[p]["exp_avg_sq"].any() for p in [*model.embed.parameters(), *model.blocks.parameters()])
     outcomes = {u.name: u.outcome for u in opt.report.units}
     assert outcomes.pop("head") == "not_descent"
     assert set(outcomes.values()) == {"accepted"}
@@ -337,31 +360,48 @@ def test_two_runs_give_the_same_bits(dtype):
     found = []
     for _ in range(2):
         model, opt = build(dtype=dtype, momentum="after", **HARD)
-        train(model, opt, batches(3))
+        train(model, opt, batches(5))
         found.append(
             [*(p.detach().clone() for p in model.parameters()), *(s["exp_avg_sq"] for s in opt.state.values())]
         )
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["dropped", "zeroed"])
 @pytest.mark.parametrize("kind", ["fused", "plain"])
-def test_a_closure_that_drops_the_gradients_is_refused_and_nothing_moves(kind):
+def test_a_closure_that_changes_the_gradients_is_refused_and_nothing_moves(kind, set_to_none, first):
     torch.manual_seed(0)
     model = TinyTransformer(depth=1).to(CUDA)
     opt = optimizer(kind, model)
     data = batches(2)
-    train(model, opt, data[:1])
+    if not first:
+        train(model, opt, data[:1])
     before, calls = [p.detach().clone() for p in model.parameters()], iter(range(100))
 
     def closure():
         if next(calls):
-            opt.zero_grad()
+            opt.zero_grad(set_to_none)
         return model(**data[1])
 
     with pytest.raises(RuntimeError, match="changed the gradients in a trial"):
         opt.step(closure)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     train(model, opt, data[1:], start=1)
+    assert opt.report.loss_after < opt.report.loss_before
+
+
+@pytest.mark.parametrize("kind", ["fused", "plain"])
+def test_a_first_step_at_a_loss_that_is_not_finite_is_refused(kind):
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=1).to(CUDA)
+    opt = optimizer(kind, model)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match="loss at the current weights is nan"):
+        opt.step(lambda: model(**batches(1)[0]) * math.nan)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert opt.param_groups[0]["count"] == 0
+    train(model, opt, batches(1))
     assert opt.report.loss_after < opt.report.loss_before
 
 
@@ -401,11 +441,60 @@ def test_a_parameter_that_is_not_what_it_was_is_refused(change, message):
         opt.step(lambda: weight.square().sum(), loss=weight.detach().square().sum())
 
 
+@pytest.mark.parametrize("kind", ["fused", "plain"])
+def test_a_unit_without_elements_does_not_descend(kind):
+    weight, empty = (torch.nn.Parameter(torch.ones(shape, device=CUDA)) for shape in [(3,), (0, 5)])
+    groups = [{"name": "some", "params": [weight]}, {"name": "none", "params": [empty]}]
+    opt = fastals.ALS(groups, fused=kind == "fused")
+    for _ in range(2):
+        opt.step(lambda: weight.square().sum() + empty.sum())
+    assert [u.outcome for u in opt.report.units] == ["accepted", "not_descent"]
+    assert opt.report.loss_after < opt.report.loss_before
+
+
+def test_a_sparse_gradient_is_named_as_on_the_plain_path():
+    model = torch.nn.Embedding(8, 4, sparse=True).to(CUDA)
+    opt = fastals.ALS([{"name": "all", "params": list(model.parameters())}], fused=True)
+    with pytest.raises(RuntimeError, match=r"sparse gradient.*sparse=False"):
+        opt.step(lambda: model(torch.tensor([1, 2], device=CUDA)).square().sum())
+
+
+@pytest.mark.parametrize("kind", ["fused", "plain"])
+def test_a_common_factor_shrinks_by_the_rules_of_the_first_unit_that_has_gradients(kind):
+    """The steps found one by one are too long together: the loss of their sum counts more than theirs."""
+    frozen, *moving = (torch.nn.Parameter(torch.full((4,), x, device=CUDA)) for x in (1.0, 1.0, 1.0))
+    groups = [{"name": "frozen", "params": [frozen], "max_trials": 1}]
+    groups += [{"name": str(i), "params": [p], "backtrack": 0.25} for i, p in enumerate(moving)]
+    opt = fastals.ALS(groups, fused=kind == "fused", schedule="independent", direction="sgd", trust=None, eta_init=0.1)
+
+    def closure():
+        a, b = moving
+        return (a + b).square().sum() + 20 * ((1 - a) * (1 - b)).sum().abs()
+
+    opt.step(closure)
+    assert opt.report.joint_trials > 1
+    step = opt.report.units[0].step_size
+    assert step == pytest.approx(0.1 * 0.25 ** (opt.report.joint_trials - 1))
+
+
+@pytest.mark.parametrize("kind", ["fused", "plain"])
+def test_steps_do_not_collapse_where_a_bfloat16_loss_cannot_show_a_decrease(kind):
+    weight = torch.nn.Parameter(torch.ones(64, device=CUDA))
+    opt = fastals.ALS([{"name": "all", "params": [weight]}], fused=kind == "fused", growth=1.0, eta_init=1e-5)
+    for _ in range(8):
+        opt.step(lambda: (1 + 1e-3 * weight.mean()).bfloat16())
+        (unit,) = opt.report.units
+        assert (unit.outcome, unit.trials) == ("exhausted", 1)
+    assert float(opt.param_groups[0]["step_size"]) == pytest.approx(1e-5)
+
+
 def test_the_tables_are_made_on_the_host_whatever_the_default_device():
     model, opt = build(depth=1)
+    data = batches(2)
     with torch.device("meta"):
-        opt._built_units()
-    train(model, opt, batches(1))
+        train(model, opt, data[:1])
+        opt.param_groups[0]["c"] = 0.2
+        train(model, opt, data[1:], start=1)
     assert opt.report.loss_after < opt.report.loss_before
 
 
@@ -470,31 +559,44 @@ def test_fused_is_refused_where_it_cannot_be_and_says_why(monkeypatch):
         fastals.ALS(model, fused="yes")
 
 
-@pytest.mark.gpu
-def test_two_hundred_steps_on_a_gpu_accept_the_same_steps():
+def margin_where_they_part(ours, theirs, margins):
+    """In a sweep from the top: the margin of the first test that went the other way; None if none did."""
+    judged = 0
+    for a, b in zip(reversed(ours.units), reversed(theirs.units), strict=True):
+        if (a.trials, a.outcome) != (b.trials, b.outcome):
+            assert min(a.trials, b.trials), "one saw no descent"
+            return margins[judged + min(a.trials, b.trials) - 1]
+        judged += b.trials
+    return None
+
+
+def test_many_steps_from_the_same_points_accept_the_same_steps():
     """Outcomes may differ only where the test's margin is below the rounding of the loss; those are counted."""
+    steps = 200 if CUDA.type == "cuda" else 3
     torch.manual_seed(0)
-    model = TinyTransformer(depth=4, width=64, dropout=0.0).cuda()
+    model = TinyTransformer(depth=4, width=64, dropout=0.0).to(CUDA)
     twin = copy.deepcopy(model)
     opt = fastals.ALS(fastals.units(model), model=model, fused=True, **HARD)
     eager = EagerALS(fastals.units(twin), **HARD)
     close_calls = rejected = 0
-    for batch in batches(200):
+    for batch in batches(steps):
         opt.step(lambda: model(**batch))  # noqa: B023
         eager.step(lambda: twin(**batch))  # noqa: B023
-        same = [u.trials for u in opt.report.units] == [u.trials for u in eager.report.units]
-        close_calls += not same
-        rejected += sum(u.trials - 1 for u in opt.report.units)
-        if same:
+        margin = margin_where_they_part(opt.report, eager.report, eager.margins)
+        rejected += sum(m > 0 for m in eager.margins)
+        if margin is not None:
+            close_calls += 1
+            assert abs(margin) <= 8 * torch.finfo(torch.float32).eps * eager.report.loss_before
+        else:
             for a, b in zip(opt.report.units, eager.report.units, strict=True):
                 assert a.step_size == pytest.approx(b.step_size, rel=1e-3)
         with torch.no_grad():  # from the same point again, so that rounding does not add up
             for p, q in zip(model.parameters(), twin.parameters(), strict=True):
                 q.copy_(p)
         eager.load_state_dict(copy.deepcopy(opt.state_dict()))  # which it takes over as it is
-    print(f"{close_calls} of 200 steps differ in a trial; {rejected} trials were rejected")
-    assert rejected > 200
-    assert close_calls <= 4, close_calls
+    print(f"{close_calls} of {steps} steps differ in a trial; {rejected} trials were rejected")
+    assert rejected > steps
+    assert close_calls <= steps / 50
 
 
 @pytest.mark.gpu

@@ -12,9 +12,9 @@ from fastals.buffers import Scratch, Unit
 from fastals.device import Device
 from fastals.kernels import armijo
 from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
-from fastals.kernels.arena import OUTCOMES, STATE, SUMS
-from fastals.kernels.moments import advance, survey
-from fastals.kernels.table import BLOCK
+from fastals.kernels.arena import OUTCOMES, SPLIT, STATE, SUMS
+from fastals.kernels.moments import add_parts_kernel, advance, reduce_kernel, survey
+from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH
 from fastals.kernels.trial import trial
 from fastals.search import INITIALS, MEMORY, REFERENCES, Search
 
@@ -200,6 +200,20 @@ def test_the_same_inputs_give_the_same_bits():
     assert torch.equal(*seen)
 
 
+@pytest.mark.parametrize("rows", [1, 1023, 70_000])
+def test_partial_sums_of_units_of_any_size(rows):
+    """More rows than the programs of a unit take in one turn; the unit between has none."""
+    spans = torch.tensor([[0, rows], [rows, rows], [rows, rows + 5]], dtype=torch.int32, device=CUDA)
+    partials = numbers(len(SUMS) * (rows + 5), torch.float32, 1).view(len(SUMS), -1)
+    parts = torch.full((3, SPLIT, len(SUMS)), math.nan, dtype=torch.float64, device=CUDA)
+    sums = torch.full((3, len(SUMS)), math.nan, dtype=torch.float64, device=CUDA)
+    reduce_kernel[3, SPLIT](partials, spans, parts, rows + 5, SUMS=8, ROWS=1024, **BY_CHUNK)
+    add_parts_kernel[(3,)](parts, sums, SUMS=8, **LAUNCH)
+    for found, (first, last) in zip(sums, spans.tolist(), strict=True):
+        wanted = partials[:, first:last].double()
+        near(found, wanted.sum(1), 1e-13, wanted.abs().sum(1))
+
+
 floats = st.floats(0.01, 0.9)
 memories = st.fixed_dictionaries(
     {
@@ -349,6 +363,28 @@ def test_the_table_follows_tensors_that_move():
     p.grad = torch.zeros(200, device=CUDA)[::2]
     with pytest.raises(RuntimeError, match="not contiguous"):
         device.refresh("0")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda x: x.t(), "not contiguous"), (lambda x: x[:4], "64 elements"), (lambda x: x.view(torch.float16), "")],
+    ids=["transposed", "cut", "converted"],
+)
+def test_a_parameter_that_changes_where_it_lies_has_moved(change, message):
+    groups, state = make_groups([[(64, torch.bfloat16, True, 0)]], 0)
+    p = groups[0]["params"][0]
+    p.data, p.grad = p.data.view(8, 8), None
+    device = Device(groups, [groups], "sgd", False, state)
+    device.refresh("0")
+    assert not device.table.moved()
+    p.data = change(p.data)
+    assert device.table.moved()
+    if message:
+        with pytest.raises(RuntimeError, match=message):
+            device.refresh("0")
+    else:
+        device.refresh("0")
+        assert list(device.table.kinds) == [(torch.float16, torch.float16)]
 
 
 def test_unaligned_tensors_are_read_right():
