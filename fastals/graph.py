@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_is_leaf, tree_map_only, tree_unflatten
 
 from fastals import rng
-from fastals.closure import non_finite
+from fastals.closure import Losses, non_finite
 from fastals.interrupt import uninterrupted
 from fastals.kernels.arena import FLAGS
 from fastals.schedule import SCHEDULES, keep
@@ -146,7 +146,7 @@ class GraphedStep:
         return loss
 
     def _eagerly(self, batch: Batch) -> Tensor:
-        generators = rng.get_state(rng.cuda_devices(self._parameters()))
+        generators = rng.get_state(rng.cuda_devices(self.optimizer._parameters()))
         with self._on_stream():
             moved = tree_map_only(Tensor, lambda t: t.to(self._device, non_blocking=True), batch)
             loss = self.optimizer.step(lambda: self.loss_fn(moved))
@@ -183,9 +183,11 @@ class GraphedStep:
         due = opt._search_is_due(units)
         turn = units[0].rules["count"] % len(units) if opt.settings.schedule == "cycle" else 0
         kind = turn if due else "keep"
+        known = kind in captured.program.tails
         with self._on_stream():
             tail = captured.program.tail(kind, partial(self._record, due), opt._device_batch)
-        self._identity = self._standing()  # a forward may give the model other buffers, which the graph then owns
+        if not known:
+            self._identity = self._standing()  # a forward may give the model other buffers, which the graph then owns
         name = "while" if tail.launch is not None else "host"
         self.mode = GraphMode(name, tail.reason or "loops are nodes of the graph")
         return captured, tail, due
@@ -204,19 +206,34 @@ class GraphedStep:
     def _capture(self, leaves: list[Any], spec: TreeSpec) -> Captured:
         from fastals.program import Program
 
-        opt, params = self.optimizer, self._parameters()
+        opt, params = self.optimizer, self.optimizer._parameters()
         inputs = [leaf.to(self._device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         batch = tree_unflatten(inputs, spec)
         backend = self._make_backend(self._device, self._stream, draws=self._draws)
         opt._built_units()
         with self._on_stream():
-            opt._verify(lambda: self.loss_fn(batch))
+            self._verify(lambda: self.loss_fn(batch))
             cache = opt._new_cache()
             program = Program(
                 opt._device, lambda: self.loss_fn(batch), params, opt.model, cache, opt._learned, backend,
                 opt.settings.max_grad_norm,
             )  # fmt: skip
         return Captured(program, inputs)
+
+    def _verify(self, closure: Callable[[], Tensor]) -> None:
+        """Find out whether the cache can be trusted for the units that have made no trial with it yet."""
+        opt = self.optimizer
+        unknown = [u for u in opt._built_units() if u.name not in opt._learned.trusted]
+        if opt._cache is None or not unknown:
+            return
+        losses = Losses(closure, opt._parameters(), opt.model, opt._cache, opt._learned, lazy=True)
+        try:
+            losses.differentiate()
+            for unit in unknown:
+                if unit.find_active():
+                    losses.verify(unit.name, unit.active_params())
+        finally:
+            losses.undo()
 
     def _replay(self, captured: Captured, tail: "Tail", leaves: list[Any], due: bool) -> Tensor:
         opt, program = self.optimizer, captured.program
@@ -245,7 +262,7 @@ class GraphedStep:
 
     def _standing(self) -> Hashable:
         """Where the tensors of optimizer and model lie, which of them are trained, and the modules that there are."""
-        opt, tensors = self.optimizer, self._parameters()
+        opt, tensors = self.optimizer, self.optimizer._parameters()
         modules = list(opt.model.modules()) if opt.model is not None else []
         for module in modules:
             tensors += [t for t in module._parameters.values() if t is not None]
@@ -254,12 +271,9 @@ class GraphedStep:
         arena = opt._device and id(opt._device.arena)
         return tuple(map(Tensor.data_ptr, tensors)), trained, tuple(map(id, modules)), arena
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for g in self.optimizer.param_groups for p in g["params"]]
-
     def _drop_captures(self) -> None:
         self._programs.clear()
-        for p in self._parameters():
+        for p in self.optimizer._parameters():
             p.grad = None
 
     def _run_eagerly(self, reason: str) -> None:

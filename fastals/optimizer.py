@@ -208,7 +208,7 @@ class ALS(torch.optim.Optimizer):
 
     def _mini_batch(self, closure: Callable[[], Tensor]) -> Any:
         """The mini-batch under search, on the host or on the device."""
-        params = [p for g in self.param_groups for p in g["params"]]
+        params = self._parameters()
         cache, fused = self._current_cache(), self._is_fused() if self._units is None else bool(self._device)
         losses = Losses(closure, params, self.model, cache, self._learned, lazy=fused)
         if fused:
@@ -234,22 +234,10 @@ class ALS(torch.optim.Optimizer):
     def _new_cache(self) -> ActivationCache | None:
         if self.model is None or not self.settings.cache:
             return None
-        return ActivationCache(self.model, rng.cuda_devices(p for g in self.param_groups for p in g["params"]))
+        return ActivationCache(self.model, rng.cuda_devices(self._parameters()))
 
-    def _verify(self, closure: Callable[[], Tensor]) -> None:
-        """Find out whether the cache can be trusted for the units that have made no trial with it yet."""
-        unknown = [u for u in self._built_units() if u.name not in self._learned.trusted]
-        if self._cache is None or not unknown:
-            return
-        params = [p for g in self.param_groups for p in g["params"]]
-        losses = Losses(closure, params, self.model, self._cache, self._learned, lazy=True)
-        try:
-            losses.differentiate()
-            for unit in unknown:
-                if unit.find_active():
-                    losses.verify(unit.name, unit.active_params())
-        finally:
-            losses.undo()
+    def _parameters(self) -> list[Tensor]:
+        return [p for g in self.param_groups for p in g["params"]]
 
     def _begin(self, batch: Any, loss: Tensor) -> None:
         """Put the units in forward order and start the batch with those that have gradients."""
@@ -290,7 +278,7 @@ class ALS(torch.optim.Optimizer):
         self._scratch = Scratch(max(u.size for u in self._units), widest.dtype, widest.device)
 
     def _is_fused(self) -> bool:
-        params, wanted = [p for g in self.param_groups for p in g["params"]], self.settings.fused
+        params, wanted = self._parameters(), self.settings.fused
         if wanted is False or (wanted == "auto" and any(p.device.type != "cuda" for p in params)):
             return False
         reason = kernels.why_not_fused(params)
@@ -395,7 +383,7 @@ class ALS(torch.optim.Optimizer):
         """
         self._fit(state_dict["param_groups"])
         super().load_state_dict(state_dict)
-        order = [p for g in self.param_groups for p in g["params"]]
+        order = self._parameters()
         indices = [i for g in state_dict["param_groups"] for i in g["params"]]
         for p, i in zip(order, indices, strict=True):  # torch casts float state to the dtype of p
             for key, value in state_dict["state"].get(i, {}).items():
