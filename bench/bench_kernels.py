@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 import triton
 from floor import moved_bytes
 
+from fastals.buffers import Gradients
 from fastals.device import Device
 from fastals.kernels import armijo
 from fastals.kernels.arena import STATE
@@ -82,7 +83,7 @@ def parameters(shape, dtype):
 def device_of(params, averages):
     groups = [RULES | MEMORY | {"name": "all", "params": params}]
     device = Device(groups, [groups], "adam", averages, {})
-    device.refresh("0")
+    device.refresh("0", Gradients(u for u in device.units if u.find_active()))
     armijo.begin(device.arena, torch.ones((), device=DEVICE))
     survey(device.table, device.arena)
     armijo.open_search(device.arena, 0, tested=False)
@@ -223,10 +224,12 @@ def test_roofs(benchmark):
 
 @needs_gpu
 def test_look_for_moved_tensors(benchmark):
-    """Host time of the comparison of all addresses, per 400 tensors: parameters and gradients."""
+    """Host time of the comparison of all tensors with those of the step before: 200 parameters, 200 gradients."""
     params = [torch.nn.Parameter(torch.ones(4, device=DEVICE)) for _ in range(200)]
     for p in params:
         p.grad = torch.ones_like(p)
     table = device_of(params, averages=False).table
-    benchmark(table.moved)
+    gradients = [p.grad for p in params]
+    assert not table.moved(params, gradients)
+    benchmark(table.moved, params, gradients)
     benchmark.extra_info.update(microseconds=round(benchmark.stats["median"] * 1e6, 1), tensors=400)

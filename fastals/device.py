@@ -63,13 +63,13 @@ class Device:
         drawn = {id(g): uniform(seed, u.name) for u in self.units for g in u.groups} if random_first else {}
         self.arena.set_rules([_rules(g, drawn.get(id(g), 0.0)) for g in self.groups])
 
-    def refresh(self, seed: str) -> None:
+    def refresh(self, seed: str, gradients: Gradients) -> None:
         """Bring rules and addresses up to date."""
         self.refresh_rules(seed)
-        if self.table.moved():
+        if self.table.moved(gradients.params, gradients.held):
             for unit in self.units:
                 unit.check()
-            self.table.rebuild()
+            self.table.rebuild(gradients.params, gradients.held)
 
     def show(self, units: list[Unit], state: dict) -> None:
         """Show the state of parameters that have their first gradient."""
@@ -135,7 +135,7 @@ class DeviceBatch:
         """Start from f(w_t) = ``loss``: snapshot the weights and sum up the slopes."""
         self.device, self.arena, self.table, self.units = device, device.arena, device.table, units
         self.gradients = Gradients(units)
-        device.refresh(self.seed)
+        device.refresh(self.seed, self.gradients)
         if max_grad_norm is not None:
             self.do(partial(_scale_gradients, self.gradients.held, max_grad_norm, self.arena.grad_scale[0]))
         self.do(partial(armijo.begin, self.arena, loss))

@@ -17,7 +17,7 @@ WARPS = 8  # of such a program: 8 elements a thread, two 16-byte accesses to eac
 ALIGNMENT = 64  # bytes; what the allocators give, and a multiple of 16 elements of any dtype here
 LAUNCH = {"enable_fp_fusion": True}  # said, since Triton 3.9 warns where it is not and 3.10 turns it off
 BY_CHUNK, SCALAR = LAUNCH | {"num_warps": WARPS}, LAUNCH | {"num_warps": 1}
-_gradient, _dtype = attrgetter("grad"), attrgetter("dtype")
+_dtype = attrgetter("dtype")
 
 Dtypes = tuple[torch.dtype, torch.dtype]
 
@@ -46,7 +46,7 @@ class Kind:
 class Table:
     """Rows of parameters and chunks; where anything has :meth:`moved`, :meth:`rebuild` before the next launch.
 
-    A new table has to be rebuilt first.
+    A new table has to be rebuilt first. It is told the gradients, which the step has read already and holds.
 
     Attributes:
         layout: int64 [parameters, 4]: first element in the flat buffers, number of elements, unit, rules.
@@ -68,23 +68,24 @@ class Table:
         self._dtypes: list[Dtypes] = []
         self._seen: list | None = None
 
-    def moved(self) -> bool:
-        """Whether a parameter or gradient is not what it was at the last rebuild, or lies elsewhere."""
-        return self._seen is None or self._seen != _look(self.params)
+    def moved(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+        """Whether any is not what or where it was at the last rebuild, or others have gradients now."""
+        return self._seen is None or self._seen != _look(params, gradients)
 
-    def rebuild(self) -> None:
-        """Look at every tensor anew.
+    def rebuild(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Look at every tensor anew; parameters that are not among ``params`` have no gradient.
 
         Raises:
             RuntimeError: a tensor that is not contiguous, has another size or lies on another device.
         """
-        gradients = list(map(_gradient, self.params))
-        self._check(gradients)
-        dtypes = [(p.dtype, p.dtype if g is None else g.dtype) for p, g in zip(self.params, gradients, strict=True)]
+        given = dict(zip(map(id, params), gradients, strict=True))
+        of_all = [given.get(id(p)) for p in self.params]
+        self._check(of_all)
+        dtypes = [(p.dtype, p.dtype if g is None else g.dtype) for p, g in zip(self.params, of_all, strict=True)]
         if dtypes != self._dtypes:
             self._cut(dtypes)
-        self._place(gradients)
-        self._seen, self._dtypes = _look(self.params), dtypes
+        self._place(of_all)
+        self._seen, self._dtypes = _look(params, gradients), dtypes
 
     def _check(self, gradients: Sequence[Tensor | None]) -> None:
         for p, g, size in zip(self.params, gradients, self.sizes, strict=True):
@@ -156,12 +157,12 @@ def _spans(unit: Tensor, units: int) -> Tensor:
     return torch.stack([last - counts, last], 1).int()
 
 
-def _look(params: list[Tensor]) -> list:
+def _look(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> list:
     """What the rows of a table rest on, in as few calls as will do: it is looked at in every step.
 
     Autograd gives a gradient the size, layout and dtype of its parameter, so those are looked at in the parameter.
     """
-    found: list = [0 if g is None else g.data_ptr() for g in map(_gradient, params)]
+    found: list = list(map(Tensor.data_ptr, gradients))
     for what in (Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous, _dtype):
         found += map(what, params)
     return found

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 import fastals
 from fastals import device as device_module
+from fastals.buffers import Gradients
 from fastals.kernels import armijo
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.trial import trial, trial_kernel
@@ -250,7 +251,7 @@ def test_launches_of_each_phase(launches, dtypes):
         "advance": (lambda: advance(device.table, arena), {"advance": kinds}),
         "remember": (lambda: armijo.remember(arena), {"remember": 1}),
     }  # fmt: skip
-    device.refresh("0")
+    device.refresh("0", Gradients([unit]))
     for phase, (run, expected) in phases.items():
         launches.clear()
         run()
