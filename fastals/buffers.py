@@ -81,7 +81,7 @@ class Unit:
         params = [p for p, _ in self.members]
         self.identity = list(map(_identity, params))
         self.dtype = max((torch.promote_types(p.dtype, torch.float32) for p in params), key=lambda t: t.itemsize)
-        self.device = params[0].device
+        self.device, self.rounding = params[0].device, kernels.rounding(params)
         self.offsets, self.gaps, self.size = layout(params)
         self.counts = [int(state[p]["step"]) if p in state else 0 for p in params]
         own = (averages, kind == kernels.ADAM, True)

@@ -96,10 +96,15 @@ class ActivationCache:
         return [min((_first(calls, owners) for owners in needed), default=0) for calls in self.passes]
 
     def position(self, param: Tensor) -> str:
-        """Which part of the model uses ``param`` first: ``embeddings``, ``head``, or the block called there or next."""
+        """Which part of the model uses ``param`` first: ``embeddings``, ``head``, or the block called there or next.
+
+        Empty where no call of a block was seen, as in a model that is compiled as a whole.
+        """
         calls, owners = self.passes[0] if self.passes else [], self.owners.get(id(param))
         first = next((i for i, call in enumerate(calls) if owners and call.module in owners), 0)
         at = [i for i, call in enumerate(calls) if id(call.module) in self.names]
+        if not at:
+            return ""
         following = next((i for i in at if i >= first), None)
         if following is None:
             return "head"
@@ -112,7 +117,8 @@ class ActivationCache:
         self._computed_blocks = self._replayed_blocks = 0
         with _patched([self.model], self._new_pass), _patched(self.boundaries, self._call):
             yield
-        self.share = self._computed_blocks / ((self._computed_blocks + self._replayed_blocks) or 1)
+        called = self._computed_blocks + self._replayed_blocks
+        self.share = self._computed_blocks / called if called else 1.0
 
     def _new_pass(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         del module

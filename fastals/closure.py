@@ -24,8 +24,14 @@ NO_CLOSURE = (
 class Learned:
     """What earlier steps have found out about the model as it is; a changed module tree is learned anew."""
 
-    trusted: dict[str, bool] = field(default_factory=dict)  # by unit: does its cached trial equal a full forward
+    replays: bool = True  # whether recorded outputs alone gave f(w_t) in the last step
+    verdicts: dict[bool, dict[str, bool]] = field(default_factory=lambda: {True: {}, False: {}})
     written: list[int] | None = None  # which module buffers the forward writes
+
+    @property
+    def trusted(self) -> dict[str, bool]:
+        """By unit: does its cached trial equal a full forward, where :attr:`replays` is what it is now."""
+        return self.verdicts[self.replays]
 
 
 class Losses:
@@ -47,7 +53,6 @@ class Losses:
         lazy: bool = False,
     ) -> None:
         self.closure, self.params, self.cache, self.learned, self.lazy = closure, params, cache, learned, lazy
-        self.trusted = learned.trusted
         self.before: rng.State
         self.after: rng.State
         self.devices = rng.cuda_devices(params)
@@ -59,6 +64,11 @@ class Losses:
         self.written: list[tuple[Tensor, Tensor]] = []
         self.before = self.after = rng.get_state(self.devices)
         self.forwards = 1.0  # full forwards so far, the first one included; a cached trial is a part of one
+
+    @property
+    def trusted(self) -> dict[str, bool]:
+        """By unit: does its cached trial equal a full forward."""
+        return self.learned.trusted
 
     def restart(self) -> None:
         """Start from where generators and module buffers stand now."""
@@ -130,17 +140,33 @@ class Losses:
                 "mini-batch every time and draw random numbers from torch only"
             )
 
+    def check_replay(self, loss: Tensor) -> None:
+        """Find out whether recorded outputs alone give f(w_t) = ``loss``; next to nothing is computed for it.
+
+        A loss that has come to read something else than outputs (attentions, router logits) shows here, in the very
+        step; the units are then compared with full forwards anew.
+        """
+        if self.cache is None or not any(self.cache.passes):
+            return
+        counted = self.forwards
+        again = self._replayed([len(calls) for calls in self.cache.passes])
+        self.learned.replays = isinstance(again, Tensor) and _same(float(again), float(loss), loss.device)
+        self.forwards = counted
+
     def at(self, unit: str, params: Sequence[Tensor], *, record: bool = False) -> Tensor:
         """The loss at the current weights, of which only ``params`` differ from the recorded ones."""
         if self.cache is None or self.trusted.get(unit) is False:
             return self._run([], record)
         start = self.cache.start(params)
-        full = self._run([]) if unit not in self.trusted else None
-        try:
-            loss = self._run(start, record)
-        except StaleRecordError as error:
-            return self._distrust(unit, str(error), record)
-        if full is not None and not _same(float(loss), float(full), loss.device):
+        if unit in self.trusted:
+            try:
+                return self._run(start, record)
+            except StaleRecordError as error:
+                return self._distrust(unit, str(error), record)
+        full, loss = self._run([]), self._replayed(start, record)
+        if not isinstance(loss, Tensor):
+            return self._distrust(unit, f"{type(loss).__name__}: {loss}", record)
+        if not _same(float(loss), float(full), loss.device):
             return self._distrust(unit, f"a cached trial gave {float(loss)}, a full forward {float(full)}", record)
         self.trusted[unit] = True
         return loss
@@ -175,9 +201,24 @@ class Losses:
             with replaying:
                 return self._checked(self._evaluate_quietly()).detach()
         finally:
-            self.forwards += self.cache.share if self.cache is not None and self.cache.names else 1.0
+            self.forwards += self.cache.share if self.cache is not None else 1.0
             for buffer, value in self.written:
                 buffer.copy_(value)
+
+    def _replayed(self, start: list[int], record: bool = False) -> Tensor | Exception:
+        """The loss with recorded outputs, or the error of a closure that misses what is not in them.
+
+        Such an error comes twice, and not in the whole forward in between; any other is raised.
+        """
+        try:
+            return self._run(start, record)
+        except Exception as error:
+            self._run([])
+            try:
+                self._run(start, record)
+            except Exception:
+                return error
+            raise
 
     def _evaluate_quietly(self) -> Tensor:
         try:

@@ -136,10 +136,10 @@ class DeviceBatch:
         self.device, self.arena, self.table, self.units = device, device.arena, device.table, units
         self.gradients = Gradients(units)
         device.refresh(self.seed, self.gradients)
-        if max_grad_norm is not None:
+        if max_grad_norm is not None and self.gradients.held:
             self.do(partial(_scale_gradients, self.gradients.held, max_grad_norm, self.arena.grad_scale[0]))
         self.do(partial(armijo.begin, self.arena, loss))
-        self.do(partial(survey, self.table, self.arena))
+        self.do(partial(survey, self.table, self.arena, averaged=self.momentum == "tested"))
         self.started = True
 
     def propose(self, unit: Unit) -> None:

@@ -57,27 +57,26 @@ class MiniBatch:
             norm = math.hypot(*(u.gradient_norm() for u in units))
             self.grad_scale = min(1.0, max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
 
-    def aim(self, unit: Unit, *, averaged: bool | None = None) -> tuple[float, float]:
-        """Write the unit's direction; returns its slope and the largest step it may try."""
+    def aim(self, unit: Unit, *, averaged: bool | None = None) -> tuple[float, float, float]:
+        """Write the unit's direction; returns its slope, the largest step to try, and below which steps may hide."""
         self.gradients.check()
         tested = self.momentum == "tested" if averaged is None else averaged
         slope, length = unit.direct(self.scratch, tested, self.grad_scale, own=self.keep_directions)
         if averaged is None and tested and not slope > 0:
             slope, length = unit.direct(self.scratch, False, self.grad_scale, own=self.keep_directions)
-        rules = unit.rules
+        rules, rms = unit.rules, unit.weight_norm / math.sqrt(max(unit.numel, 1))
         largest = rules["eta_max"]
         if rules["trust"] is not None and length > 0:
-            weight = max(unit.weight_norm / math.sqrt(unit.numel), self.weight_rms)
-            largest = min(largest, rules["trust"] * weight / length)
-        return slope, float(rules["lr"]) * largest
+            largest = min(largest, rules["trust"] * max(rms, self.weight_rms) / length)
+        return slope, float(rules["lr"]) * largest, unit.rounding * rms / length if length > 0 else 0.0
 
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, if its direction descends."""
-        slope, cap = self.aim(unit)
+        slope, cap, hidden = self.aim(unit)
         self.moves[unit] = Move(0.0, slope, NOT_DESCENT)
         if 0 < slope < math.inf and cap > 0:
             drawn = uniform(self.seed, unit.name)
-            self.proposed[unit] = Search(unit.rules, self.loss, slope, cap, drawn, self.resolution)
+            self.proposed[unit] = Search(unit.rules, self.loss, slope, cap, drawn, self.resolution, hidden)
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""
@@ -107,7 +106,7 @@ class MiniBatch:
         required = sum(s.required for s in searches.values())
         for unit, search in searches.items():
             if once and factor:
-                search.accept(start - (start - self.loss) * search.required / required)
+                search.accept(start - (start - self.loss) * (search.required / required if required else 0.0))
             self._note(unit, search, eta=factor * search.eta)
         return factor > 0
 
@@ -121,7 +120,8 @@ class MiniBatch:
             for unit, search in searches.items():
                 unit.trial(factor * search.eta)
             loss = float(self.losses.at("all units", [p for unit in searches for p in unit.active_params()]))
-            if math.isfinite(loss) and loss <= reference - factor * required:
+            asked = factor * required
+            if math.isfinite(loss) and loss <= reference - (0.0 if asked < self.resolution else asked):
                 self.loss = loss
                 return factor
             factor *= self.units[0].rules["backtrack"]
@@ -135,7 +135,7 @@ class MiniBatch:
 
     def keep(self, unit: Unit) -> None:
         """Move the unit by its remembered step, untested."""
-        slope, cap = self.aim(unit)
+        slope, cap, _ = self.aim(unit)
         eta = min(cap, unit.rules["step_size"]) if 0 < slope < math.inf else 0.0
         self.loss = math.nan if eta else self.loss
         self.moves[unit] = Move(eta, slope, KEPT if eta else NOT_DESCENT)

@@ -248,6 +248,7 @@ class ALS(torch.optim.Optimizer):
         if cache is not None:
             active.sort(key=lambda u: cache.start(u.active_params()))
         batch.begin(self._device or self._scratch, active, loss, self.settings.max_grad_norm)
+        batch.losses.check_replay(loss)
         if not self._repeatable:
             batch.losses.check_repeatable(float(loss))
             self._repeatable = True

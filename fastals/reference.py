@@ -39,6 +39,7 @@ class Part:
     counts: list[int] = field(default_factory=list)
     direction: list[Tensor] = field(default_factory=list)
     slope: float = 0.0
+    hidden: float = 0.0  # steps below this may vanish in the rounding of the parameters
     eta: float = 0.0
     trials: int = 0
     outcome: str = ""
@@ -165,6 +166,8 @@ class EagerALS(torch.optim.Optimizer):
         largest, trust = part.rules["eta_max"], part.rules["trust"]
         moving = int(sum(torch.count_nonzero(g) for g in part.grads))
         length = _norm(part.direction) / math.sqrt(max(moving, 1))
+        coarse = max(torch.finfo(p.dtype).eps if p.itemsize < 4 else 0.0 for p in part.params)
+        part.hidden = coarse / 2 * _rms(part.weights) / length if length > 0 else 0.0
         if trust is not None and length > 0:
             largest = min(largest, trust * max(_rms(part.weights), self.weight_rms) / length)
         return float(part.rules["lr"]) * largest
@@ -194,7 +197,8 @@ class EagerALS(torch.optim.Optimizer):
         cap = self._aim_tested(part)
         part.search, part.eta, part.trials, part.outcome = None, 0.0, 0, NOT_DESCENT
         if 0 < part.slope < math.inf and cap > 0:
-            part.search = Search(part.rules, self.loss, part.slope, cap, uniform(self.seed, part.name), self.resolution)
+            drawn = uniform(self.seed, part.name)
+            part.search = Search(part.rules, self.loss, part.slope, cap, drawn, self.resolution, part.hidden)
         return part.search is not None
 
     def _search(self, part: Part) -> None:
@@ -237,13 +241,14 @@ class EagerALS(torch.optim.Optimizer):
         """The first common factor of the proposed steps under which the loss falls enough; 0 if none does."""
         start, factor = self.loss, 1.0
         highest = max(part.search.reference for part in parts)
-        required = sum(part.rules["c"] * part.search.eta * part.search.required_slope for part in parts)
+        required = sum(part.search.required for part in parts)
         for _ in range(tries):
             for part in parts:
                 part.move(factor * part.search.eta)
             self.joint_trials += 1
             loss = self._evaluate()
-            largest = start + (highest - start) - factor * required
+            asked = factor * required
+            largest = start + (highest - start) - (asked if asked >= self.resolution else 0.0)
             self.margins.append(loss - largest)
             if math.isfinite(loss) and loss <= largest:
                 self.loss = loss
@@ -271,7 +276,8 @@ class EagerALS(torch.optim.Optimizer):
             return
         total = sum(part.search.required for part in found)
         for part in found:  # each is credited with its share of the decrease
-            part.search.accept(start - (start - self.loss) * part.search.required / total)
+            share = part.search.required / total if total else 0.0
+            part.search.accept(start - (start - self.loss) * share)
             part.eta, part.outcome = part.search.eta, part.search.outcome
 
     def _keep(self, parts: list[Part]) -> None:

@@ -4,7 +4,9 @@ A search starts at ``eta`` and judges one trial loss after another; η is accept
 
     f(w − η d) ≤ R − c η s
 
-and multiplied by ``backtrack`` otherwise. What a unit remembers between mini-batches lies in its
+and multiplied by ``backtrack`` otherwise. Where rounding hides a decrease of c η s, in the loss or in parameters of low
+precision, R is asked for alone: such a step is taken unless the loss rises (in the spirit of the approximate test of
+Hager and Zhang, SIAM J. Optim. 16, 2005). What a unit remembers between mini-batches lies in its
 parameter group (:data:`MEMORY`) and is written by :meth:`Search.remember` alone.
 """
 
@@ -48,7 +50,8 @@ class Search:
         slope: s = ⟨g, d⟩ > 0.
         cap: largest step that may be tried.
         uniform: a number in [0, 1) for ``initial="random"``.
-        resolution: smallest difference the loss can show; no trial asks for less.
+        resolution: smallest difference the loss can show.
+        hidden: steps below this may vanish in the rounding of the parameters, of which only the masters move.
     """
 
     rules: MutableMapping
@@ -57,6 +60,7 @@ class Search:
     cap: float
     uniform: float = 0.5
     resolution: float = 0.0
+    hidden: float = 0.0
     trials: int = 0
     outcome: str = ""
     eta: float = field(init=False)
@@ -64,7 +68,6 @@ class Search:
     reference: float = field(init=False)
     required_slope: float = field(init=False)
     final_loss: float = field(init=False)
-    unseen: bool = False  # the loss could not have shown the decrease asked for, and did not rise either
 
     def __post_init__(self) -> None:
         self.eta = self.start = min(self.cap, initial_step(self.rules, self.loss, self.slope, self.cap, self.uniform))
@@ -83,8 +86,9 @@ class Search:
 
     @property
     def required(self) -> float:
-        """Decrease that the test asks for: c η s."""
-        return self.rules["c"] * self.eta * self.required_slope
+        """Decrease that the test asks for: c η s, or 0 where it could not be seen."""
+        decrease = self.rules["c"] * self.eta * self.required_slope
+        return 0.0 if decrease < self.resolution or self.eta < self.hidden else decrease
 
     def judge(self, trial_loss: float) -> None:
         """Accept the current step or shrink it; the last rejection ends the search with a step of 0."""
@@ -92,11 +96,8 @@ class Search:
         if math.isfinite(trial_loss) and trial_loss <= self.reference - self.required:
             self.accept(trial_loss)
             return
-        if self.trials == 1:
-            self.unseen = trial_loss <= self.reference and self.required < self.resolution
         self.eta *= self.rules["backtrack"]
-        too_small = self.eta < self.rules["eta_min"] or self.required < self.resolution
-        if self.trials >= self.rules["max_trials"] or too_small:
+        if self.trials >= self.rules["max_trials"] or self.eta < self.rules["eta_min"]:
             self.outcome, self.eta = EXHAUSTED, 0.0
 
     def accept(self, loss: float) -> None:
@@ -113,11 +114,9 @@ class Search:
             r["backtracks"] = max(r["backtracks"] + self.trials - 2, 0)
             r["mean_decrease"] = _mean(r["mean_decrease"], decrease, r["smoothing"])
             r["mean_slope"] = _mean(r["mean_slope"], self.slope, r["smoothing"])
-        elif not self.unseen:
+        else:
             r["step_size"] = r["backtrack"] * self.start
             r["backtracks"] += 1
-        elif not r["step_size"]:
-            r["step_size"] = self.start
 
 
 def uniform(seed: str, unit: str) -> float:

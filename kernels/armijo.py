@@ -4,7 +4,8 @@ They compute what :class:`fastals.search.Search`, their plain version, computes:
 
     f(w − η d) ≤ R − c η s
 
-and multiplied by the backtracking factor otherwise; the last rejection puts the unit back. A NaN loss compares as a
+and multiplied by the backtracking factor otherwise; the last rejection puts the unit back. Where rounding hides a
+decrease of c η s, R is asked for alone. A NaN loss compares as a
 rejection, and the bound on the trials is in the kernel, so every loop on ``go`` ends. In a step whose f(w_t) is not
 finite (``refused``) nothing is tried and nothing is learned.
 """
@@ -35,6 +36,7 @@ from fastals.kernels.columns import (
     FLOOR,
     GO,
     GROWTH,
+    HIDDEN,
     INITIAL,
     KEPT,
     LOSS,
@@ -77,7 +79,6 @@ from fastals.kernels.columns import (
     TRIALS,
     TRUST,
     UNIFORM,
-    UNSEEN,
     C,
 )
 from fastals.kernels.table import SCALAR
@@ -102,14 +103,19 @@ def begin_kernel(state, flags, loss, units, eps, UP: tl.constexpr):
 
 
 @triton.jit
+def _own_rms(sums, unit):
+    sums += unit * N_SUMS
+    return tl.sqrt(tl.load(sums + S_WEIGHTS) / tl.maximum(tl.load(sums + S_ELEMENTS), 1.0))
+
+
+@triton.jit
 def _cap(sums, rules, unit, units, length, UP: tl.constexpr):
     """Largest step: η_max, and the relative change ``trust`` of the larger of the unit's and the model's RMS."""
     o = tl.arange(0, UP)
     mask = o < units
     weights = tl.sum(tl.load(sums + o * N_SUMS + S_WEIGHTS, mask=mask, other=0.0))
     elements = tl.sum(tl.load(sums + o * N_SUMS + S_ELEMENTS, mask=mask, other=0.0))
-    own = tl.load(sums + unit * N_SUMS + S_WEIGHTS) / tl.maximum(tl.load(sums + unit * N_SUMS + S_ELEMENTS), 1.0)
-    rms = tl.sqrt(tl.maximum(own, weights / tl.maximum(elements, 1.0)))
+    rms = tl.maximum(_own_rms(sums, unit), tl.sqrt(weights / tl.maximum(elements, 1.0)))
     trust = tl.load(rules + TRUST)
     limited = (trust < float("inf")) & (length > 0)
     limit = tl.where(limited, trust * rms / tl.where(length > 0, length, 1.0), float("inf"))
@@ -143,8 +149,9 @@ def _zhang_hager(rules, memory, loss):
 
 @triton.jit(do_not_specialize=["unit", "units"])
 def open_kernel(
-    state, memory, rules, lead, sums, flags, unit, units, TESTED: tl.constexpr, KEEP: tl.constexpr, UP: tl.constexpr
-):
+    state, memory, rules, lead, rounding, sums, flags, unit, units,
+    TESTED: tl.constexpr, KEEP: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
     """Start a search of the unit, or with KEEP put it at its remembered step.
 
     Nothing happens where all units have been moved together already.
@@ -164,6 +171,7 @@ def open_kernel(
         slope = tl.where(tl.load(flags + F_REFUSED) != 0, float("nan"), slope)
         length = tl.sqrt(square / tl.maximum(tl.load(sum_row + S_MOVING), 1.0))
         cap = _cap(sums, rules, unit, units, length, UP)
+        hidden = tl.load(rounding + unit) * _own_rms(sums, unit) / tl.where(length > 0, length, float("inf"))
         descends = (slope > 0) & (slope < float("inf")) & (cap > 0)
         if KEEP:
             eta = tl.where(descends, tl.minimum(cap, tl.load(memory + STEP_SIZE)), 0.0)
@@ -191,10 +199,16 @@ def open_kernel(
         tl.store(row + REFERENCE, reference + ratio * tl.load(memory + MEAN_DECREASE))
         tl.store(row + REQUIRED_SLOPE, slope + ratio * tl.load(memory + MEAN_SLOPE))
         tl.store(row + SLOPE, slope)
-        tl.store(row + UNSEEN, 0.0)
+        tl.store(row + HIDDEN, hidden)
         tl.store(row + AVERAGED, tl.where(averaged, 1.0, 0.0))
         tl.store(flags + unit * N_FLAGS + F_GO, tl.where(go, 1, 0))
         tl.store(flags + unit * N_FLAGS + F_ACCEPTED, 0)
+
+
+@triton.jit
+def _visible(decrease, eta, hidden, resolution):
+    """The decrease asked for, or 0 where rounding hides it."""
+    return tl.where((decrease < resolution) | (eta < hidden), 0.0, decrease)
 
 
 @triton.jit(do_not_specialize=["loss", "unit", "units"])
@@ -206,15 +220,12 @@ def judge_kernel(state, rules, lead, flags, loss, unit, units):
         f = tl.load(loss).to(tl.float64)
         eta, trials = tl.load(row + ETA), tl.load(row + TRIALS) + 1
         reference, slope = tl.load(row + REFERENCE), tl.load(row + REQUIRED_SLOPE)
-        resolution, c = tl.load(row + RESOLUTION), tl.load(rules + C)
-        accepted = (tl.abs(f) < float("inf")) & (f <= reference - c * eta * slope)
+        asked = _visible(tl.load(rules + C) * eta * slope, eta, tl.load(row + HIDDEN), tl.load(row + RESOLUTION))
+        accepted = (tl.abs(f) < float("inf")) & (f <= reference - asked)
         smaller = eta * tl.load(rules + BACKTRACK)
-        too_small = (smaller < tl.load(rules + ETA_MIN)) | (c * smaller * slope < resolution)
+        too_small = smaller < tl.load(rules + ETA_MIN)
         exhausted = (accepted == 0) & (too_small | (trials >= tl.load(rules + MAX_TRIALS)))
         going = (accepted == 0) & (exhausted == 0)
-        unseen = (f <= reference) & (c * eta * slope < resolution)
-        if trials == 1:
-            tl.store(row + UNSEEN, tl.where((accepted == 0) & unseen, 1.0, 0.0))
         eta_next = tl.where(accepted, eta, tl.where(exhausted, 0.0, smaller))
         tl.store(row + AT, eta)
         tl.store(row + ETA, eta_next)
@@ -238,6 +249,13 @@ def put_back_kernel(state, unit, units):
     tl.store(batch + LOSS, tl.load(batch + START))
 
 
+@triton.jit
+def _required(rows, c, eta, mask):
+    decrease = c * eta * tl.load(rows + REQUIRED_SLOPE, mask=mask, other=0.0)
+    hidden = tl.load(rows + HIDDEN, mask=mask, other=0.0)
+    return _visible(decrease, eta, hidden, tl.load(rows + RESOLUTION, mask=mask, other=0.0))
+
+
 @triton.jit(do_not_specialize=["units"])
 def open_together_kernel(state, rules, lead, flags, units, UP: tl.constexpr):
     """Start the test of a common factor on the steps of all units that have one."""
@@ -247,7 +265,7 @@ def open_together_kernel(state, rules, lead, flags, units, UP: tl.constexpr):
     eta = tl.load(rows + ETA, mask=mask, other=0.0)
     moving = eta > 0
     c = tl.load(rules + tl.load(lead + o, mask=mask, other=0) * N_RULES + C, mask=mask, other=0.0)
-    required = tl.where(moving, c * eta * tl.load(rows + REQUIRED_SLOPE, mask=mask, other=0.0), 0.0)
+    required = tl.where(moving, _required(rows, c, eta, mask), 0.0)
     references = tl.load(rows + REFERENCE, mask=mask, other=0.0)
     any_moves = tl.sum(moving.to(tl.int32)) > 0
     tl.store(rows + MOVE, eta, mask=mask)
@@ -275,7 +293,8 @@ def judge_together_kernel(state, rules, lead, flags, loss, unit, units, ONCE: tl
         f = tl.load(loss).to(tl.float64)
         factor, trials = tl.load(batch + ETA), tl.load(batch + TRIALS) + 1
         required = tl.load(batch + REQUIRED_SLOPE)
-        accepted = (tl.abs(f) < float("inf")) & (f <= tl.load(batch + REFERENCE) - factor * required)
+        asked = _visible(factor * required, factor, 0.0, tl.load(batch + RESOLUTION))
+        accepted = (tl.abs(f) < float("inf")) & (f <= tl.load(batch + REFERENCE) - asked)
         first = rules + tl.load(lead + unit) * N_RULES
         tries = 1 if ONCE else tl.load(first + MAX_TRIALS)
         exhausted = (accepted == 0) & (trials >= tries)
@@ -290,7 +309,7 @@ def judge_together_kernel(state, rules, lead, flags, loss, unit, units, ONCE: tl
         if ONCE:  # noqa: SIM102
             if accepted:
                 c = tl.load(rules + tl.load(lead + o, mask=mask, other=0) * N_RULES + C, mask=mask, other=0.0)
-                part = c * eta * tl.load(rows + REQUIRED_SLOPE, mask=mask, other=0.0) / required
+                part = _required(rows, c, eta, mask) / tl.where(required > 0, required, 1.0)
                 start = tl.load(batch + LOSS)
                 tl.store(rows + FINAL, start - (start - f) * part, mask=mask & (eta > 0))
                 found = tl.zeros([UP], tl.float64) + ACCEPTED
@@ -314,7 +333,7 @@ def follow_kernel(state, units, UP: tl.constexpr):
     rows, batch = state + o * N_STATE, state + units * N_STATE
     moved = tl.load(rows + MOVE, mask=mask, other=0.0) > 0
     tl.store(rows + AVERAGED, tl.zeros([UP], tl.float64) + 1, mask=mask & moved)
-    tl.store(rows + AT, tl.zeros([UP], tl.float64) + float("nan"), mask=mask & moved)
+    tl.store(rows + AT, tl.where(moved, float("nan"), 0.0), mask=mask)  # the others stand at w_t
     tl.store(batch + LOSS, tl.where(tl.sum(moved.to(tl.int32)) > 0, float("nan"), tl.load(batch + LOSS)))
 
 
@@ -328,6 +347,8 @@ def restore_kernel(state, units, UP: tl.constexpr):
     move = tl.where(under_way, 0.0, tl.load(rows + MOVE, mask=mask, other=0.0))
     tl.store(rows + MOVE, move, mask=mask)
     tl.store(rows + AT, tl.where(under_way, float("nan"), move), mask=mask)
+    tl.debug_barrier()  # every lane has read it
+    tl.store(state + units * N_STATE + START, float("nan"))
 
 
 @triton.jit(do_not_specialize=["units"])
@@ -343,19 +364,16 @@ def remember_kernel(state, memory, rules, lead, history, step, units, UP: tl.con
     searched = mask & (tl.abs(slope) < float("inf")) & (accepted | (outcome == EXHAUSTED))
     loss, eta = tl.load(rows + LOSS, mask=searched, other=0.0), tl.load(rows + ETA, mask=searched, other=0.0)
     start, trials = tl.load(rows + START, mask=searched, other=0.0), tl.load(rows + TRIALS, mask=searched, other=0.0)
-    seen = tl.load(rows + UNSEEN, mask=searched, other=0.0) == 0
     carried = tl.load(rules + NM_WEIGHT, mask=searched, other=0.0)
     carried *= tl.load(memory + AVERAGE_WEIGHT, mask=searched, other=0.0)
     average = (carried * tl.load(memory + AVERAGE, mask=searched, other=0.0) + loss) / (carried + 1)
     tl.store(memory + AVERAGE, average, mask=searched)
     tl.store(memory + AVERAGE_WEIGHT, carried + 1, mask=searched)
-    old = tl.load(memory + STEP_SIZE, mask=searched, other=0.0)
     backtracks = tl.load(memory + BACKTRACKS, mask=searched, other=0.0)
     shrunk = tl.load(rules + BACKTRACK, mask=searched, other=0.0) * start
-    failed = tl.where(seen, shrunk, tl.where(old == 0, start, old))
-    tl.store(memory + STEP_SIZE, tl.where(accepted, eta, failed), mask=searched)
-    later = tl.where(seen, backtracks + 1, backtracks)
-    tl.store(memory + BACKTRACKS, tl.where(accepted, tl.maximum(backtracks + trials - 2, 0.0), later), mask=searched)
+    tl.store(memory + STEP_SIZE, tl.where(accepted, eta, shrunk), mask=searched)
+    carried = tl.where(accepted, tl.maximum(backtracks + trials - 2, 0.0), backtracks + 1)
+    tl.store(memory + BACKTRACKS, carried, mask=searched)
     learned = searched & accepted
     weight = tl.load(rules + SMOOTHING, mask=learned, other=0.0)
     decrease = loss - tl.load(rows + FINAL, mask=learned, other=0.0)
@@ -386,7 +404,7 @@ def begin(arena: Arena, loss: Tensor) -> None:
 def open_search(arena: Arena, unit: int, *, tested: bool, keep: bool = False) -> None:
     """Aim the unit and set its first step; with ``keep`` its remembered step, untested."""
     open_kernel[(1,)](
-        arena.state, arena.memory, arena.rules, arena.lead, arena.sums, arena.flags, unit, arena.units,
+        arena.state, arena.memory, arena.rules, arena.lead, arena.rounding, arena.sums, arena.flags, unit, arena.units,
         TESTED=tested, KEEP=keep, UP=_padded(arena), **SCALAR,
     )  # fmt: skip
 

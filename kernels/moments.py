@@ -2,13 +2,14 @@ r"""Directions, slopes and moments of all units in one launch each.
 
 :func:`survey` reads g, v (m if there is one) and p, snapshots p into w and sums up, over every chunk,
 
-    ⟨g, d⟩, ‖d‖², the entries with g ≠ 0, ‖w‖² and the elements, and ⟨g, d⟩ and ‖d‖² of the averaged direction,
+    ⟨g, d⟩, ‖d‖², the entries with g ≠ 0, ‖w‖² and the elements, and ⟨g, d⟩ and ‖d‖² of the averaged direction where
+    it is tested,
 
 in float32, a row of partial sums per chunk; the rows of each unit are added up in float64, by many programs and then
 by one. No atomics, a fixed order: the same inputs give the same bits. The moments stay as they are until
-:func:`advance`, so that a step that fails has nothing to undo in them. Bytes per parameter (float32, Adam without
-average): survey 16, advance 12. Plain torch versions: ``direction``, ``snapshot`` and ``advance`` of
-:mod:`fastals.kernels.reference`.
+:func:`advance`, so that a step that fails has nothing to undo in them. Bytes per parameter (float32, Adam):
+survey 16, and 20 with the averaged direction; advance 12, and 20 with a first moment. Plain torch versions:
+``direction``, ``snapshot`` and ``advance`` of :mod:`fastals.kernels.reference`.
 """
 
 import torch
@@ -213,8 +214,11 @@ def advance_kernel(
             tl.store(counts + i_p, tl.load(counts + i_p) + 1)
 
 
-def survey(table: Table, arena: Arena) -> None:
-    """Snapshot the weights and sum up the slopes of all units; 3 launches and one per kind."""
+def survey(table: Table, arena: Arena, *, averaged: bool = True) -> None:
+    """Snapshot the weights and sum up the slopes of all units; 3 launches and one per kind.
+
+    ``averaged``: along the averaged direction as well, if there is a first moment.
+    """
     n = len(table.params)
     constants_kernel[(triton.cdiv(n, 128),)](
         table.layout, arena.counts, arena.rules, arena.constants, n, BLOCK=128, **LAUNCH
@@ -223,7 +227,8 @@ def survey(table: Table, arena: Arena) -> None:
         survey_kernel[(len(kind.chunks),)](
             kind.param, kind.gradient, arena.m, arena.v, arena.w, kind.chunks, table.places, table.layout,
             arena.constants, arena.grad_scale, arena.partials, table.chunks,
-            ADAM=arena.adam, FIRST=arena.first, LOW=is_low(kind.param), ALIGNED=kind.aligned, BLOCK=BLOCK, **BY_CHUNK,
+            ADAM=arena.adam, FIRST=arena.first and averaged, LOW=is_low(kind.param), ALIGNED=kind.aligned, BLOCK=BLOCK,
+            **BY_CHUNK,
         )  # fmt: skip
     columns = triton.next_power_of_2(N_SUMS.value)
     reduce_kernel[arena.units, N_SPLIT.value](

@@ -70,6 +70,11 @@ def advance(
         m.mul_(beta1).add_(g, alpha=1 - beta1 if kind == ADAM else 1.0)
 
 
+def rounding(params: Sequence[Tensor]) -> float:
+    """Relative change below which a parameter with a float32 master may round back to what it was; 0 without one."""
+    return max((torch.finfo(p.dtype).eps / 2 for p in params if p.itemsize < 4), default=0.0)
+
+
 def snapshot(params: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Copy every tensor into its flat view, in the view's dtype.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 BLOCK = 2048  # elements of one chunk, which one program handles in registers
 WARPS = 8  # of such a program: 8 elements a thread, two 16-byte accesses to each float32 buffer
-ALIGNMENT = 64  # bytes; what the allocators give, and a multiple of 16 elements of any dtype here
+ALIGNMENT = 64  # bytes; what the allocators give, and a multiple of 16 elements of up to 4 bytes
 LAUNCH = {"enable_fp_fusion": True}  # said, since Triton 3.9 warns where it is not and 3.10 turns it off
 BY_CHUNK, SCALAR = LAUNCH | {"num_warps": WARPS}, LAUNCH | {"num_warps": 1}
 _dtype = attrgetter("dtype")
@@ -65,7 +65,7 @@ class Table:
         self.layout = self._upload(_host(rows))
         self.chunks = sum(map(_blocks, self.sizes))
         self.kinds: dict[Dtypes, Kind] = {}
-        self._dtypes: list[Dtypes] = []
+        self._dtypes: list[Dtypes] = [(p.dtype, p.dtype) for p in self.params]
         self._seen: list | None = None
 
     def moved(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
@@ -81,20 +81,23 @@ class Table:
         given = dict(zip(map(id, params), gradients, strict=True))
         of_all = [given.get(id(p)) for p in self.params]
         self._check(of_all)
-        dtypes = [(p.dtype, p.dtype if g is None else g.dtype) for p, g in zip(self.params, of_all, strict=True)]
-        if dtypes != self._dtypes:
+        known = zip(self.params, of_all, self._dtypes, strict=True)
+        dtypes = [last if g is None else (p.dtype, g.dtype) for p, g, last in known]  # the rest may be anything
+        if self._seen is None or dtypes != self._dtypes:
             self._cut(dtypes)
         self._place(of_all)
         self._seen, self._dtypes = _look(params, gradients), dtypes
 
     def _check(self, gradients: Sequence[Tensor | None]) -> None:
         for p, g, size in zip(self.params, gradients, self.sizes, strict=True):
-            if p.numel() != size or (g is not None and g.numel() != size):
+            if g is None:
+                continue
+            if p.numel() != size or g.numel() != size:
                 raise RuntimeError(
                     f"a parameter had {size} elements when the optimizer first saw it, and it or its gradient has "
                     f"another number now (shape {tuple(p.shape)}): resize the model before making the optimizer"
                 )
-            if p.device != self.device or (g is not None and not g.is_contiguous()) or not p.is_contiguous():
+            if not p.device == g.device == self.device or not (p.is_contiguous() and g.is_contiguous()):
                 raise RuntimeError(
                     f"a parameter or gradient of shape {tuple(p.shape)} is not contiguous or not on {self.device}: "
                     "make it contiguous, or use fused=False"
@@ -160,11 +163,12 @@ def _spans(unit: Tensor, units: int) -> Tensor:
 def _look(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> list:
     """What the rows of a table rest on, in as few calls as will do: it is looked at in every step.
 
-    Autograd gives a gradient the size, layout and dtype of its parameter, so those are looked at in the parameter.
+    Gradients have the size of their parameters, and from autograd their layout and dtype as well, so those are looked
+    at in the gradients alone.
     """
-    found: list = list(map(Tensor.data_ptr, gradients))
+    found: list = list(map(Tensor.data_ptr, params))
     for what in (Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous, _dtype):
-        found += map(what, params)
+        found += map(what, gradients)
     return found
 
 

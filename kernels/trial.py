@@ -2,10 +2,10 @@ r"""Put trial weights w − η d into the parameters, with d computed on the way
 
 One kernel for every use: first trial, retry, restore (η = 0, bitwise) and the move of all units at once differ in the
 step that ``state`` holds for the unit. Parameters that stand there already are left alone.
-Bytes per parameter (float32, Adam without average): 16 a trial, 8 a restore. d is not kept, which spares a buffer:
-keeping it would cost 20 in the first trial and 12 in each that follows, so one trial is cheaper by 4 as it is, two
-cost the same, and every further one costs 4 more. Plain torch versions: ``direction`` and ``trial`` of
-:mod:`fastals.kernels.reference`.
+Bytes per parameter (float32, Adam): 16 a trial along the gradient's direction, 20 along the averaged one, 8 a restore.
+d is not kept, which spares a buffer: keeping it would cost 20 in the first trial and 12 in each that follows, so one
+trial is cheaper by 4 as it is, two cost the same, and every further one costs 4 more. Plain torch versions:
+``direction`` and ``trial`` of :mod:`fastals.kernels.reference`.
 """
 
 import triton
@@ -29,7 +29,10 @@ def _trial_chunk(
     if eta != 0:  # a restore takes w as it is, and reads nothing else
         b_g = tl.load(g + o, mask=mask, other=other).to(tl.float32) * scale
         b_v = tl.load(v + o, mask=mask, other=other) if ADAM else b_g
-        b_m = tl.load(m + o, mask=mask, other=other) if FIRST else b_g
+        b_m = b_g
+        if FIRST:  # noqa: SIM102
+            if averaged:  # the gradient's own direction reads no average
+                b_m = tl.load(m + o, mask=mask, other=other)
         b_w -= eta * direction_of(b_g, b_m, b_v, b_w, constants, averaged, ADAM, FIRST)
     tl.store(p + o, b_w.to(p.dtype.element_ty), mask=mask)
 

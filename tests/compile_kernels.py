@@ -19,7 +19,8 @@ TABLES = {"chunks": "*i32", "places": "*i64", "layout": "*i64", "constants": "*f
 FLAT = {"m": "*fp32", "v": "*fp32", "w": "*fp32"}
 SCALARS = {
     "state": "*fp64", "memory": "*fp64", "rules": "*fp64", "sums": "*fp64", "history": "*fp64", "lead": "*i32",
-    "flags": "*i32", "step": "*i64", "loss": "*fp32", "counts": "*fp32", "layout": "*i64", "out": "*fp32",
+    "rounding": "*fp64",
+    "flags": "*i32", "step": "*i64", "loss": "*fp32", "counts": "*fp32", "out": "*fp32",
     "partials": "*fp32", "parts": "*fp64", "spans": "*i32", "n_rows": "i32", "unit": "i32", "units": "i32", "n": "i32",
     "eps": "fp32", "first": "i32",
 }  # fmt: skip

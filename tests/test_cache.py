@@ -361,3 +361,69 @@ def test_a_cache_of_its_own_records_and_replays():
     with torch.no_grad(), cache.replaying(start):
         assert float(closure()) == float(recorded)
     assert cache.share == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:fastals")
+def test_a_loss_that_comes_to_read_inside_the_blocks_is_noticed_in_that_step():
+    """Attentions are no outputs of blocks. With them in the loss all units are compared with full forwards anew."""
+    model, batch = attending(), {"input_ids": torch.arange(24).view(2, 12), "labels": torch.tensor([0, 1])}
+    inside = False
+
+    def closure():
+        out = model(**batch, output_attentions=True)
+        return out.loss + (sum(a.square().sum() for a in out.attentions) if inside and out.attentions else 0.0)
+
+    opt = fastals.ALS(model)
+    step_exactly(opt, closure)
+    inside = True
+    with pytest.warns(UserWarning, match="unit 'head' run without the activation cache"):
+        step_exactly(opt, closure)
+    step_exactly(opt, closure)
+    inside = False
+    opt._cache.forwards.clear()
+    step_exactly(opt, closure)
+    assert opt.last_forwards < 2 + opt.report.trials, "the cache is back"
+
+
+def attending():
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager",
+    )  # fmt: skip
+    return hf.BertForSequenceClassification(config).train()
+
+
+@pytest.mark.filterwarnings("ignore:fastals")
+def test_a_loss_that_fails_on_replayed_outputs_runs_uncached():
+    """Router logits are collected within the blocks, and the auxiliary loss takes the first of them."""
+    torch.manual_seed(0)
+    config = hf.MixtralConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True,
+    )  # fmt: skip
+    model, ids = hf.MixtralForCausalLM(config).train(), torch.arange(24).view(2, 12)
+    opt = fastals.ALS(model)
+    with pytest.warns(UserWarning, match="unit 'head' run without the activation cache: IndexError"):
+        step_exactly(opt, lambda: model(input_ids=ids, labels=ids).loss)
+    step_exactly(opt, lambda: model(input_ids=ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("compiled", ["wrapped", "in place"])
+def test_a_model_that_is_compiled_as_a_whole_keeps_its_units_and_counts_whole_forwards(compiled):
+    model = TinyTransformer(depth=2).train()
+    if compiled == "wrapped":
+        plain, model = model, torch.compile(model, backend="eager")
+        names = [f"_orig_mod.{n}" for n, _ in plain.named_parameters()]
+    else:
+        model.compile(backend="eager")
+        names = [n for n, _ in model.named_parameters()]
+    batch = next(tiny_batches(1))
+    opt = fastals.ALS(model)
+    before = [g["param_names"] for g in opt.param_groups]
+    opt.step(lambda: model(**batch))
+    assert [g["param_names"] for g in opt.param_groups] == before
+    assert sorted(n for g in opt.param_groups for n in g["param_names"]) == sorted(names)
+    assert len(opt.report.units) == len(before) > 1
+    opt.step(lambda: model(**batch))
+    assert opt.last_forwards == 1 + opt.report.trials
