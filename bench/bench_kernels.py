@@ -124,34 +124,41 @@ def test_bandwidth(benchmark, shape, dtype, averages):
     device = device_of(params, averages)
     table, arena = device.table, device.arena
     arena.state[0, STATE.index("at")] = float("nan")  # the trial always writes
+    arena.state[0, STATE.index("averaged")] = float(averages)
     n = sum(p.numel() for p in params)
     copy_once, copy_bytes = copied()
     benchmark.pedantic(finished(lambda: trial(table, arena)), rounds=ROUNDS, warmup_rounds=1)
     found = {}
-    for kernel in (survey, trial, advance):
+    for name, kernel in {"survey": survey, "trial": trial, "advance": advance, "restore": trial}.items():
+        if name == "restore":
+            arena.state[0, STATE.index("move")] = 0.0
         copies, times = in_turn(copy_once, lambda kernel=kernel: kernel(table, arena))
-        moved = moved_bytes(kernel.__name__, params[0].itemsize, averages) * n
+        moved = moved_bytes(name, params[0].itemsize, averages) * n
         of_roof = of_pairs([t / copy_bytes for t in copies], [t / moved for t in times])
         gbs = moved / statistics.median(times) / 1e6
-        found[kernel.__name__] = {"gbs": round(gbs, 4), "of_roof": of_roof[0], "spread": of_roof[1:]}
+        found[name] = {"gbs": round(gbs, 4), "of_roof": of_roof[0], "spread": of_roof[1:]}
     copy_gbs = copy_bytes / statistics.median(copies) / 1e6
     benchmark.extra_info.update(kernels=found, copy_gbs=round(copy_gbs, 1), parameters=n)
 
 
+@pytest.mark.parametrize("momentum", ["none", "tested"])
 @pytest.mark.parametrize("against", ["eager", "adamw"])
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
-def test_update_phase(benchmark, shape, dtype, against):
+def test_update_phase(benchmark, shape, dtype, against, momentum):
     """With one retry against the eager sequence with one retry; without a retry against a step of AdamW."""
+    tested = momentum == "tested"
+    if tested and against == "eager":
+        pytest.skip("the eager sequence goes along the gradient's direction")
     params = parameters(shape, getattr(torch, dtype))
-    device = device_of(params, averages=False)
+    device = device_of(params, averages=tested)
     table, arena = device.table, device.arena
     start, worse, better = (torch.full((), x, device=DEVICE) for x in (1.0, 2.0, -1e9))
     losses = (worse, better) if against == "eager" else (better,)
 
     def fused():
         armijo.begin(arena, start)
-        survey(table, arena)
-        armijo.open_search(arena, 0, tested=False)
+        survey(table, arena, averaged=tested)
+        armijo.open_search(arena, 0, tested=tested)
         for loss in losses:
             trial(table, arena, 0)
             armijo.judge(arena, 0, loss)

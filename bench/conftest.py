@@ -49,11 +49,17 @@ def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(scope="session")
+def made():
+    """The stamp of this session."""
+    return stamp()
+
+
 @pytest.fixture(autouse=True)
-def stamped(request):
+def stamped(request, made):
     """Write what a number needs to be believed into the benchmark's extra_info."""
     if "benchmark" in request.fixturenames:
-        request.getfixturevalue("benchmark").extra_info.update(stamp())
+        request.getfixturevalue("benchmark").extra_info.update(made)
 
 
 @pytest.fixture(scope="session")

@@ -153,10 +153,12 @@ class Captured(Plain):
                 super().step(self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):  # zero_grad has left no gradients: backward writes them anew in every replay
-            self.loss = loss_of(self.model, self.inputs)
-            self.loss.backward()
+        # zero_grad has left no gradients: backward writes them anew in every replay
+        with torch.cuda.graph(self.graph, capture_error_mode="relaxed"):
+            loss = loss_of(self.model, self.inputs)
+            loss.backward()
             self.optimizer.step()
+        self.loss = loss.detach()
 
 
 def als(model: nn.Module, **options) -> Search:

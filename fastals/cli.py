@@ -11,7 +11,7 @@ from typing import Any
 
 from fastals import benchmarks
 from fastals.errors import UserError, needs_extra
-from fastals.finetune import OPTIMIZERS, Interrupted, Session, Trainer, als_options, build_optimizer
+from fastals.finetune import DEFAULT_STEPS, OPTIMIZERS, Interrupted, Session, Trainer, als_options, build_optimizer
 from fastals.plots import plot_losses, plot_step_sizes, summary_table
 from fastals.presets import PRESETS
 from fastals.runs import Config, Run
@@ -135,6 +135,10 @@ def _config(arguments: argparse.Namespace) -> Config:
     for name in ("batch_size", "max_length", "checkpoint_every"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if config.steps < 0 or config.epochs < 0:
+        raise UserError("--steps and --epochs must not be negative")
+    if config.steps and config.epochs:
+        raise UserError("give --steps or --epochs, not both")
     als_options(config)
     return config
 
@@ -142,7 +146,9 @@ def _config(arguments: argparse.Namespace) -> Config:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastals", description="Armijo line search per layer for transformers.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    train = commands.add_parser("finetune", help="fine-tune a text classifier")
+    train = commands.add_parser(
+        "finetune", help="fine-tune a text classifier", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     defaults = Config()
     data = train.add_argument_group("model and data")
     data.add_argument("--model", default=defaults.model, help="minilm, a folder or a hub id")
@@ -150,18 +156,19 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset", default=defaults.dataset, help="bbc-news, a csv or jsonl file, glue/<task> or a hub id"
     )
     data.add_argument("--text-column", action="append", help="column of the text; twice for pairs")
-    data.add_argument("--label-column", default=defaults.label_column)
+    data.add_argument("--label-column", default=defaults.label_column, help="column of the label")
     data.add_argument("--max-length", type=int, default=defaults.max_length, help="tokens a text at most")
     how = train.add_argument_group("training")
-    how.add_argument("--optimizer", choices=OPTIMIZERS, default=defaults.optimizer)
+    how.add_argument("--optimizer", choices=OPTIMIZERS, default=defaults.optimizer, help="what trains")
     how.add_argument("--compare", action="store_true", help="train with every optimizer on the same batches")
-    how.add_argument("--steps", type=int, default=defaults.steps)
-    how.add_argument("--epochs", type=float, default=defaults.epochs)
-    how.add_argument("--batch-size", type=int, default=defaults.batch_size)
+    length = f"0: not said; {DEFAULT_STEPS} steps where neither steps nor epochs are"
+    how.add_argument("--steps", type=int, default=defaults.steps, help=length)
+    how.add_argument("--epochs", type=float, default=defaults.epochs, help=length)
+    how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="texts a mini-batch")
     how.add_argument("--precision", choices=["fp32", "bf16"], default=defaults.precision, help="bf16: autocast")
-    how.add_argument("--seed", type=int, default=defaults.seed)
-    how.add_argument("--device", choices=["auto", "cpu", "cuda"], default=defaults.device)
-    how.add_argument("--anneal", choices=["cosine", "constant"], default=defaults.anneal)
+    how.add_argument("--seed", type=int, default=defaults.seed, help="of classifier, batches and masks")
+    how.add_argument("--device", choices=["auto", "cpu", "cuda"], default=defaults.device, help="where it trains")
+    how.add_argument("--anneal", choices=["cosine", "constant"], default=defaults.anneal, help="course of lr")
     search = train.add_argument_group("line search")
     search.add_argument("--preset", default=defaults.preset, help=f"a paper's values: {', '.join(PRESETS)}")
     search.add_argument("--units", default=defaults.units, help="block, model, a number, or patterns with commas")
@@ -169,9 +176,15 @@ def _parser() -> argparse.ArgumentParser:
         search.add_argument(f"--{name}", **spec)
     run = train.add_argument_group("run")
     run.add_argument("--name", default="run", help="the run's folder within --output")
-    run.add_argument("--output", default="runs")
+    run.add_argument("--output", default="runs", help="where runs' folders are")
     run.add_argument("--resume", metavar="FOLDER", help="go on with an interrupted run, options as it was started")
-    run.add_argument("--checkpoint-every", type=int, default=defaults.checkpoint_every, metavar="STEPS")
+    run.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=defaults.checkpoint_every,
+        metavar="STEPS",
+        help="steps between checkpoints",
+    )
     train.set_defaults(command=finetune)
     show = commands.add_parser("report", help="compare finished runs")
     show.add_argument("runs", nargs="+", metavar="FOLDER")

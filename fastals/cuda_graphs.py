@@ -31,6 +31,7 @@ except ImportError:
 
 OLDEST_DRIVER = 12040
 MODE = "relaxed"  # a kernel may be loaded at its first launch; a wait for the device fails the capture in any mode
+_failed: list[torch.cuda.CUDAGraph] = []
 TORCH = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
 
 #: One thread: condition ← flag ≠ 0. The driver provides cudaGraphSetConditional.
@@ -124,6 +125,7 @@ class CudaGraphs:
             try:
                 graph.capture_end()
             except RuntimeError:
+                _failed.append(graph)  # the host's allocator may go on asking it
                 self._stop_allocating()
                 clean = torch.cuda.CUDAGraph()
                 clean.capture_begin(capture_error_mode=MODE)

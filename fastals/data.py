@@ -85,6 +85,8 @@ def _rows(rows: Iterable[dict[str, Any]], texts: Sequence[str], label: str) -> l
             f"there is no column {missing[0]!r}: the columns are {', '.join(map(str, found[0]))}; "
             "name them with --text-column and --label-column"
         )
+    if bad := [i for i, r in enumerate(found) if r[label] is None or r[label] != r[label]]:  # NaN is not itself
+        raise UserError(f"{len(bad)} rows have no label, row {bad[0] + 1} first: drop them or label them")
     return [(tuple(str(r[c]) for c in texts), r[label]) for r in found]
 
 
@@ -121,6 +123,8 @@ def _task(train: list[tuple[tuple[str, ...], Any]], held_out: list[tuple[tuple[s
         raise UserError(f"the training data has {len(classes)} class: classification needs at least two")
     index = {label: i for i, label in enumerate(classes)}
     known = [(t, index[label]) for t, label in held_out if label in index]
+    if not known:
+        raise UserError("no held-out example has a label that the training data has: more examples are needed")
     return Task([str(c) for c in classes], [(t, index[label]) for t, label in train], known)
 
 

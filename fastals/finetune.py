@@ -39,8 +39,8 @@ class Session:
         size, batch = len(self.task.train), config.batch_size
         if size < batch:
             raise UserError(f"the data set has {size} training examples: --batch-size must be at most {size}")
-        epochs = round(config.epochs * size / batch)
-        self.steps = config.steps or epochs or DEFAULT_STEPS
+        epochs = max(1, round(config.epochs * size / batch)) if config.epochs else DEFAULT_STEPS
+        self.steps = config.steps or epochs
         self.options = als_options(config)
 
     def model(self) -> nn.Module:
@@ -164,6 +164,8 @@ class Trainer:
         return {"step": self.step} | line
 
     def _finish(self) -> dict[str, Any]:
+        self.model.save_pretrained(self.run.folder / "model")
+        self.session.tokenizer.save_pretrained(self.run.folder / "model")
         lines = self.run.lines()
         last = lines[-max(1, len(lines) // 5) :]
         trials = [u["trials"] for line in lines for u in line["units"]]
@@ -176,8 +178,6 @@ class Trainer:
             "seconds": self.seconds,
             "forwards": self.forwards,
         }
-        self.model.save_pretrained(self.run.folder / "model")
-        self.session.tokenizer.save_pretrained(self.run.folder / "model")
         self.run.finish(summary)
         return summary
 

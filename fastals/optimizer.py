@@ -13,7 +13,7 @@ from fastals.cache import ActivationCache
 from fastals.closure import NO_CLOSURE, Learned, Losses
 from fastals.interrupt import uninterrupted
 from fastals.minibatch import MiniBatch
-from fastals.options import Settings, check_coverage, check_ranges
+from fastals.options import Settings, check_coverage, check_ranges, warn_of_processes
 from fastals.report import Reports, StepReport
 from fastals.schedule import SCHEDULES, keep
 from fastals.search import MEMORY, plain_memory, schedule_next_search
@@ -43,9 +43,10 @@ class ALS(torch.optim.Optimizer):
         params: a model (its blocks become units and its activations are cached), the groups of
             :func:`fastals.units`, or parameters / groups as for any optimizer (one unit each).
         lr: multiplies the largest step that may be tried (``trust`` and ``eta_max``), so that
-            schedulers attach; found steps are in ``group["step_size"]``.
+            schedulers attach; no learning rate, 1 is the usual value. Found steps are in ``group["step_size"]``.
         betas, eps, weight_decay: as in AdamW; the decay is decoupled and part of the tested direction.
-        model: the module whose activations are cached; needed only where ``params`` is not the model.
+        model: the module whose activations are cached and whose buffers (running statistics) trials leave alone;
+            needed only where ``params`` is neither the model nor the groups of :func:`fastals.units`.
         direction: ``"adam"`` or ``"sgd"`` (heavy ball with ``betas[0]``).
         momentum: ``"none"``, ``"after"`` (test along the gradient's direction, move along the averaged
             one) or ``"tested"`` (test and move along the averaged one; where it does not descend, fall back).
@@ -87,6 +88,7 @@ class ALS(torch.optim.Optimizer):
     last_forwards: float
     _reports: Reports
     _units: list[Unit] | None
+    _frozen: list[Tensor] | None
     _device: Any
     _scratch: Scratch
     _cache: ActivationCache | None
@@ -126,7 +128,7 @@ class ALS(torch.optim.Optimizer):
         fused: bool | str = "auto",
         seed: int = 0,
     ) -> None:
-        self.model = params if isinstance(params, nn.Module) else model
+        self.model = params if isinstance(params, nn.Module) else model or getattr(params, "model", None)
         self._by_observation = isinstance(params, nn.Module)
         self.settings = Settings(
             direction, momentum, schedule, order, every, merge_below, max_grad_norm, cache, fused, seed
@@ -161,11 +163,13 @@ class ALS(torch.optim.Optimizer):
             ValueError: a loss that is no scalar, or that differs between two evaluations at the same weights.
             FloatingPointError: a loss that is not finite at w_t.
             RuntimeError: a closure that calls backward; parameters converted since construction.
+            ValueError: a parameter of the model has been unfrozen that is in no unit.
 
         Whatever is raised, by the closure too, leaves parameters, state and random generators as before.
         """
         if closure is None:
             return self._step_of_length_zero()
+        self._refuse_unfrozen()
         batch = self._mini_batch(closure)
         with self._transaction(batch):
             start = batch.losses.differentiate() if loss is None else batch.losses.given(loss)
@@ -205,6 +209,14 @@ class ALS(torch.optim.Optimizer):
         for unit in self._built_units():
             unit.show(self.state)
         return torch.zeros(())
+
+    def _refuse_unfrozen(self) -> None:
+        """Refuse parameters that were frozen at first and would not be trained."""
+        if self._frozen is None:
+            held = set(map(id, self._parameters()))
+            self._frozen = [p for p in self.model.parameters() if id(p) not in held] if self.model is not None else []
+        if any(p.requires_grad for p in self._frozen):
+            check_coverage(self.param_groups, self.model)
 
     def _mini_batch(self, closure: Callable[[], Tensor]) -> Any:
         """The mini-batch under search, on the host or on the device."""
@@ -250,6 +262,7 @@ class ALS(torch.optim.Optimizer):
         batch.begin(self._device or self._scratch, active, loss, self.settings.max_grad_norm)
         batch.losses.check_replay(loss)
         if not self._repeatable:
+            warn_of_processes()
             batch.losses.check_repeatable(float(loss))
             self._repeatable = True
 
@@ -347,17 +360,31 @@ class ALS(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drop what can be rebuilt from the groups, the state and the model."""
-        self._units = self._device = self._cache = None
+        self._units = self._device = self._cache = self._frozen = None
         self._learned, self._repeatable = Learned(), False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a unit, for example one that has just been unfrozen."""
+        """Add a unit, for example one that has just been unfrozen: ``opt.add_param_group({"params": [...]})``.
+
+        Raises:
+            ValueError: a parameter that the model does not have, or that is in a unit already.
+        """
+        if self.model is not None and "param_names" not in param_group and self._named_by_model():
+            names = {id(p): n for n, p in self.model.named_parameters()}
+            members = param_group["params"]
+            members = [members] if isinstance(members, Tensor) else list(members)
+            if not all(id(p) in names for p in members):
+                raise ValueError("the group holds parameters that the model does not have")
+            param_group = param_group | {"params": members, "param_names": [names[id(p)] for p in members]}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         index = len(self.param_groups) - 1
         group.setdefault("name", f"group{index}")
         group.setdefault("unit", index)
         self._forget()
+
+    def _named_by_model(self) -> bool:
+        return any("param_names" in g for g in self.param_groups)
 
     @property
     def report(self) -> StepReport | None:
@@ -380,8 +407,9 @@ class ALS(torch.optim.Optimizer):
         """Load what :meth:`state_dict` gave, dtypes kept.
 
         Raises:
-            ValueError: the state belongs to another partition of the model into units.
+            ValueError: the state belongs to another partition of the model into units, or lacks a moment.
         """
+        self._check_moments(state_dict["state"].values())
         self._fit(state_dict["param_groups"])
         super().load_state_dict(state_dict)
         order = self._parameters()
@@ -390,6 +418,12 @@ class ALS(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(i, {}).items():
                 self.state[p][key] = value.to(p.device if value.ndim else "cpu", copy=True)
         self._forget()
+
+    def _check_moments(self, saved: Iterable[dict[str, Any]]) -> None:
+        wanted = {"exp_avg": self.settings.momentum != "none", "exp_avg_sq": self.settings.direction == "adam"}
+        for name in (n for n, needed in wanted.items() if needed):
+            if any(name not in entry for entry in saved):
+                raise ValueError(f"the state has no {name!r}: it was saved with another momentum or direction")
 
     def _fit(self, saved: list[dict[str, Any]]) -> None:
         """Bring the units of a saved state about, if they are units of the same parameters."""

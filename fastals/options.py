@@ -1,10 +1,12 @@
 """Settings of the optimizer and their checks."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastals.schedule import ORDERS, SCHEDULES
@@ -12,6 +14,7 @@ from fastals.search import INITIALS, REFERENCES
 
 DIRECTIONS = ("adam", "sgd")
 MOMENTA = ("none", "after", "tested")
+SMALL_LR = 1e-2  # below it someone means a learning rate of AdamW
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,20 @@ def check_ranges(values: Mapping[str, Any]) -> None:
         _require(name, values[name], 0 < values[name] < 1, "between 0 and 1, both excluded")
     for name in ("lr", "weight_decay"):
         _require(name, values[name], 0 <= float(values[name]) < math.inf, "0 or more")
+    if 0 < float(values["lr"]) < SMALL_LR:
+        warnings.warn(
+            f"fastals: lr={float(values['lr']):g} is no learning rate here: it multiplies the largest step that a "
+            "search may try, and 1.0 is the usual value",
+            stacklevel=4,
+        )
     for name in ("eps", "eta_min", "polyak_c"):
         _require(name, values[name], 0 < values[name] < math.inf, "greater than 0")
     for name in ("trust", "eta_init"):
         value = values[name]
         _require(name, value, value is None or 0 < value < math.inf, "greater than 0, or None")
     betas = values["betas"]
-    _require(
-        "betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers from 0 up to 1, 1 excluded"
-    )
+    pair = isinstance(betas, Sequence) and len(betas) == 2 and all(0 <= b < 1 for b in betas)
+    _require("betas", betas, pair, "two numbers from 0 up to 1, 1 excluded")
     _require("growth", values["growth"], 1 <= values["growth"] < math.inf, "1 or more")
     largest = values["eta_max"]
     _require("eta_max", largest, values["eta_min"] <= largest < math.inf, "at least eta_min, and finite")
@@ -81,12 +89,25 @@ def check_coverage(groups: Sequence[dict], model: nn.Module | None) -> None:
     missing = [n for i, n in named.items() if i not in held]
     if missing:
         raise ValueError(
-            f"{len(missing)} trainable parameters are in no unit, {missing[0]!r} first: pass all of them, "
-            "or set requires_grad=False on those that should stay as they are"
+            f"{len(missing)} trainable parameters are in no unit, {missing[0]!r} first: pass all of them "
+            "(add_param_group for what has been unfrozen), or set requires_grad=False on those that should stay as "
+            "they are"
         )
-    known = {id(p) for p in model.parameters()}
-    if not held <= known:
+    if not held <= {id(p) for p in model.parameters()}:
         raise ValueError("the units hold parameters that the model does not have: pass the model they belong to")
+
+
+def warn_of_processes() -> None:
+    """Say that every process would decide by its own loss."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+        if processes > 1:
+            warnings.warn(
+                f"fastals: {processes} processes are running, and each decides by the loss of its own closure: weights "
+                "drift apart unless closures return the same loss everywhere (average it over the processes), and "
+                "gradients are averaged too (loss.backward() and opt.step(closure, loss=loss))",
+                stacklevel=4,
+            )
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:

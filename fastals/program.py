@@ -184,7 +184,8 @@ class Program:
         self.backend, self.params, self.max_grad_norm = backend, params, max_grad_norm
         _drop_gradients(params)
         trusted = {name: learned.trusted.get(name, False) for name in [*(u.name for u in device.units), "all units"]}
-        self.losses = Losses(closure, params, model, cache, Learned(trusted, learned.written), lazy=True)
+        known = Learned(learned.replays, {learned.replays: trusted}, learned.written)
+        self.losses = Losses(closure, params, model, cache, known, lazy=True)
         self.generators = rng.get_state(self.losses.devices)
         with self._capturing():
             self.head, self.loss = backend.capture_head(self._differentiate)

@@ -4,16 +4,24 @@ The transformer blocks are the entries of the outermost module lists; no model i
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
-Groups = list[dict]
+
+class Groups(list[dict]):
+    """Parameter groups, and the model that they were cut from."""
+
+    def __init__(self, groups: Iterable[dict], model: nn.Module) -> None:
+        super().__init__(groups)
+        self.model = model
 
 
 def units(model: nn.Module, by: str | int | Sequence[str] = "block") -> Groups:
     """Parameter groups ``{"name", "params", "param_names"}`` in forward order, ready for :class:`fastals.ALS`.
+
+    They know their model, so that ``ALS(fastals.units(model))`` caches its activations too.
 
     Args:
         model: any module; only parameters with ``requires_grad`` are taken.
@@ -40,7 +48,7 @@ def units(model: nn.Module, by: str | int | Sequence[str] = "block") -> Groups:
         raise ValueError(f"by must be 'block', 'model', an integer or a list of patterns, not {by!r}")
     order = dict.fromkeys(names.values())
     members = {unit: [n for n in trainable if names[n] == unit] for unit in order}
-    return [group(unit, [(n, trainable[n]) for n in ns]) for unit, ns in members.items() if ns]
+    return Groups((group(unit, [(n, trainable[n]) for n in ns]) for unit, ns in members.items() if ns), model)
 
 
 def group(name: str, named: Sequence[tuple[str, torch.Tensor]]) -> dict:
@@ -113,7 +121,7 @@ def _by_pattern(trainable: Mapping[str, torch.Tensor], patterns: Sequence[str]) 
     return dict(sorted(names.items(), key=lambda item: order.index(item[1])))
 
 
-def observed(groups: Groups, position: Callable[[torch.Tensor], str]) -> list[list[str]]:
+def observed(groups: Sequence[dict], position: Callable[[torch.Tensor], str]) -> list[list[str]]:
     """Parameter names of every group, once the forward has shown what runs before, between and behind the blocks."""
     names: dict[str, list[str]] = {g["name"]: [] for g in groups}
     for group in groups:

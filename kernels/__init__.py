@@ -6,12 +6,14 @@ need Triton and are imported where they are used.
 """
 
 import os
+import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+OLDEST_CAPABILITY = (8, 0)  # that the kernels are compiled for in tests
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 __all__ = ["FUSED_DTYPES", "why_not_fused"]
@@ -29,8 +31,19 @@ def why_not_fused(params: Sequence[Tensor]) -> str:
     device = params[0].device.type
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"the parameters are on {device}, and the kernels need a CUDA device"
+    if device == "cuda" and (reason := _why_not_compiled(params[0].device)):
+        return reason
     if other := {p.dtype for p in params} - set(FUSED_DTYPES):
         return f"there are parameters of {other.pop()}; the kernels know float32, bfloat16 and float16"
     if not all(p.is_contiguous() for p in params):
         return "a parameter is not contiguous"
+    return ""
+
+
+def _why_not_compiled(device: torch.device) -> str:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return "Triton finds no C compiler (install gcc, or set CC)"
     return ""

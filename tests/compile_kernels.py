@@ -15,16 +15,20 @@ from triton.compiler import ASTSource
 from fastals.kernels import armijo, moments, trial
 from fastals.kernels.table import BLOCK, LAUNCH, WARPS
 
-TABLES = {"chunks": "*i32", "places": "*i64", "layout": "*i64", "constants": "*fp32", "grad_scale": "*fp32"}
+TABLES = {"chunks": "*i32", "places": "*i64", "constants": "*fp32", "grad_scale": "*fp32"}
 FLAT = {"m": "*fp32", "v": "*fp32", "w": "*fp32"}
 SCALARS = {
     "state": "*fp64", "memory": "*fp64", "rules": "*fp64", "sums": "*fp64", "history": "*fp64", "lead": "*i32",
     "rounding": "*fp64",
-    "flags": "*i32", "step": "*i64", "loss": "*fp32", "counts": "*fp32", "out": "*fp32",
+    "flags": "*i32", "step": "*i64", "loss": "*fp32", "counts": "*fp32", "layout": "*i64", "out": "*fp32",
     "partials": "*fp32", "parts": "*fp64", "spans": "*i32", "n_rows": "i32", "unit": "i32", "units": "i32", "n": "i32",
     "eps": "fp32", "first": "i32",
 }  # fmt: skip
 CHUNK_KERNELS = {"survey": moments.survey_kernel, "trial": trial.trial_kernel, "advance": moments.advance_kernel}
+TENSORS = [  # dtypes of parameter and gradient, and whether they start at a multiple of 64 bytes
+    ("fp32", "fp32", True), ("fp32", "bf16", True), ("bf16", "bf16", True), ("bf16", "fp32", True),
+    ("fp16", "fp16", True), ("fp32", "fp32", False), ("bf16", "bf16", False),
+]  # fmt: skip
 CONSTANTS = {"UP": 16, "SUMS": 8, "ROWS": 1024, "BLOCK": 128}
 FLAGS = {"open_kernel": ("TESTED", "KEEP"), "judge_together_kernel": ("ONCE",)}
 
@@ -57,13 +61,20 @@ def describe(compiled):
 
 def main(arch):
     """Print a line per kernel and variant."""
-    for dtype, gradient, first, adam in product(("fp32", "bf16"), ("fp32", "bf16"), (False, True), (True, False)):
-        constants = {"ADAM": adam, "FIRST": first, "LOW": dtype != "fp32", "ALIGNED": True, "BLOCK": BLOCK}
+    for (dtype, gradient, aligned), first, adam in product(TENSORS, (False, True), (True, False)):
+        constants = {"ADAM": adam, "FIRST": first, "LOW": dtype != "fp32", "ALIGNED": aligned, "BLOCK": BLOCK}
         types = SCALARS | TABLES | FLAT | {"p_base": f"*{dtype}", "g_base": f"*{gradient}"}
         for name, kernel in CHUNK_KERNELS.items():
             own = {n: v for n, v in types.items() if n in kernel.arg_names and n not in constants}
             found = describe(build(kernel, own, constants, arch, WARPS))
-            case = {"kernel": name, "dtype": dtype, "gradient": gradient, "first": first, "adam": adam}
+            case = {
+                "kernel": name,
+                "dtype": dtype,
+                "gradient": gradient,
+                "aligned": aligned,
+                "first": first,
+                "adam": adam,
+            }
             print(json.dumps(case | found))
     scalar = [k for k in vars(armijo).values() if isinstance(k, triton.JITFunction) and k.__name__.endswith("_kernel")]
     for kernel in [*scalar, moments.constants_kernel, moments.reduce_kernel, moments.add_parts_kernel]:

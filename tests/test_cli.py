@@ -149,6 +149,8 @@ WRONG = {
     "bad pattern": (["--units", "nothing_like_this,"], "matched by"),
     "too many groups": (["--units", "7"], "has 2 blocks"),
     "not a hub id": (["--dataset", "no-such-data"], "neither bbc-news"),
+    "steps and epochs": (["--epochs", "1"], "--steps or --epochs, not both"),
+    "negative steps": (["--steps", "-2"], "must not be negative"),
 }
 
 
@@ -165,12 +167,20 @@ def test_wrong_input_is_one_line_and_leaves_nothing(model, table, tmp_path, caps
 
 
 def test_a_file_with_one_class_or_none_is_refused(model, tmp_path, capsys):
-    one, empty = tmp_path / "one.csv", tmp_path / "empty.csv"
+    one, empty, bare, apart = (tmp_path / f"{name}.csv" for name in ("one", "empty", "bare", "apart"))
     one.write_text("text,label\n" + "good film,1\n" * 30)
     empty.write_text("text,label\n")
-    for path, message in ((one, "1 class"), (empty, "no rows")):
+    bare.write_text("text,label\n" + "good film,1\n" * 30 + "bad film,\n")
+    apart.write_text("text,label\n" + "".join(f"good film,{i}\n" for i in range(5)))
+    refused = ((one, "1 class"), (empty, "no rows"), (bare, "row 31 first"), (apart, "no held-out example"))
+    for path, message in refused:
         assert main(arguments(model, path, tmp_path, "--steps", "2")) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_part_of_an_epoch_is_a_step_at_least(model, table, tmp_path):
+    assert main(arguments(model, table, tmp_path, "--epochs", "0.01")) == 0
+    assert len((tmp_path / "runs" / "one" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_an_existing_run_is_not_overwritten(model, table, tmp_path, capsys):

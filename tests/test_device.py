@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 pytest.importorskip("triton")
 import fastals
 from fastals import device as device_module
+from fastals import kernels
 from fastals.buffers import Gradients
 from fastals.kernels import armijo
 from fastals.kernels.moments import advance, survey
@@ -582,6 +584,20 @@ def fresh_cast(model, batch):
     """The loss where nothing has been cast before."""
     with torch.no_grad(), torch.autocast(CUDA.type, torch.bfloat16, cache_enabled=False):
         return float(model(**batch))
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiler", "reason"),
+    [((7, 5), "/bin/gcc", "compute capability 7.5"), ((9, 0), None, "no C compiler"), ((9, 0), "/bin/gcc", "")],
+)
+def test_a_gpu_on_which_nothing_can_be_compiled_is_named(monkeypatch, capability, compiler, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("shutil.which", lambda name: compiler)
+    monkeypatch.delenv("CC", raising=False)
+    param = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, is_contiguous=lambda: True)
+    found = kernels.why_not_fused([param])
+    assert reason in found
+    assert bool(found) == bool(reason)
 
 
 def test_fused_is_refused_where_it_cannot_be_and_says_why(monkeypatch):

@@ -834,6 +834,7 @@ def test_what_a_tokenizer_returns_is_a_dict_in_eager_and_in_replayed_steps():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")  # the compiler's advice
+@pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32:UserWarning")
 @pytest.mark.parametrize("how", ["plain", "autocast", "compiled", "checkpointed", "accumulated"])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_hugging_face_models_are_captured_as_they_are(kind, how):
@@ -1068,6 +1069,25 @@ def test_a_loss_that_draws_on_the_host_is_not_captured():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_forward_without_gradients_has_the_masks_and_the_loss_of_one_with(dtype):
+    """Trials are held against f(w_t): attention with dropout may run another kernel where no gradient is asked for."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(num_hidden_layers=2, hidden_size=128, num_attention_heads=2, intermediate_size=256)
+    model = transformers.BertForSequenceClassification(config).to("cuda", dtype).train()
+    ids = torch.randint(1000, 2000, (4, 64), device="cuda")
+    losses = []
+    for gradients in (True, False):
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(gradients):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            losses.append(float(torch.nn.functional.cross_entropy(logits.float(), ids[:, 0] % 2).detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.gpu
 def test_a_captured_step_can_be_profiled():
     code = """
 import torch, fastals
@@ -1096,7 +1116,7 @@ def test_a_loss_that_waits_for_the_device_is_not_captured_and_steps_go_on():
 
     def loss_fn(batch):
         loss = model(**batch)
-        assert math.isfinite(float(loss))
+        assert math.isfinite(float(loss.detach()))
         return loss
 
     step = opt.graphed(loss_fn)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fastals
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +21,29 @@ def test_the_readme_example_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     before, after = map(float, re.match(r"([\d.]+) -> ([\d.]+)", done.stdout).groups())
     assert after < before
+
+
+def test_the_trainer_of_the_readme_trains(tmp_path):
+    pytest.importorskip("accelerate")
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {"Trainer": Trainer, "fastals": fastals}
+    exec(next(b for b in blocks if "class ALSTrainer" in b), names)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertForSequenceClassification(BertConfig(vocab_size=30, num_labels=3, **sizes))
+    data = [{"input_ids": ids, "labels": ids[0] % 3} for ids in torch.randint(0, 30, (160, 12))]
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=16, num_train_epochs=6, max_grad_norm=0, logging_steps=20, save_steps=60,
+        report_to=[], lr_scheduler_type="cosine", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = names["ALSTrainer"](model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses == sorted(losses, reverse=True)
+    assert trainer.optimizer.optimizer.param_groups[0]["count"] == 60
 
 
 def test_kernels_are_imported_as_part_of_fastals_only():

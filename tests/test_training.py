@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastals
+from fastals.reference import EagerALS
 from fastals.testing import TinyTransformer, tiny_batches
 
 # Every first trial is η = lr · eta_max and small enough to be accepted.
@@ -155,7 +156,12 @@ def test_a_group_added_while_training_is_searched_from_then_on():
     frozen = model.embed.weight.detach().clone()
     moments = {p: s["exp_avg_sq"].clone() for p, s in opt.state.items()}
     model.embed.requires_grad_(True)
-    opt.add_param_group({"name": "late", "params": [model.embed.weight], "param_names": ["embed.weight"]})
+    with pytest.raises(ValueError, match=r"'embed.weight' first: .*add_param_group"):
+        opt.step(lambda: model(**batches[3]))
+    opt.add_param_group({"name": "late", "params": model.embed.weight})
+    assert opt.param_groups[-1]["param_names"] == ["embed.weight"]
+    with pytest.raises(ValueError, match="parameters that the model does not have"):
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
     assert all(torch.equal(opt.state[p]["exp_avg_sq"], m) for p, m in moments.items())
     opt.step(lambda: model(**batches[3]))
     late = next(u for u in opt.report.units if u.name == "late")
@@ -246,6 +252,48 @@ def test_plain_parameters_are_units_without_a_cache(form):
     assert losses[-1] < losses[0]
     assert len(opt.report.units) == (2 if form == "groups" else 1)
     assert opt.param_groups[-1]["c"] == (0.9 if form == "groups" else opt.defaults["c"])
+
+
+def test_units_know_their_model():
+    """Its activations are cached, and a trial leaves running statistics alone."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(3)))
+    opt = fastals.ALS(fastals.units(model, by=2))
+    x = torch.randn(16, 4)
+    for _ in range(3):
+        opt.step(lambda: (model(x) - 1).square().mean())
+    assert int(model[0][1].num_batches_tracked) == 3
+    assert opt.last_forwards < 1 + opt.report.trials
+
+
+@pytest.mark.parametrize("make", [fastals.ALS, EagerALS], ids=["als", "eager"])
+def test_a_learning_rate_of_adamw_is_warned_of(make):
+    with pytest.warns(UserWarning, match="lr=5e-05 is no learning rate here"):
+        make(TinyTransformer(depth=1), lr=5e-5)
+
+
+@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 1.0)])
+def test_betas_are_a_pair(betas):
+    with pytest.raises(ValueError, match="betas must be two numbers"):
+        fastals.ALS(TinyTransformer(depth=1), betas=betas)
+
+
+def test_several_processes_are_warned_of_once(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model, batch = TinyTransformer(depth=1), next(tiny_batches(1))
+    opt = fastals.ALS(model)
+    with pytest.warns(UserWarning, match="2 processes are running") as caught:
+        opt.step(lambda: model(**batch))
+    opt.step(lambda: model(**batch))
+    assert len(caught) == 1
+
+
+def test_a_state_without_the_moments_of_this_momentum_is_refused_when_it_is_loaded():
+    model, batch = TinyTransformer(depth=1), next(tiny_batches(1))
+    opt = fastals.ALS(model)
+    opt.step(lambda: model(**batch))
+    with pytest.raises(ValueError, match="no 'exp_avg'"):
+        fastals.ALS(copy.deepcopy(model), momentum="after").load_state_dict(opt.state_dict())
 
 
 def test_hooks_and_repr():
