@@ -17,7 +17,7 @@ from fastals.options import Settings, check_coverage, check_ranges, warn_of_proc
 from fastals.report import Reports, StepReport
 from fastals.schedule import SCHEDULES, keep
 from fastals.search import MEMORY, plain_memory, schedule_next_search
-from fastals.units import observed, units
+from fastals.units import named, observed, units
 
 if TYPE_CHECKING:
     from fastals.graph import GraphedStep, GraphMode
@@ -128,7 +128,8 @@ class ALS(torch.optim.Optimizer):
         fused: bool | str = "auto",
         seed: int = 0,
     ) -> None:
-        self.model = params if isinstance(params, nn.Module) else model or getattr(params, "model", None)
+        known = getattr(params, "model", None) if model is None else model
+        self.model = params if isinstance(params, nn.Module) else known
         self._by_observation = isinstance(params, nn.Module)
         self.settings = Settings(
             direction, momentum, schedule, order, every, merge_below, max_grad_norm, cache, fused, seed
@@ -169,8 +170,8 @@ class ALS(torch.optim.Optimizer):
         """
         if closure is None:
             return self._step_of_length_zero()
-        self._refuse_unfrozen()
         batch = self._mini_batch(closure)
+        self._refuse_unfrozen()
         with self._transaction(batch):
             start = batch.losses.differentiate() if loss is None else batch.losses.given(loss)
             self._begin(batch, start)
@@ -239,7 +240,7 @@ class ALS(torch.optim.Optimizer):
     def _current_cache(self) -> ActivationCache | None:
         """The cache of the model as it is now; a changed module tree starts a new one, verified anew."""
         if self._cache is None or self._cache.outdated():
-            self._cache = self._new_cache()
+            self._cache, self._frozen = self._new_cache(), None
             self._learned = Learned() if self._cache is not None else self._learned
         return self._cache
 
@@ -369,22 +370,14 @@ class ALS(torch.optim.Optimizer):
         Raises:
             ValueError: a parameter that the model does not have, or that is in a unit already.
         """
-        if self.model is not None and "param_names" not in param_group and self._named_by_model():
-            names = {id(p): n for n, p in self.model.named_parameters()}
-            members = param_group["params"]
-            members = [members] if isinstance(members, Tensor) else list(members)
-            if not all(id(p) in names for p in members):
-                raise ValueError("the group holds parameters that the model does not have")
-            param_group = param_group | {"params": members, "param_names": [names[id(p)] for p in members]}
+        if self.model is not None and any("param_names" in g for g in self.param_groups):
+            param_group = named(param_group, self.model)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         index = len(self.param_groups) - 1
         group.setdefault("name", f"group{index}")
         group.setdefault("unit", index)
         self._forget()
-
-    def _named_by_model(self) -> bool:
-        return any("param_names" in g for g in self.param_groups)
 
     @property
     def report(self) -> StepReport | None:

@@ -166,7 +166,8 @@ class EagerALS(torch.optim.Optimizer):
         largest, trust = part.rules["eta_max"], part.rules["trust"]
         moving = int(sum(torch.count_nonzero(g) for g in part.grads))
         length = _norm(part.direction) / math.sqrt(max(moving, 1))
-        coarse = max(torch.finfo(p.dtype).eps if p.itemsize < 4 else 0.0 for p in part.params)
+        dtypes = [p.dtype for g in part.groups for p in g["params"]]
+        coarse = max(torch.finfo(t).eps if t.itemsize < 4 else 0.0 for t in dtypes)
         part.hidden = coarse / 2 * _rms(part.weights) / length if length > 0 else 0.0
         if trust is not None and length > 0:
             largest = min(largest, trust * max(_rms(part.weights), self.weight_rms) / length)

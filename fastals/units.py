@@ -56,6 +56,21 @@ def group(name: str, named: Sequence[tuple[str, torch.Tensor]]) -> dict:
     return {"name": name, "params": [p for _, p in named], "param_names": [n for n, _ in named]}
 
 
+def named(group: dict, model: nn.Module) -> dict:
+    """The group with the names that its parameters have in the model, if it came without.
+
+    Raises:
+        ValueError: the model does not have one of them.
+    """
+    if "param_names" in group:
+        return group
+    names = {id(p): n for n, p in model.named_parameters()}
+    members = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+    if not all(id(p) in names for p in members):
+        raise ValueError("the group holds parameters that the model does not have")
+    return group | {"params": members, "param_names": [names[id(p)] for p in members]}
+
+
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost repeated modules, by name, in registration order."""
     return dict(_stacks(model, ""))
