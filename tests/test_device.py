@@ -520,6 +520,14 @@ def test_steps_below_the_rounding_of_the_weights_add_up_in_the_masters(kind, sch
         assert float(p.detach().float().mean()) == pytest.approx(1.5 - 12e-3, abs=2**-7)
 
 
+def test_reports_of_more_steps_than_the_ring_holds_are_of_the_last():
+    weight = torch.nn.Parameter(torch.ones(8, device=CUDA))
+    opt, losses = optimizer("fused", holding(weight)), []
+    for _ in range(66):
+        losses.append(float(opt.step(lambda: weight.square().sum())))
+    assert [r.loss_before for r in opt.reports] == losses[-64:]
+
+
 @pytest.mark.parametrize("kind", ["fused", "plain"])
 def test_a_gradient_norm_without_gradients_is_no_error(kind):
     weight = torch.nn.Parameter(torch.ones(8, device=CUDA))

@@ -185,20 +185,49 @@ def test_a_step_of_zero_restores_bitwise_whatever_the_direction_holds(dtype, bad
         assert torch.equal(q.detach().view(torch.uint8), old.view(torch.uint8))
 
 
-def test_a_large_parameter_against_float64():
-    groups, state = make_groups([[(3 * 2**20 + 7, torch.float32, True, 0)]], seed=1)
-    p = groups[0]["params"][0]
-    w, g = p.detach().double(), p.grad.double()
-    device = Device(groups, [groups], "adam", False, state)
+LARGE = 3 * 2**20 + 7
+PRECISE = [(1000, t, kind, avg) for t in RTOL for kind in ("adam", "sgd") for avg in (False, True)]
+PRECISE += [(LARGE, torch.float32, "adam", False), (LARGE, torch.bfloat16, "adam", True)]
+
+
+@pytest.mark.parametrize(("size", "dtype", "kind", "averages"), PRECISE, ids=lambda x: str(x).removeprefix("torch."))
+def test_survey_trial_and_advance_against_float64(size, dtype, kind, averages):
+    """The third update of a parameter, with weight decay, along the averaged direction if there is one."""
+    groups, state = make_groups([[(size, dtype, True, 2)]], seed=1, weight_decay=0.1)
+    (p,), (beta1, beta2), eta = groups[0]["params"], groups[0]["betas"], 0.125
+    g, old = p.grad.double(), {k: v.double() for k, v in state[p].items() if k != "step"}
+    w = torch.where(old["master"].to(dtype) == p, old["master"], p.detach().double())
+    new_v = beta2 * old["exp_avg_sq"] + (1 - beta2) * g**2
+    new_m = beta1 * old["exp_avg"] + (1 - beta1 if kind == "adam" else 1) * g
+    scale = 1 / ((new_v / (1 - beta2**3)).sqrt() + 1e-8) if kind == "adam" else 1.0
+    mean = new_m / (1 - beta1**3) if kind == "adam" else new_m
+    plain, averaged = g * scale + 0.1 * w, mean * scale + 0.1 * w
+    d = averaged if averages else plain
+    device = Device(groups, [groups], kind, averages, state)
+    arena = device.arena
+    arena.partials.fill_(math.nan)
     refresh(device)
-    survey(device.table, device.arena)
-    d = g / (g.abs() + 1e-8)
-    sums = dict(zip(SUMS, device.arena.sums[0].tolist(), strict=True))
-    assert sums["slope"] == pytest.approx(float(g @ d), rel=1e-6)
+    survey(device.table, arena)
+    sums = dict(zip(SUMS, arena.sums[0].tolist(), strict=True))
+    for name, direction in (("slope", plain), ("averaged_slope", d)):
+        assert sums[name] == pytest.approx(float(g @ direction), abs=1e-6 * float(g.norm() * direction.norm()))
+    for name, direction in (("direction", plain), ("averaged_direction", d)):
+        assert sums[name] == pytest.approx(float(direction @ direction), rel=1e-6)
     assert sums["weights"] == pytest.approx(float(w @ w), rel=1e-6)
-    assert sums["elements"] == p.numel()
-    put(device, 0, 0.125)
-    near(p, w - 0.125 * d, 1e-6)
+    assert (sums["elements"], sums["moving"]) == (size, int((g != 0).sum()))
+    near(device.units[0].w_views[0], w, 1e-7)
+    arena.state[0, STATE.index("averaged")] = float(averages)
+    arena.state[0, STATE.index("slope")] = 1.0
+    put(device, 0, eta)
+    near(p, w - eta * d, RTOL[dtype])
+    advance(device.table, arena)
+    if dtype != torch.float32:
+        near(device.units[0].w_views[0], w - eta * d, 2e-6)
+    if averages:
+        near(device.units[0].m_views[0], new_m, 1e-6)
+    if kind == "adam":
+        near(device.units[0].v_views[0], new_v, 1e-6)
+    assert arena.counts.tolist() == [3]
 
 
 def test_the_same_inputs_give_the_same_bits():

@@ -172,6 +172,18 @@ def test_a_group_added_while_training_is_searched_from_then_on():
     assert int(opt.state[model.head.weight]["step"]) == 4
 
 
+def test_a_module_added_while_training_has_to_be_in_a_unit():
+    torch.manual_seed(0)
+    model, batch = TinyTransformer(), next(tiny_batches(1))
+    opt = fastals.ALS(model)
+    opt.step(lambda: model(**batch))
+    model.adapter = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="adapter"):
+        opt.step(lambda: model(**batch))
+    opt.add_param_group({"params": model.adapter.parameters()})
+    opt.step(lambda: model(**batch))
+
+
 class Kink(nn.Module):
     """A finite loss, and a gradient of ``scale`` that is not: the root at 0."""
 
