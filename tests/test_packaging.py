@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import fastals
 
@@ -23,23 +25,46 @@ def test_the_readme_example_runs(tmp_path):
     assert after < before
 
 
-def test_the_trainer_of_the_readme_trains(tmp_path):
-    pytest.importorskip("accelerate")
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
-
+def block(containing):
+    """The README's block of Python that contains this."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    names = {"Trainer": Trainer, "fastals": fastals}
-    exec(next(b for b in blocks if "class ALSTrainer" in b), names)
+    return next(b for b in blocks if containing in b)
+
+
+@pytest.fixture
+def bert():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    model = BertForSequenceClassification(BertConfig(vocab_size=30, num_labels=3, **sizes))
+    return BertForSequenceClassification(BertConfig(vocab_size=30, num_labels=3, **sizes)).train()
+
+
+def test_the_loops_of_the_readme_train(bert):
+    ids = torch.randint(0, 30, (40, 16, 12))
+    loader = [{"input_ids": i, "labels": i[:, 0] % 3} for i in ids]
+    names = {"fastals": fastals, "torch": torch, "model": bert, "loader": loader}
+    exec(block("CosineAnnealingLR"), names)
+    assert names["opt"].param_groups[0]["count"] == 40
+    assert names["opt"].param_groups[0]["lr"] == pytest.approx(0)
+    names["opt"] = fastals.ALS(bert)
+    names["batches_of_micro_batches"] = [loader[i : i + 2] for i in range(0, 40, 2)]
+    before = float(bert(**loader[0]).loss.detach())
+    exec(block("batches_of_micro_batches"), names)
+    assert names["opt"].param_groups[0]["count"] == 20
+    assert float(bert(**loader[0]).loss.detach()) < before
+    exec(block("train_step"), names)
+    assert names["opt"].graph_mode.name == "eager"
+
+
+def test_the_trainer_of_the_readme_trains(bert, tmp_path):
+    pytest.importorskip("accelerate")
+    names = {"Trainer": Trainer, "fastals": fastals}
+    exec(block("class ALSTrainer"), names)
     data = [{"input_ids": ids, "labels": ids[0] % 3} for ids in torch.randint(0, 30, (160, 12))]
     arguments = TrainingArguments(
         tmp_path, per_device_train_batch_size=16, num_train_epochs=6, max_grad_norm=0, logging_steps=20, save_steps=60,
         report_to=[], lr_scheduler_type="cosine", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    trainer = names["ALSTrainer"](model=model, args=arguments, train_dataset=data)
+    trainer = names["ALSTrainer"](model=bert, args=arguments, train_dataset=data)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses == sorted(losses, reverse=True)
