@@ -96,7 +96,7 @@ SHAPES: dict[str, Shape] = {
     **{f"depth-{n}": Shape(lambda n=n: narrow(n), 8, 64) for n in (6, 12, 24, 48)},
     **{f"width-{n}": Shape(lambda n=n: bert(6, n), 8, 64) for n in (192, 384, 768)},
     **{f"batch-{n}": replace(MINILM, batch=n) for n in (4, 16, 64, 128)},
-    **{f"length-{n}": replace(MINILM, batch=4, length=n) for n in (64, 256, 1024, 2048)},
+    **{f"length-{n}": replace(MINILM, batch=2048 // n, length=n) for n in (64, 256, 1024, 2048)},
     "gpt2": Shape(gpt2, 4, 128),
     "llama": Shape(llama, 4, 128),
     "vit": Shape(vit, 4),
