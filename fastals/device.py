@@ -41,6 +41,8 @@ class Device:
         self.units = [self._unit(u, unit, starts, kind, averages, state) for u, unit in enumerate(members)]
         counts = [count for unit in self.units for count in unit.counts]
         self.arena.counts.copy_(torch.tensor(counts, dtype=torch.float32, device="cpu"))
+        rounding = [unit.rounding for unit in self.units]
+        self.arena.rounding.copy_(torch.tensor(rounding, dtype=torch.float64, device="cpu"))
         memory = [[float(unit.rules[k]) for k in DEVICE_MEMORY] for unit in self.units]
         self.arena.memory.copy_(torch.tensor(memory, dtype=torch.float64, device="cpu"))
         self.shown: dict[int, list[int]] = {}  # by unit: which of its parameters the optimizer's state shows

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastals.buffers import Gradients, Scratch, Unit
 from fastals.closure import Losses
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
-from fastals.search import MEMORY, Search, uniform
+from fastals.search import MEMORY, Search, uniform, visible
 
 
 @dataclass(slots=True)
@@ -120,8 +120,7 @@ class MiniBatch:
             for unit, search in searches.items():
                 unit.trial(factor * search.eta)
             loss = float(self.losses.at("all units", [p for unit in searches for p in unit.active_params()]))
-            asked = factor * required
-            if math.isfinite(loss) and loss <= reference - (0.0 if asked < self.resolution else asked):
+            if math.isfinite(loss) and loss <= reference - visible(factor * required, self.resolution):
                 self.loss = loss
                 return factor
             factor *= self.units[0].rules["backtrack"]

@@ -21,7 +21,7 @@ from fastals import rng
 from fastals.optimizer import ALS
 from fastals.options import Settings, check_coverage, check_ranges
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
-from fastals.search import MEMORY, Search, schedule_next_search, uniform
+from fastals.search import MEMORY, Search, schedule_next_search, uniform, visible
 from fastals.units import units
 
 
@@ -248,8 +248,7 @@ class EagerALS(torch.optim.Optimizer):
                 part.move(factor * part.search.eta)
             self.joint_trials += 1
             loss = self._evaluate()
-            asked = factor * required
-            largest = start + (highest - start) - (asked if asked >= self.resolution else 0.0)
+            largest = start + (highest - start) - visible(factor * required, self.resolution)
             self.margins.append(loss - largest)
             if math.isfinite(loss) and loss <= largest:
                 self.loss = loss

@@ -88,7 +88,7 @@ class Search:
     def required(self) -> float:
         """Decrease that the test asks for: c η s, or 0 where it could not be seen."""
         decrease = self.rules["c"] * self.eta * self.required_slope
-        return 0.0 if decrease < self.resolution or self.eta < self.hidden else decrease
+        return 0.0 if self.eta < self.hidden else visible(decrease, self.resolution)
 
     def judge(self, trial_loss: float) -> None:
         """Accept the current step or shrink it; the last rejection ends the search with a step of 0."""
@@ -117,6 +117,11 @@ class Search:
         else:
             r["step_size"] = r["backtrack"] * self.start
             r["backtracks"] += 1
+
+
+def visible(decrease: float, resolution: float) -> float:
+    """The decrease that a test may ask for: 0 where the loss could not show it."""
+    return 0.0 if decrease < resolution else decrease
 
 
 def uniform(seed: str, unit: str) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastals.kernels.reference import rounding
 from fastals.kernels.table import Table, upload
 
 #: Columns of ``state``: what a search stands at. One row per unit; the last row is that of all units together.
@@ -48,7 +47,7 @@ class Arena:
         state: float64 [units + 1, 15]; memory: float64 [units, 6]; rules: float64 [groups, 20].
         flags: int32 [units + 1, 3]; history: float64 [64, units + 1, 15], a ring; step: int64 [1].
         lead: int32 [units], the row of ``rules`` that each unit follows.
-        rounding: float64 [units], see :func:`rounding`.
+        rounding: float64 [units], of the unit's parameters, see :func:`fastals.kernels.reference.rounding`.
         grad_scale: float32 [1], multiplies the gradient in the direction.
     """
 
@@ -73,9 +72,7 @@ class Arena:
         self.history = zeros(RING, units + 1, len(STATE))
         self.step = zeros(1, dtype=torch.int64)
         self.lead = upload(torch.tensor(lead, dtype=torch.int32, device="cpu"), table.device)
-        parts = [[e.param for e in table.entries if e.unit == u] for u in range(units)]
-        largest = torch.tensor(list(map(rounding, parts)), dtype=torch.float64, device="cpu")
-        self.rounding = upload(largest, table.device)
+        self.rounding = zeros(units)
         self.grad_scale = torch.ones(1, dtype=torch.float32, device=table.device)
         self.steps = 0  # that have entered the history, as the host counts them
         self._rules: list[list[float]] = []

@@ -372,8 +372,8 @@ def remember_kernel(state, memory, rules, lead, history, step, units, UP: tl.con
     backtracks = tl.load(memory + BACKTRACKS, mask=searched, other=0.0)
     shrunk = tl.load(rules + BACKTRACK, mask=searched, other=0.0) * start
     tl.store(memory + STEP_SIZE, tl.where(accepted, eta, shrunk), mask=searched)
-    carried = tl.where(accepted, tl.maximum(backtracks + trials - 2, 0.0), backtracks + 1)
-    tl.store(memory + BACKTRACKS, carried, mask=searched)
+    later = tl.where(accepted, tl.maximum(backtracks + trials - 2, 0.0), backtracks + 1)
+    tl.store(memory + BACKTRACKS, later, mask=searched)
     learned = searched & accepted
     weight = tl.load(rules + SMOOTHING, mask=learned, other=0.0)
     decrease = loss - tl.load(rows + FINAL, mask=learned, other=0.0)
