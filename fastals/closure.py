@@ -140,18 +140,24 @@ class Losses:
                 "mini-batch every time and draw random numbers from torch only"
             )
 
-    def check_replay(self, loss: Tensor) -> None:
-        """Find out whether recorded outputs alone give f(w_t) = ``loss``; next to nothing is computed for it.
+    def replay_outdated(self, loss: Tensor) -> Tensor:
+        """Whether :attr:`Learned.replays` no longer holds: recorded outputs alone give f(w_t) = ``loss``, or not.
 
-        A loss that has come to read something else than outputs (attentions, router logits) shows here, in the very
-        step; the units are then compared with full forwards anew.
+        Next to nothing is computed for it. A loss that has come to read something else than outputs (attentions, router
+        logits) shows here, in the very step; after :meth:`turn_replays` the units are compared with full forwards anew.
+        The answer is a 0-d bool on the loss's device, and nothing waits for it here.
         """
         if self.cache is None or not any(self.cache.passes):
-            return
+            return torch.zeros_like(loss, dtype=torch.bool)
         counted = self.forwards
         again = self._replayed([len(calls) for calls in self.cache.passes])
-        self.learned.replays = isinstance(again, Tensor) and _same(float(again), float(loss), loss.device)
         self.forwards = counted
+        replays = _same(again, loss) if isinstance(again, Tensor) else torch.zeros_like(loss, dtype=torch.bool)
+        return replays != self.learned.replays
+
+    def turn_replays(self) -> None:
+        """Take note that :attr:`Learned.replays` no longer holds."""
+        self.learned.replays = not self.learned.replays
 
     def at(self, unit: str, params: Sequence[Tensor], *, record: bool = False) -> Tensor:
         """The loss at the current weights, of which only ``params`` differ from the recorded ones."""
@@ -166,7 +172,7 @@ class Losses:
         full, loss = self._run([]), self._replayed(start, record)
         if not isinstance(loss, Tensor):
             return self._distrust(unit, f"{type(loss).__name__}: {loss}", record)
-        if not _same(float(loss), float(full), loss.device):
+        if not bool(_same(loss, full)):
             return self._distrust(unit, f"a cached trial gave {float(loss)}, a full forward {float(full)}", record)
         self.trusted[unit] = True
         return loss
@@ -267,6 +273,10 @@ class Losses:
             raise non_finite(float(loss))
 
 
+class OutdatedError(Exception):
+    """A look at the device says that :attr:`Learned.replays` no longer holds; a trial may have relied on it."""
+
+
 def non_finite(loss: float) -> FloatingPointError:
     """The error for a loss that is not finite where a step would start."""
     return FloatingPointError(
@@ -275,8 +285,7 @@ def non_finite(loss: float) -> FloatingPointError:
     )
 
 
-def _same(cached: float, full: float, device: torch.device) -> bool:
+def _same(cached: Tensor, full: Tensor) -> Tensor:
     """Bitwise on the CPU; elsewhere up to a few roundings, since kernels may be chosen by address."""
-    if cached == full or (cached != cached and full != full):
-        return True
-    return device.type != "cpu" and abs(cached - full) <= 1e-6 * (1 + abs(full))
+    rounding = 0.0 if full.device.type == "cpu" else 1e-6
+    return torch.isclose(cached.double(), full.double(), rtol=rounding, atol=rounding, equal_nan=True)

@@ -85,6 +85,7 @@ class CudaGraphs:
     @contextmanager
     def session(self) -> Iterator[None]:
         """Captures with cuBLAS workspaces of this pool, which no other program's captures come to use."""
+        gc.collect()  # nothing that a cycle holds is freed within a capture
         torch._C._cuda_clearCublasWorkspaces()
         try:
             yield
@@ -94,7 +95,6 @@ class CudaGraphs:
     def capture_head(self, action: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Capture forward and backward."""
         torch.cuda.synchronize(self.device)
-        gc.collect()
         torch.cuda.empty_cache()
         results: list[Tensor] = []
         piece = self.capture(lambda: results.append(action()))

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fastals.buffers import Flat, Gradients, Unit, layout
-from fastals.closure import Losses, non_finite
+from fastals.closure import Losses, OutdatedError, non_finite
 from fastals.kernels import armijo
+from fastals.kernels.arena import FLAGS, OUTCOMES, RING, RULES, STATE, Arena
 from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
-from fastals.kernels.arena import OUTCOMES, RING, RULES, STATE, Arena
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.table import Entry, Table
 from fastals.kernels.trial import trial
@@ -93,22 +93,31 @@ class Immediately:
 
         Raises:
             FloatingPointError: f(w_t) is not finite.
+            OutdatedError: the attempt may have relied on what no longer holds of the activation cache.
+            RuntimeError: the flag does not come to say stop.
         """
-        go = True
-        while go:
+        for _ in range(arena.most_trials + 1):
             attempt()
             go, accepted = self.verdict(arena, row)
-        return accepted
+            if not go:
+                return accepted
+        raise RuntimeError(
+            f"a search goes on after {arena.most_trials + 1} trials, more than max_trials: the flags on the device are "
+            "wrong. Please report it"
+        )
 
     def verdict(self, arena: Arena, row: int) -> tuple[bool, bool]:
         """Wait for the device: whether there is another trial to make, and whether the last one was accepted.
 
         Raises:
             FloatingPointError: f(w_t) is not finite.
+            OutdatedError: what the host assumes of the activation cache no longer holds.
         """
-        go, accepted, refused = self.look(arena, row)
+        go, accepted, refused, outdated = self.look(arena, row)
         if refused:
             raise non_finite(float(arena.state[-1, STATE.index("start")]))
+        if outdated:
+            raise OutdatedError
         return bool(go), bool(accepted)
 
     def look(self, arena: Arena, row: int) -> list[int]:
@@ -136,13 +145,25 @@ class DeviceBatch:
     def begin(self, device: Device, units: list[Unit], loss: Tensor, max_grad_norm: float | None) -> None:
         """Start from f(w_t) = ``loss``: snapshot the weights and sum up the slopes."""
         self.device, self.arena, self.table, self.units = device, device.arena, device.table, units
-        self.gradients = Gradients(units)
+        self.start, self.gradients = loss, Gradients(units)
         device.refresh(self.seed, self.gradients)
         if max_grad_norm is not None and self.gradients.held:
             self.do(partial(_scale_gradients, self.gradients.held, max_grad_norm, self.arena.grad_scale[0]))
         self.do(partial(armijo.begin, self.arena, loss))
         self.do(partial(survey, self.table, self.arena, averaged=self.momentum == "tested"))
         self.started = True
+
+    def check_replay(self, loss: Tensor) -> None:
+        """Have the device see whether recorded outputs still give f(w_t), or still do not; the next look says so."""
+        self.arena.flags[:, FLAGS.index("outdated")] = self.losses.replay_outdated(loss)
+
+    def restart(self) -> None:
+        """Begin the searches anew, now that a look has raised :class:`OutdatedError`."""
+        self.losses.turn_replays()
+        self.random, self.searched = random.Random(self.seed), False
+        armijo.restore(self.arena)
+        trial(self.table, self.arena)
+        armijo.begin(self.arena, self.start)
 
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, if its direction descends."""
@@ -216,10 +237,17 @@ class DeviceBatch:
         """
         self.gradients.check()
         if not self.searched:
-            self.executor.verdict(self.arena, self.arena.units)
+            self._look_once()
         self.learn()
         self.device.show(self.units, state)
         self.arena.steps += 1
+
+    def _look_once(self) -> None:
+        """Wait for the device although nothing was tried: f(w_t) may not be finite."""
+        try:
+            self.executor.verdict(self.arena, self.arena.units)
+        except OutdatedError:
+            self.losses.turn_replays()
 
     def restore(self) -> None:
         """Put every unit back to w_t, bitwise."""

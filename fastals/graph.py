@@ -1,5 +1,6 @@
 """``opt.graphed(loss_fn)``: steps as captured graphs, one program per signature of inputs."""
 
+import gc
 import math
 import warnings
 from collections import OrderedDict, deque
@@ -133,6 +134,8 @@ class GraphedStep:
         return sum(captured.program.backend.held_bytes() for captured in self._programs.values())
 
     def _warm_up(self, signature: Hashable, batch: Batch) -> Tensor:
+        if not self._seen:
+            gc.collect()  # programs and models in cycles would hold their device memory beside the new ones
         loss = self._eagerly(batch)
         if (standing := self._standing()) != self._identity:  # the step may have built its tables
             self._programs.clear()

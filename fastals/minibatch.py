@@ -57,6 +57,11 @@ class MiniBatch:
             norm = math.hypot(*(u.gradient_norm() for u in units))
             self.grad_scale = min(1.0, max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
 
+    def check_replay(self, loss: Tensor) -> None:
+        """See whether recorded outputs still give f(w_t), or still do not."""
+        if self.losses.replay_outdated(loss):
+            self.losses.turn_replays()
+
     def aim(self, unit: Unit, *, averaged: bool | None = None) -> tuple[float, float, float]:
         """Write the unit's direction; returns its slope, the largest step to try, and below which steps may hide."""
         self.gradients.check()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from fastals import kernels, rng
 from fastals.buffers import Scratch, Unit
 from fastals.cache import ActivationCache
-from fastals.closure import NO_CLOSURE, Learned, Losses
+from fastals.closure import NO_CLOSURE, Learned, Losses, OutdatedError
 from fastals.interrupt import uninterrupted
 from fastals.minibatch import MiniBatch
 from fastals.options import Settings, check_coverage, check_ranges, warn_of_processes
@@ -176,15 +177,21 @@ class ALS(torch.optim.Optimizer):
             start = batch.losses.differentiate() if loss is None else batch.losses.given(loss)
             self._begin(batch, start)
             due = self._search_is_due(batch.units)
-            if due:
-                SCHEDULES[self.settings.schedule](batch, self.settings.order)
-            else:
-                keep(batch)
+            self._search(batch, due)
             if self.settings.momentum == "after":
                 batch.follow_momentum()
             with uninterrupted():
                 self._commit(batch, searched=due)
         return start
+
+    def _search(self, batch: Any, due: bool) -> None:
+        """Run the schedule, once more if its first look at the device says that the cache was misjudged."""
+        run = partial(SCHEDULES[self.settings.schedule], order=self.settings.order) if due else keep
+        try:
+            run(batch)
+        except OutdatedError:
+            batch.restart()
+            run(batch)
 
     def graphed(
         self, loss_fn: Callable[[Any], Tensor], *, pad_to_multiple_of: int | None = None, max_signatures: int = 8
@@ -261,7 +268,7 @@ class ALS(torch.optim.Optimizer):
         if cache is not None:
             active.sort(key=lambda u: cache.start(u.active_params()))
         batch.begin(self._device or self._scratch, active, loss, self.settings.max_grad_norm)
-        batch.losses.check_replay(loss)
+        batch.check_replay(loss)
         if not self._repeatable:
             warn_of_processes()
             batch.losses.check_repeatable(float(loss))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastals import rng
 from fastals.cache import ActivationCache
-from fastals.closure import Learned, Losses, non_finite
+from fastals.closure import Learned, Losses
 from fastals.device import Device, DeviceBatch, Immediately
 from fastals.kernels import armijo
 from fastals.kernels.arena import FLAGS, Arena
@@ -141,6 +141,17 @@ class Recorder(Immediately):
 def _run_all(actions: Sequence[Action]) -> None:
     for action in actions:
         action()
+
+
+class Watching(Immediately):
+    """Repeats a piece and looks at its flag through the back end."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def look(self, arena: Arena, row: int) -> list[int]:
+        """Wait for the device and read the row's flags."""
+        return self.backend.look(arena.flags[row])
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,14 +310,11 @@ class Program:
                 self.backend.replay(operation.piece)
 
     def _repeat(self, loop: Loop, rng_state: Any) -> bool:
-        while True:
+        def attempt() -> None:
             self.backend.set_rng_state(rng_state)  # the masks of the head, in every trial
             self.backend.replay(loop.piece)
-            go, accepted, refused = self.backend.look(self.device.arena.flags[loop.row])
-            if refused:
-                raise non_finite(float(self.loss))
-            if not go:
-                return bool(accepted)
+
+        return bool(Watching(self.backend).repeat(self.device.arena, loop.row, attempt))
 
 
 def _drop_gradients(params: Sequence[Tensor]) -> None:

@@ -28,7 +28,10 @@ RULES = (
     "eta_init", "eta_min", "eta_max", "floor", "reference", "polyak_c", "nonmonotone_weight", "smoothing", "uniform",
 )  # fmt: skip
 #: Columns of ``flags``, the only thing that a loop on the host reads.
-FLAGS = ("go", "accepted", "refused")
+FLAGS = (
+    "go", "accepted", "refused",
+    "outdated",  # 1 if what the host assumes of the activation cache no longer holds; written by eager steps
+)  # fmt: skip
 OUTCOMES = ("running", "accepted", "exhausted", "not_descent", "kept")
 SUMS = ("slope", "direction", "moving", "weights", "elements", "averaged_slope", "averaged_direction")
 CONSTANTS = ("beta1", "new1", "beta2", "new2", "correction1", "correction2", "eps", "decay")
@@ -45,7 +48,7 @@ class Arena:
         constants: float32 [parameters, 8], of this step's update.
         partials: float32 [7, chunks]; parts: float64 [units, 64, 7]; sums: float64 [units, 7].
         state: float64 [units + 1, 15]; memory: float64 [units, 6]; rules: float64 [groups, 20].
-        flags: int32 [units + 1, 3]; history: float64 [64, units + 1, 15], a ring; step: int64 [1].
+        flags: int32 [units + 1, 4]; history: float64 [64, units + 1, 15], a ring; step: int64 [1].
         lead: int32 [units], the row of ``rules`` that each unit follows.
         rounding: float64 [units], of the unit's parameters, see :func:`fastals.kernels.reference.rounding`.
         grad_scale: float32 [1], multiplies the gradient in the direction.
@@ -76,6 +79,11 @@ class Arena:
         self.grad_scale = torch.ones(1, dtype=torch.float32, device=table.device)
         self.steps = 0  # that have entered the history, as the host counts them
         self._rules: list[list[float]] = []
+
+    @property
+    def most_trials(self) -> int:
+        """Trials that no search exceeds."""
+        return int(max(rule[RULES.index("max_trials")] for rule in self._rules))
 
     def set_rules(self, rules: Sequence[Sequence[float]]) -> None:
         """Bring the constants of the groups up to date, if any has changed."""

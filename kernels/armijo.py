@@ -31,6 +31,7 @@ from fastals.kernels.columns import (
     EXHAUSTED,
     F_ACCEPTED,
     F_GO,
+    F_OUTDATED,
     F_REFUSED,
     FINAL,
     FLOOR,
@@ -99,6 +100,7 @@ def begin_kernel(state, flags, loss, units, eps, UP: tl.constexpr):
         tl.store(state + o * N_STATE + column, value, mask=o <= units)
     tl.store(flags + o * N_FLAGS + F_GO, tl.zeros([UP], tl.int32), mask=o <= units)
     tl.store(flags + o * N_FLAGS + F_ACCEPTED, tl.zeros([UP], tl.int32), mask=o <= units)
+    tl.store(flags + o * N_FLAGS + F_OUTDATED, tl.zeros([UP], tl.int32), mask=o <= units)
     tl.store(flags + o * N_FLAGS + F_REFUSED, tl.zeros([UP], tl.int32) + refused.to(tl.int32), mask=o <= units)
 
 

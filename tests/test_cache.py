@@ -168,6 +168,7 @@ def test_compiled_blocks(how):
     assert (model.blocks[0]._compiled_call_impl is not None) == (how == "block.compile()")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at activations
 def test_a_model_compiled_as_a_whole_runs_without_the_cache():
     model, _ = tiny(dropout=0.0)
     whole = torch.compile(model, backend="eager")
@@ -364,8 +365,12 @@ def test_a_cache_of_its_own_records_and_replays():
 
 
 @pytest.mark.filterwarnings("ignore:fastals")
-def test_a_loss_that_comes_to_read_inside_the_blocks_is_noticed_in_that_step():
+@pytest.mark.parametrize("schedule", ["sweep", "independent"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_loss_that_comes_to_read_inside_the_blocks_is_noticed_in_that_step(fused, schedule):
     """Attentions are no outputs of blocks. With them in the loss all units are compared with full forwards anew."""
+    if fused:
+        pytest.importorskip("triton")
     model, batch = attending(), {"input_ids": torch.arange(24).view(2, 12), "labels": torch.tensor([0, 1])}
     inside = False
 
@@ -373,16 +378,16 @@ def test_a_loss_that_comes_to_read_inside_the_blocks_is_noticed_in_that_step():
         out = model(**batch, output_attentions=True)
         return out.loss + (sum(a.square().sum() for a in out.attentions) if inside and out.attentions else 0.0)
 
-    opt = fastals.ALS(model)
+    opt = fastals.ALS(model, fused=fused, schedule=schedule)
     step_exactly(opt, closure)
     inside = True
     with pytest.warns(UserWarning, match="unit 'head' run without the activation cache"):
         step_exactly(opt, closure)
     step_exactly(opt, closure)
     inside = False
-    opt._cache.forwards.clear()
+    step_exactly(opt, closure)  # a first trial may have been made before it was noticed
     step_exactly(opt, closure)
-    assert opt.last_forwards < 2 + opt.report.trials, "the cache is back"
+    assert opt.last_forwards < 1 + opt.report.trials + opt.report.joint_trials, "the cache is back"
 
 
 def attending():
@@ -409,6 +414,7 @@ def test_a_loss_that_fails_on_replayed_outputs_runs_uncached():
     step_exactly(opt, lambda: model(input_ids=ids, labels=ids).loss)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at activations
 @pytest.mark.parametrize("compiled", ["wrapped", "in place"])
 def test_a_model_that_is_compiled_as_a_whole_keeps_its_units_and_counts_whole_forwards(compiled):
     model = TinyTransformer(depth=2).train()

@@ -302,14 +302,14 @@ def test_the_armijo_kernels_search_like_the_search_on_the_host(rules, memory, lo
     assert row["eta"] == pytest.approx(search.eta, rel=1e-12)
     left = iter(losses)
     while search.running:
-        assert arena.flags[0].tolist() == [1, 0, 0]
+        assert arena.flags[0].tolist() == [1, 0, 0, 0]
         loss = next(left)
         search.judge(loss)
         armijo.judge(arena, 0, torch.tensor(loss, dtype=precision, device=CUDA))
         row = at(arena, 0)
         assert row["eta"] == pytest.approx(search.eta, rel=1e-12)
         assert OUTCOMES[int(row["outcome"])] == (search.outcome or "running")
-    assert arena.flags[0].tolist() == [0, int(search.accepted), 0]
+    assert arena.flags[0].tolist() == [0, int(search.accepted), 0, 0]
     assert at(arena, -1)["loss"] == search.final_loss
     armijo.judge(arena, 0, torch.tensor(0.0, device=CUDA))
     assert at(arena, 0) == row, "a search that has ended judges no more"
@@ -359,7 +359,7 @@ def test_a_start_that_is_not_finite_is_refused_and_teaches_nothing():
     armijo.begin(arena, torch.tensor(math.nan, device=CUDA))
     survey(device.table, arena)
     armijo.open_search(arena, 0, tested=False)
-    assert arena.flags[0].tolist() == [0, 0, 1]
+    assert arena.flags[0].tolist() == [0, 0, 1, 0]
     advance(device.table, arena)
     armijo.remember(arena)
     assert torch.equal(arena.memory, before)

@@ -1,0 +1,36 @@
+"""The first half minute on a GPU: versions, the compiler, one launch of a kernel, the kernel that sets a condition."""
+
+import importlib.metadata
+import subprocess
+
+import torch
+
+import fastals
+from fastals import cuda_graphs, kernels
+from fastals.stamp import stamp
+
+
+def main() -> None:
+    """Print what there is, and run what everything else needs."""
+    print(*stamp().items(), sep="\n")
+    for name in ("pytest", "pytest-benchmark", "hypothesis", "numpy", "cuda-bindings", "peft", "accelerate"):
+        try:
+            print(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            print(name, "is missing")
+    if not torch.cuda.is_available():
+        print("no CUDA device: no launch")
+        return
+    print(subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout)
+    weight = torch.nn.Parameter(torch.ones(5000, device="cuda"))
+    print("why not fused:", kernels.why_not_fused([weight]) or "it is")
+    optimizer = fastals.ALS([{"name": "all", "params": [weight]}], fused=True)
+    optimizer.step(lambda: weight.square().sum())
+    print(optimizer.report)
+    assert optimizer.report.loss_after < optimizer.report.loss_before
+    print("condition kernel:", cuda_graphs.set_condition(torch.device("cuda", 0)))
+    print("a fused step and the condition kernel work")
+
+
+if __name__ == "__main__":
+    main()
