@@ -4,17 +4,17 @@
 #   bench/gpu.sh a    under 4 minutes: is it right, and the figures of bench/first_light.py beside their predictions
 #   bench/gpu.sh b    under 9 minutes: all tests of the GPU path, then the benchmarks that the queue asks for
 #
-# With --dry-run nothing needs a GPU: every stage says what it would run, tests and benchmarks are collected, and the first
-# light runs on a tiny model. Every stage is a process of its own with its own limit. Results are packed into one file,
+# Names of stages behind the letter run those alone. With --dry-run nothing needs a GPU: every stage says what it would
+# run, tests and benchmarks are collected, and the first light runs on a tiny model. Every stage is a process of its own with its own limit. Results are packed into one file,
 # results.tar.gz, after each stage: in $OUT if it is set, else in bench/results/<device>/. Nothing is gated: a failed test
 # is stamped on the figures. Nothing is installed or downloaded; it needs a CUDA build of torch, triton, transformers,
 # pytest, pytest-benchmark and hypothesis. A tree without .git names its commit in FASTALS_COMMIT. Exit code: 0 if all
 # passed, 1 if anything failed, 2 if there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:-} dry=0
-[[ " $* " == *" --dry-run "* ]] && dry=1
-[[ $part == [ab] ]] || { echo "usage: bench/gpu.sh a|b [--dry-run]" >&2; exit 64; }
+part=${1:-} dry=0 only=
+for word in "${@:2}"; do [ "$word" = --dry-run ] && dry=1 || only="${only:- }$word "; done
+[[ $part == [ab] ]] || { echo "usage: bench/gpu.sh a|b [--dry-run] [stage ...]" >&2; exit 64; }
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export TORCH_CUDNN_SDPA_DEPRIORITIZED=1 # cuDNN may plan attention within a capture
 python=${PYTHON:-python3}
@@ -37,13 +37,15 @@ export FASTALS_COMMIT=${FASTALS_COMMIT:-unknown}
 out=${OUT:-bench/results/$(dirname "$($python -P -m fastals.stamp)")}
 mkdir -p "$out"
 declare -A limit=([a]=230 [b]=520)
+most=${MOST_SECONDS:-${limit[$part]}} # of all stages together
 failed=0
 
 stage() {  # name, most seconds, command: run it, say in a line how it went, pack the results
 	local name=$1 seconds=$2 begin=$SECONDS log=$work/results/$1.log code
 	shift 2
+	[[ -z $only || $only == *" $name "* ]] || return 0
 	[ $dry = 0 ] || echo "$name would run within $seconds s: ${*/#$work/...}" | cut -c1-600
-	seconds=$((limit[$part] - SECONDS < seconds ? limit[$part] - SECONDS : seconds))
+	seconds=$((most - SECONDS < seconds ? most - SECONDS : seconds))
 	[ $seconds -gt 5 ] || { echo "$name: no time left"; return 1; }
 	env --default-signal=INT timeout -s INT -k 10 "$seconds" "$@" > "$log" 2>&1 # in the background it would be ignored
 	code=$?
@@ -63,11 +65,10 @@ tests() {  # name, most seconds, arguments of pytest
 bench() {  # name, most seconds, arguments of pytest
 	local name=$1 seconds=$2 gates=()
 	shift 2
-	[ $dry = 1 ] && set -- --collect-only "$@"
+	[ $dry = 1 ] && set -- --collect-only "$@" || set -- --benchmark-json="$work/results/$name.json" "$@"
 	mapfile -t gates < <(compgen -G "$work/results/*-tests.xml" || echo not-run)
 	stage "$name" "$seconds" $python -P -m pytest -q --tb=short -p no:cacheprovider -W ignore::DeprecationWarning \
-		-W ignore::FutureWarning --gates="$(IFS=, && echo "${gates[*]}")" \
-		--benchmark-json="$work/results/$name.json" "$@"
+		-W ignore::FutureWarning --gates="$(IFS=, && echo "${gates[*]}")" "$@"
 }
 
 together() {  # names of functions: run them at once
@@ -108,7 +109,7 @@ run_b() {
 	b4() { tests same-tests 160 "$same" tests/test_benchmarks.py tests/test_reference.py -k "take_the or takes_the or same_answers"; }
 	b5() { tests models-tests 160 $graph -k "hugging_face or profiled"; }
 	together b1 b2 b3 b4 b5
-	bench captured 100 bench/bench_graph.py -k "floor or sweep" || failed=1
+	bench captured 100 bench/bench_graph.py --full -k "floor or sweep" || failed=1
 	bench kernels 60 bench/bench_kernels.py -k "roofs or look or bert_base" || failed=1
 	bench schedules 60 bench/bench_graph.py -k "test_captured and (joint or cycle)" || failed=1
 	bench stages 50 bench/bench_step.py -k test_stage || failed=1

@@ -193,12 +193,12 @@ def _conditions(records: Iterable[Record]) -> str:
 
 
 def _case_sections(cases: list[Record], where: str, out: Path) -> list[str]:
-    """Tables and pictures of the timings of one device."""
+    """What the exactness tests of one device's timings came to, and the tables and pictures of them."""
     ratios = [c for c in cases if "speedup" in c["extra_info"]]
     kernels = [c for c in cases if "kernels" in c["extra_info"]]
     roofs = [c for c in cases if "copy_roof_gbs" in c["extra_info"]]
     times = [c for c in cases if c not in ratios + kernels + roofs]
-    sections = []
+    sections = [_gates_sentence(cases, where)] if cases else []
     for title in dict.fromkeys(map(charts.family, ratios)):
         members = [c for c in ratios if charts.family(c) == title]
         picture = charts.bars(title + where, members, out)
@@ -214,12 +214,35 @@ def _case_sections(cases: list[Record], where: str, out: Path) -> list[str]:
     return [*sections, f"## Times{where}\n\n{_time_table(times)}"] if times else sections
 
 
+def _gates(case: Record) -> str:
+    """What the exactness tests of the case came to."""
+    gates = case["extra_info"].get("gates", "not run")
+    if isinstance(gates, list) or gates == "said to have passed":  # of a time when a case was not timed otherwise
+        return "passed"
+    return str(gates)
+
+
+def _gates_sentence(cases: list[Record], where: str) -> str:
+    passed = sum(_gates(case) == "passed" for case in cases)
+    if passed == len(cases):
+        return f"Exactness tests{where}: passed for all cases."
+    return f"Exactness tests{where}: passed for {passed} of {len(cases)} cases; the others are marked below."
+
+
+def _case_table(columns: Sequence[str], rows: Iterable[tuple[Record, Sequence[str]]]) -> str:
+    """A table of cases, with what their exactness tests came to in the second column unless all passed."""
+    marked = [(_gates(case), row) for case, row in rows]
+    if all(gates == "passed" for gates, _ in marked):
+        return _table(columns, [row for _, row in marked])
+    return _table([columns[0], "exactness tests", *columns[1:]], [[row[0], g, *row[1:]] for g, row in marked])
+
+
 def _ratio_table(cases: list[Record]) -> str:
     columns = [
         "case", "mini-batch", "speed-up (lowest - highest)", "from forward passes alone", "seconds", "trials a unit",
         "peak MiB",
     ]  # fmt: skip
-    return _table(columns, map(_ratio_row, cases))
+    return _case_table(columns, [(case, _ratio_row(case)) for case in cases])
 
 
 def _ratio_row(case: Record) -> list[str]:
@@ -243,19 +266,20 @@ def _memory(peaks: Record) -> str:
 
 def _roofs(case: Record) -> str:
     copy, product = (case["extra_info"][key] for key in ("copy_roof_gbs", "matmul_roof_tflops"))
+    gates = _gates(case)
     return (
         f"The roofs, measured on the same device: a copy moves {copy:.4g} GB/s, a bfloat16 matrix product does "
-        f"{product:.4g} TFLOP/s."
+        f"{product:.4g} TFLOP/s." + ("" if gates == "passed" else f" Exactness tests: {gates}.")
     )
 
 
 def _kernel_table(cases: list[Record]) -> str:
     rows = [
-        [charts.label(case), name, f"{k['gbs']:.4g}", "{:.1%} ({:.1%} - {:.1%})".format(*_of_roof(k))]
+        (case, [charts.label(case), name, f"{k['gbs']:.4g}", "{:.1%} ({:.1%} - {:.1%})".format(*_of_roof(k))])
         for case in cases
         for name, k in case["extra_info"]["kernels"].items()
     ]
-    return _table(["case", "kernel", "GB/s", "of the copy bandwidth (lowest - highest)"], rows)
+    return _case_table(["case", "kernel", "GB/s", "of the copy bandwidth (lowest - highest)"], rows)
 
 
 def _time_table(cases: list[Record]) -> str:
@@ -263,8 +287,8 @@ def _time_table(cases: list[Record]) -> str:
     for case in cases:
         median, low, high = _time(case)
         others = ", ".join(f"{k} {v}" for k, v in case["extra_info"].items() if k not in (*STAMP, "gates"))
-        rows.append([charts.full_name(case), f"{median:.4g} ({low:.4g} - {high:.4g})", others or "-"])
-    return _table(["case", "seconds (quartiles)", "beside"], rows)
+        rows.append((case, [charts.full_name(case), f"{median:.4g} ({low:.4g} - {high:.4g})", others or "-"]))
+    return _case_table(["case", "seconds (quartiles)", "beside"], rows)
 
 
 def _task_sections(runs: list[Record], where: str, out: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -186,12 +185,17 @@ class ALS(torch.optim.Optimizer):
 
     def _search(self, batch: Any, due: bool) -> None:
         """Run the schedule, once more if its first look at the device says that the cache was misjudged."""
-        run = partial(SCHEDULES[self.settings.schedule], order=self.settings.order) if due else keep
         try:
-            run(batch)
+            self._run_schedule(batch, due)
         except OutdatedError:
             batch.restart()
-            run(batch)
+            self._run_schedule(batch, due)
+
+    def _run_schedule(self, batch: Any, due: bool) -> None:
+        if due:
+            SCHEDULES[self.settings.schedule](batch, self.settings.order)
+        else:
+            keep(batch)
 
     def graphed(
         self, loss_fn: Callable[[Any], Tensor], *, pad_to_multiple_of: int | None = None, max_signatures: int = 8

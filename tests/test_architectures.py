@@ -123,7 +123,8 @@ def test_exact_trial_and_triangular_number_of_block_forwards(name, checkpointing
     model, closure = ZOO[name]()
     model.train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.17 has only the other
+        (enable or model.gradient_checkpointing_enable)()
     opt = fastals.ALS(model, c=0.1, trust=0.01)
     opt.step(closure)  # compares a cached trial of every unit with a full forward, bitwise; a difference warns
     assert opt._learned.trusted == {u.name: True for u in opt.report.units}

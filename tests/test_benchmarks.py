@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import runpy
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +20,13 @@ from fastals.stamp import place, slug, stamp
 
 NAN = float("nan")
 STAMP = {"device": "a cpu", "torch": "2.13.0", "commit": "abc1234", "dirty": False}
+BENCH = Path(__file__).parents[1] / "bench"
 
 
 def timing(name, seconds=1.0, quartiles=(0.9, 1.1), test="step", **info):
     stats = {"median": seconds, "q1": quartiles[0], "q3": quartiles[1]}
-    return {"fullname": f"bench/bench_step.py::test_{test}[{name}]", "stats": stats, "extra_info": STAMP | info}
+    info = STAMP | {"gates": "passed"} | info
+    return {"fullname": f"bench/bench_step.py::test_{test}[{name}]", "stats": stats, "extra_info": info}
 
 
 def ratio(name, median, low, high, **info):
@@ -105,10 +109,16 @@ def test_peak_memory_is_that_of_a_process_of_its_own():
     assert 50 < peak_mib("width-192", "adamw", {}, "cpu") < 5000
 
 
-def test_a_case_that_has_failed_or_was_interrupted_stores_no_number():
-    spec = importlib.util.spec_from_file_location("bench_conftest", Path(__file__).parents[1] / "bench" / "conftest.py")
-    conftest = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conftest)
+@pytest.fixture
+def conftest():
+    """The fixtures and hooks of the benchmarks, as a module of its own."""
+    spec = importlib.util.spec_from_file_location("bench_conftest", BENCH / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_case_that_has_failed_or_was_interrupted_stores_no_number(conftest):
     cases = [SimpleNamespace(fullname=name) for name in ("passes", "fails", "interrupted")]
     benchmarks = SimpleNamespace(benchmarks=cases)
     for name, passed in (("passes", True), ("fails", False)):
@@ -116,6 +126,178 @@ def test_a_case_that_has_failed_or_was_interrupted_stores_no_number():
     session = SimpleNamespace(config=SimpleNamespace(_benchmarksession=benchmarks))
     next(conftest.pytest_sessionfinish(session))
     assert benchmarks.benchmarks == cases[:1]
+
+
+GATE_TESTS = """
+import pytest
+
+@pytest.mark.parametrize("n", ["a.b", "c"])
+def test_right(n):
+    pass
+
+def test_right_or_not():
+    assert False
+
+@pytest.mark.skip
+def test_skipped():
+    pass
+"""
+GATED_CASES = """
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+from rivals import Search
+
+exact = pytest.mark.exact
+
+@exact("tests/test_a.py::test_right")
+def test_passed(benchmark):
+    benchmark(int)
+
+@exact("tests/test_a.py::test_right")
+@exact("tests/test_a.py::test_right_or_not")
+@exact("tests/test_a.py::test_skipped")
+@exact("tests/test_a.py")
+def test_failed(benchmark):
+    benchmark(int)
+
+@exact("tests/test_a.py::test_right")
+@exact("tests/test_a.py::test_skipped")
+def test_skipped(benchmark):
+    benchmark(int)
+
+@exact("tests/test_nowhere.py")
+def test_nowhere(benchmark):
+    benchmark(int)
+
+class Counted(Search):
+    first_steps = 2
+
+    def __init__(self):
+        self.forwards, self.optimizer = 0, SimpleNamespace()
+
+    def step(self, batch):
+        self.forwards += 1
+        units = [SimpleNamespace(trials=self.forwards)]
+        self.optimizer.report = SimpleNamespace(trials=self.forwards, units=units, joint_trials=0)
+
+def test_ungated(in_turn):
+    in_turn(Counted(), Counted(), SimpleNamespace(batches=lambda device: count(), conditions=dict), "itself")
+"""
+
+
+def pytest_in(folder, *arguments):
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def gated(tmp_path):
+    """A folder with benchmark cases and the tests that they name."""
+    for path, text in (("tests/test_a.py", GATE_TESTS), ("bench/bench_a.py", GATED_CASES)):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text(text)
+    shutil.copy(BENCH / "conftest.py", tmp_path / "bench")
+    settings = ["addopts = --import-mode=importlib", "python_files = test_*.py bench_*.py", f"pythonpath = {BENCH}"]
+    (tmp_path / "pytest.ini").write_text("\n".join(["[pytest]", *settings]))
+    return tmp_path
+
+
+@pytest.mark.parametrize("gates", ["run", "file", "not-run"])
+def test_a_case_is_timed_whatever_its_exactness_tests_come_to(gated, gates):
+    if gates == "file":
+        assert pytest_in(gated, "tests", "--junit-xml=a.xml").returncode == pytest.ExitCode.TESTS_FAILED
+    option = "--gates=a.xml,nowhere.xml" if gates == "file" else f"--gates={gates}"
+    done = pytest_in(gated, "bench", option, "--benchmark-max-time=0.01", "--benchmark-json=out.json")
+    assert done.returncode == 0, done.stdout
+    infos = {charts.full_name(c): c["extra_info"] for c in benchmarks.read(gated / "out.json")[0]}
+    outcomes = dict.fromkeys(("passed", "failed", "skipped", "nowhere", "ungated"), "not run")
+    if gates != "not-run":
+        outcomes |= {"passed": "passed", "failed": "failed test_a.py, test_a.py::test_right_or_not"}
+    assert {name: info["gates"] for name, info in infos.items()} == outcomes
+    line = "\ngates failed: test_a.py, test_a.py::test_right_or_not\n"
+    assert (line in done.stdout) == (gates != "not-run")
+    assert "\ngates not run: " in done.stdout
+    assert infos["ungated"]["trials_per_unit"] == [5.0, 5.0]  # of the steps 3 to 7
+
+
+def test_exactness_tests_that_take_too_long_have_failed(conftest, tmp_path, monkeypatch):
+    (tmp_path / "test_slow.py").write_text("import time\n\ndef test_slow():\n    time.sleep(60)")
+    monkeypatch.setattr(conftest, "ROOT", tmp_path)
+    monkeypatch.setattr(conftest, "GATE_SECONDS", 0.5)
+    conftest.GATES["tests/test_slow.py"] = conftest.verdict("test_slow.py", "run")
+    assert conftest.failures(conftest.GATES) == ["test_slow.py timed out"]
+
+
+def test_exactness_tests_that_crash_have_failed(conftest, tmp_path, monkeypatch):
+    (tmp_path / "test_crash.py").write_text("import os\n\ndef test_crash():\n    os.abort()")
+    monkeypatch.setattr(conftest, "ROOT", tmp_path)
+    assert conftest.verdict("test_crash.py", "run") == "failed"
+
+
+def test_outcomes_are_those_of_the_tests_that_a_node_names(conftest, tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text(
+        GATE_TESTS + "\nclass TestA:\n    def test_wrong(self):\n        assert False\n"
+    )
+    (tmp_path / "tests" / "test_broken.py").write_text("import nowhere")
+    (tmp_path / "tests" / "test_cut.py").write_text(
+        "def test_wrong():\n    assert False\n\ndef test_right():\n    pass\n\n"
+        "def test_cut():\n    raise KeyboardInterrupt\n"
+    )
+    own = ["--import-mode=importlib", "-o", "addopts=", f"--rootdir={tmp_path}"]
+    for name in ("a", "broken", "cut"):
+        pytest_in(tmp_path, *own, f"tests/test_{name}.py", f"--junit-xml={tmp_path}/{name}.xml")
+    (tmp_path / "no.xml").write_text("<testsuites>")
+    files = ",".join(f"{tmp_path}/{name}.xml" for name in ("no", "a", "broken", "cut"))
+    outcomes = {
+        "tests/test_a.py": "failed",
+        "tests/test_a.py::test_right": "passed",
+        "tests/test_a.py::test_right_or_not": "failed",
+        "tests/test_a.py::test_skipped": "not run",
+        "tests/test_a.py::TestA": "failed",
+        "tests/test_a.py::TestA::test_wrong": "failed",
+        "tests/test_broken.py": "failed",
+        "tests/test_broken.py::test_right": "failed",
+        "tests/test_cut.py": "failed",
+        "tests/test_cut.py::test_wrong": "failed",
+        "tests/test_cut.py::test_right": "not run",
+        "tests/test_cut.py::test_cut": "not run",
+    }
+    assert {node: conftest.verdict(node, files) for node in outcomes} == outcomes
+
+
+def test_the_page_marks_the_cases_whose_exactness_tests_have_not_passed(store, tmp_path):
+    failed = "failed test_fused.py"
+    file = store("step.json", [
+        ratio("small", 1.85, 1.69, 2.31), ratio("large", 1.5, 1.4, 1.6, gates=failed),
+        ratio("old", 1.5, 1.4, 1.6, test="aged", gates=["tests/test_fused.py"]),
+        ratio("told", 1.5, 1.4, 1.6, test="aged", gates="said to have passed"),
+        timing("bert", test="bandwidth", kernels=kernel(0.5, 0.4, 0.6)["extra_info"]["kernels"], gates=failed),
+        timing("a", test="look", gates="not run"), timing("b", test="look"),
+        timing("", test="roofs", copy_roof_gbs=3012.3, matmul_roof_tflops=701.5, gates=failed),
+    ])  # fmt: skip
+    page = benchmarks.report([Path(file)], tmp_path / "page").read_text()
+    assert "\n\nExactness tests: passed for 4 of 8 cases; the others are marked below.\n\n" in page
+    table = rows(page)
+    assert page.count("| case | exactness tests |") == 3
+    assert table["small"][:3] == ["passed", "-", "1.85x (1.69 - 2.31)"]
+    assert table["large"][:3] == [failed, "-", "1.50x (1.40 - 1.60)"]
+    assert table["old"][:2] == table["told"][:2] == ["-", "1.50x (1.40 - 1.60)"]
+    assert table["bert"][:3] == [failed, "trial", "50"]
+    assert (table["look[a]"][0], table["look[b]"][0]) == ("not run", "passed")
+    assert f"701.5 TFLOP/s. Exactness tests: {failed}." in page
+
+
+def test_a_page_says_of_each_device_what_the_exactness_tests_came_to(store, tmp_path):
+    cases = [ratio("small", 2.0, 1.9, 2.1), ratio("small", 3.0, 2.9, 3.1, device="b", gates="not run")]
+    cases.append(ratio("large", 3.0, 2.9, 3.1, device="b"))
+    del cases[2]["extra_info"]["gates"]
+    page = benchmarks.report([Path(store("a.json", cases))], tmp_path / "page").read_text()
+    assert "\n\nExactness tests (a cpu): passed for all cases.\n\n" in page
+    assert "\n\nExactness tests (b): passed for 0 of 2 cases; the others are marked below.\n\n" in page
+    assert rows(page)["large"][0] == "not run"
 
 
 def test_report_has_tables_and_pictures_of_all_kinds(store, tmp_path, capsys):
@@ -453,7 +635,7 @@ def test_the_stamp_is_dirty_from_a_change_of_code_and_not_from_a_result(tmp_path
     (tmp_path / "bench" / "results" / "new.json").write_text("{}")
     clean = stamp()
     assert (clean["dirty"], len(clean["commit"])) == (False, 7)
-    assert clean["torch"] == torch.__version__
+    assert clean["torch"] in (torch.__version__, torch.__version__.partition("+")[0])  # packages for CUDA omit it
     assert place() == f"{slug(clean['device'])}/{clean['commit']}"
     monkeypatch.setenv("FASTALS_COMMIT", "told")
     code.write_text("2")

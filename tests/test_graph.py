@@ -834,6 +834,7 @@ def test_what_a_tokenizer_returns_is_a_dict_in_eager_and_in_replayed_steps():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")  # the compiler's advice
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at activations
 @pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32:UserWarning")
 @pytest.mark.parametrize("how", ["plain", "autocast", "compiled", "checkpointed", "accumulated"])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
