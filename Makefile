@@ -2,8 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := $(VENV)-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
+OLDEST_PYTHON ?= $(shell for p in python3.12 "$$(pyenv prefix 3.12 2> /dev/null)/bin/python3.12" $(PYTHON); do \
+	"$$p" -c "" 2> /dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-oldest check bench clean
 
 $(STAMP): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,6 +20,15 @@ demo: $(STAMP)  ## fine-tune MiniLM on BBC News: ALS, the eager baseline and Ada
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/pytest
+
+$(OLDEST_STAMP): requirements-oldest.txt pyproject.toml
+	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $(OLDEST_STAMP)
+
+test-oldest: $(OLDEST_STAMP)  ## the tests with the oldest torch, Triton and transformers, those of CUDA 13; TESTS=... for some
+	$(OLDEST)/bin/pytest -W "ignore:Conversion of an array:DeprecationWarning" $(TESTS)
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check .
@@ -30,4 +43,4 @@ bench: $(STAMP)  ## the quick benchmark profile and its page in bench/results/<d
 	exit $$status
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) build *.egg-info

@@ -8,8 +8,8 @@
 # run, tests and benchmarks are collected, and the first light runs on a tiny model. Every stage is a process of its own with its own limit. Results are packed into one file,
 # results.tar.gz, after each stage: in $OUT if it is set, else in bench/results/<device>/. Nothing is gated: a failed test
 # is stamped on the figures. Nothing is installed or downloaded; it needs a CUDA build of torch, triton, transformers,
-# pytest, pytest-benchmark and hypothesis. A tree without .git names its commit in FASTALS_COMMIT. Exit code: 0 if all
-# passed, 1 if anything failed, 2 if there is no GPU.
+# pytest, pytest-benchmark and hypothesis. A tree without .git names its commit in FASTALS_COMMIT; GATES names a folder of
+# test results of the same commit from an earlier call. Exit code: 0 if all passed, 1 if anything failed, 2 without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-} dry=0 only=
@@ -66,7 +66,7 @@ bench() {  # name, most seconds, arguments of pytest
 	local name=$1 seconds=$2 gates=()
 	shift 2
 	[ $dry = 1 ] && set -- --collect-only "$@" || set -- --benchmark-json="$work/results/$name.json" "$@"
-	mapfile -t gates < <(compgen -G "$work/results/*-tests.xml" || echo not-run)
+	mapfile -t gates < <(compgen -G "${GATES:-$work/results}/*-tests.xml" || echo not-run)
 	stage "$name" "$seconds" $python -P -m pytest -q --tb=short -p no:cacheprovider -W ignore::DeprecationWarning \
 		-W ignore::FutureWarning --gates="$(IFS=, && echo "${gates[*]}")" "$@"
 }
