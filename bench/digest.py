@@ -9,15 +9,18 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
-import first_light
-
-MOST_FAILED, WIDTH = 30, 230
+MOST_FAILED, WIDTH = 15, 230
 
 
 def failures(folder: Path) -> Iterator[str]:
     """A line for each test that failed: its name and the line of the error."""
     for path in sorted(folder.glob("*.xml")):
-        for case in ET.parse(path).getroot().iter("testcase"):
+        try:
+            cases = list(ET.parse(path).iter("testcase"))
+        except ET.ParseError:
+            yield f"{path.name} is cut short"
+            continue
+        for case in cases:
             for problem in [*case.findall("failure"), *case.findall("error")]:
                 reason = " ".join((problem.get("message") or problem.text or "").split())
                 yield f"FAILED {case.get('name')}: {reason}"[:WIDTH]
@@ -26,17 +29,32 @@ def failures(folder: Path) -> Iterator[str]:
 def figures(folder: Path) -> Iterator[str]:
     """The figures of the first light, and a line for each benchmark."""
     for path in sorted(folder.glob("*.json")):
-        text = path.read_text()
-        if not text:
+        try:
+            result = json.loads(path.read_text())
+        except ValueError:
+            yield f"{path.name} is empty or cut short"
             continue
-        result = json.loads(text)
         if "figures" in result:
             yield from (
                 f"{f['name']} ({f['batch']}): {f['failed']}"[:WIDTH] for f in result["figures"] if "failed" in f
             )
-            yield first_light.table(result["figures"])
+            yield table(result["figures"])
         for case in result.get("benchmarks", ()):
             yield f"{case['name']}: {measures(case['extra_info'])}"[:WIDTH]
+
+
+def table(entries: list[dict]) -> str:
+    """A row a figure: measured / predicted for each mini-batch."""
+    rows: dict[tuple[str, str], dict[int, str]] = {}
+    for e in entries:
+        cell = f"{e['measured']:.4g}" if "measured" in e else "failed" if "failed" in e else "-"
+        rows.setdefault((e["name"], e["unit"]), {})[e["batch"]] = f"{cell} / {e['predicted']:.4g}"
+    head = f"{'measured / predicted':<36}{'batch 8':>20}{'batch 32':>20}"
+    body = [
+        f"{', '.join(filter(None, name)):<36}{cells.get(0) or cells.get(8, ''):>20}{cells.get(32, ''):>20}"
+        for name, cells in rows.items()
+    ]
+    return "\n".join([head, *body])
 
 
 def measures(info: dict) -> str:

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from bench_kernels import copied, device_of, in_turn, milliseconds, of_pairs, parameters
+from digest import table
 from floor import moved_bytes
 from rivals import RIVALS, Plain, loss_of
 from shapes import ACCEPTING, CLASSES, Shape, bert
@@ -98,6 +99,9 @@ def lines() -> Iterator[Line]:
         ]  # fmt: skip
         for name, seconds, measure in figures:
             yield Line(name, "ms", 1e3 * seconds, measure, batch)
+        for schedule, expected in (("sweep", sweep), ("joint", gradient + forward + BYTES + 2 * UNITS * SMALL)):
+            measure = partial(back_to_back, batch, "graphed", schedule=schedule, **ACCEPTING)
+            yield Line(f"{schedule}, while, without waits between", "ms", 1e3 * expected, measure, batch)
         host_time = partial(step_time, batch, "graphed", host=True, **ACCEPTING)
         yield Line("host time in step(), while", "ms", 0.4, host_time, batch)
         state = 4 * WEIGHTS / 2**20  # v and w in float32, where AdamW has two moments in bfloat16
@@ -199,6 +203,12 @@ def step_time(batch: int, kind: str, *, host: bool = False, **options: Any) -> d
     return found | ({"trials_per_unit": statistics.mean(trials)} if trials else {})
 
 
+def back_to_back(batch: int, kind: str, **options: Any) -> float:
+    """Milliseconds a step if the host does not wait for the device between steps, as in training."""
+    rival, examples = ready(batch, kind, **options)
+    return 1e3 * seconds_of(lambda: [rival.step(next(examples)) for _ in range(STEPS)]) / STEPS
+
+
 def ready(batch: int, kind: str, **options: Any) -> tuple[Plain, Iterator[dict]]:
     """A rival whose first steps are made, and its mini-batches."""
     if "captured" in kind or kind == "graphed":
@@ -296,20 +306,6 @@ def measured(line: Line) -> dict[str, Any]:
         return entry | {"failed": f"{type(error).__name__}: {error}"[:500]}
     finally:
         clean()
-
-
-def table(entries: list[dict[str, Any]]) -> str:
-    """A row a figure: measured / predicted for each mini-batch."""
-    rows: dict[tuple[str, str], dict[int, str]] = {}
-    for e in entries:
-        cell = f"{e['measured']:.4g}" if "measured" in e else "failed" if "failed" in e else "-"
-        rows.setdefault((e["name"], e["unit"]), {})[e["batch"]] = f"{cell} / {e['predicted']:.4g}"
-    head = f"{'measured / predicted':<36}{'batch 8':>20}{'batch 32':>20}"
-    body = [
-        f"{', '.join(filter(None, name)):<36}{cells.get(0) or cells.get(8, ''):>20}{cells.get(32, ''):>20}"
-        for name, cells in rows.items()
-    ]
-    return "\n".join([head, *body])
 
 
 def main() -> int:

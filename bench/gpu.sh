@@ -12,9 +12,22 @@
 # test results of the same commit from an earlier call. Exit code: 0 if all passed, 1 if anything failed, 2 without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+declare -A stages=(
+	[a]=" smoke kernels-tests device-tests graph-tests models-tests first-light "
+	[b]=" kernels-tests device-tests graph-tests same-tests models-tests captured kernels schedules stages depth rest "
+)
 part=${1:-} dry=0 only=
-for word in "${@:2}"; do [ "$word" = --dry-run ] && dry=1 || only="${only:- }$word "; done
 [[ $part == [ab] ]] || { echo "usage: bench/gpu.sh a|b [--dry-run] [stage ...]" >&2; exit 64; }
+for word in "${@:2}"; do
+	if [ "$word" = --dry-run ]; then
+		dry=1
+	elif [[ ${stages[$part]} == *" $word "* ]]; then
+		only="${only:- }$word "
+	else
+		echo "bench/gpu.sh: part $part has no stage $word; it has${stages[$part]}" >&2
+		exit 64
+	fi
+done
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export TORCH_CUDNN_SDPA_DEPRIORITIZED=1 # cuDNN may plan attention within a capture
 python=${PYTHON:-python3}
@@ -118,5 +131,5 @@ run_b() {
 }
 
 "run_$part"
-$python bench/digest.py "$work/results" | head -c 9000
+$python bench/digest.py "$work/results" | tail -c 9000
 exit $failed

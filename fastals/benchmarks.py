@@ -1,4 +1,4 @@
-"""Pages and comparisons of stored results: pytest-benchmark's JSON and the lines of ``bench/convergence.py``."""
+"""Pages and comparisons of what pytest-benchmark, ``bench/convergence.py`` and ``bench/first_light.py`` have stored."""
 
 import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -32,8 +32,8 @@ def report(files: Sequence[Path], out: Path) -> Path:
         UserError: a file that is no result, two results of the same case on the same device, or no folder ``out``.
     """
     found = [read(path) for path in files]
-    cases, runs = [c for cases, _ in found for c in cases], [r for _, runs in found for r in runs]
-    if not cases and not runs:
+    cases, runs, figures = ([record for result in found for record in result[i]] for i in range(3))
+    if not cases and not runs and not figures:
         raise UserError(f"there is no result in {', '.join(map(str, files))}")
     _refuse_twins(cases, lambda c: (c["fullname"], _device(c)))
     _refuse_twins(runs, lambda r: (r["task"], r["regime"], r["method"], f"seed {r['seed']}", r["steps"], r["device"]))
@@ -41,10 +41,12 @@ def report(files: Sequence[Path], out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} is no folder to write the page to: {error.strerror}") from error
-    sections = [_conditions([c["extra_info"] for c in cases] + runs)]
-    devices = list(dict.fromkeys([*map(_device, cases), *(r["device"] for r in runs)]))
+    _refuse_twins(figures, lambda f: (f["name"], f"batch {f['batch']}", f["device"]))
+    sections = [_conditions([c["extra_info"] for c in cases] + runs + figures)]
+    devices = list(dict.fromkeys([*map(_device, cases), *(r["device"] for r in runs + figures)]))
     for device in devices:
         where = f" ({device})" if len(devices) > 1 else ""
+        sections += _first_light([f for f in figures if f["device"] == device], where)
         sections += _case_sections([c for c in cases if _device(c) == device], where, out)
         sections += _task_sections([r for r in runs if r["device"] == device], where, out)
     page = out / "report.md"
@@ -76,21 +78,26 @@ def compare(before: Path, after: Path) -> tuple[list[str], bool]:
     return _differences(*cases) + (lines or ["nothing changed beyond the spread"]), "slower" in verdicts.values()
 
 
-def read(path: Path) -> tuple[list[Record], list[Record]]:
-    """Timings of a pytest-benchmark file, or the runs of a ``.jsonl`` file.
+def read(path: Path) -> tuple[list[Record], list[Record], list[Record]]:
+    """Timings of a pytest-benchmark file, the runs of a ``.jsonl`` file, the figures of a first light.
 
     Raises:
-        UserError: no such file, or neither of the two.
+        UserError: no such file, or none of the three.
     """
     try:
         text = path.read_text()
         if path.suffix == ".jsonl":
-            return [], [_run(json.loads(line)) for line in text.splitlines() if line.strip()]
-        return [_case(c) for c in json.loads(text)["benchmarks"]], []
+            return [], [_run(json.loads(line)) for line in text.splitlines() if line.strip()], []
+        result = json.loads(text)
+        if "figures" in result:
+            return [], [], [_figure(result["stamp"] | f) for f in result["figures"]]
+        return [_case(c) for c in result["benchmarks"]], [], []
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no pytest-benchmark file and no file of convergence runs: {error!r}") from error
+        raise UserError(
+            f"{path} is no pytest-benchmark file, no first light and no file of convergence runs: {error!r}"
+        ) from error
 
 
 def _case(case: Record) -> Record:
@@ -119,6 +126,13 @@ def _run(run: Record) -> Record:
     if "trials" in run:
         _all(Real, run["trials"], run["rises"])
     return run
+
+
+def _figure(figure: Record) -> Record:
+    """The figure of a first light; fails unless it has all that the page looks up."""
+    _all(str, figure["device"], figure["name"], figure["unit"])
+    _all(Real, figure["batch"], figure["predicted"], figure.get("measured", 0.0))
+    return figure
 
 
 def _all(kind: type, *values: Any) -> None:
@@ -190,6 +204,23 @@ def _conditions(records: Iterable[Record]) -> str:
     stamps = list(dict.fromkeys(tuple(str(r.get(k, "")) for k in STAMP) for r in records))
     kept = [i for i, _ in enumerate(STAMP) if any(s[i] for s in stamps)]
     return "## Conditions\n\n" + _table([STAMP[i] for i in kept], [[s[i] for i in kept] for s in stamps])
+
+
+def _first_light(figures: list[Record], where: str) -> list[str]:
+    """The figures of a first light beside their predictions."""
+    if not figures:
+        return []
+    rows = [
+        [f["name"], f["unit"], str(f["batch"] or "-"), f"{f['predicted']:.4g}", *_measured(f)] for f in figures
+    ]  # fmt: skip
+    columns = ["figure", "unit", "batch", "predicted", "measured", "measured / predicted"]
+    return [f"## First light{where}\n\n{_table(columns, rows)}"]
+
+
+def _measured(figure: Record) -> list[str]:
+    if "measured" not in figure:
+        return [figure.get("failed") or figure.get("why_not") or "-", "-"]
+    return [f"{figure['measured']:.4g}", f"{figure['measured'] / figure['predicted']:.2f}"]
 
 
 def _case_sections(cases: list[Record], where: str, out: Path) -> list[str]:

@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +18,14 @@ import torch
 import fastals
 from fastals import benchmarks, charts, tuning
 from fastals.cli import main
+from fastals.errors import UserError
 from fastals.stamp import STAMP as STAMP_FIELDS
 from fastals.stamp import place, slug, stamp
 
 NAN = float("nan")
 STAMP = {"device": "a cpu", "torch": "2.13.0", "commit": "abc1234", "dirty": False}
-BENCH = Path(__file__).parents[1] / "bench"
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "bench"
 
 
 def timing(name, seconds=1.0, quartiles=(0.9, 1.1), test="step", **info):
@@ -288,6 +293,77 @@ def test_the_page_marks_the_cases_whose_exactness_tests_have_not_passed(store, t
     assert table["bert"][:3] == [failed, "trial", "50"]
     assert (table["look[a]"][0], table["look[b]"][0]) == ("not run", "passed")
     assert f"701.5 TFLOP/s. Exactness tests: {failed}." in page
+
+
+def light(**more):
+    """A figure of a first light."""
+    return {"name": "sweep, while", "unit": "ms", "batch": 8, "predicted": 13.4, "took_s": 1.0} | more
+
+
+def stored_light(tmp_path, *figures):
+    path = tmp_path / "first_light.json"
+    path.write_text(json.dumps({"stamp": STAMP, "figures": figures}))
+    return path
+
+
+def test_a_page_holds_the_figures_of_a_first_light_beside_their_predictions(tmp_path):
+    figures = light(measured=18.76), light(batch=32, failed="ValueError: no"), light(name="copy", batch=0, why_not="x")
+    page = benchmarks.report([stored_light(tmp_path, *figures)], tmp_path / "page").read_text()
+    assert "| a cpu | 2.13.0 | abc1234 | False |" in page
+    assert "| sweep, while | ms | 8 | 13.4 | 18.76 | 1.40 |" in page
+    assert "| sweep, while | ms | 32 | 13.4 | ValueError: no | - |" in page
+    assert "| copy | ms | - | 13.4 | x | - |" in page
+    with pytest.raises(UserError, match="two results of sweep, while, batch 8"):
+        benchmarks.report([stored_light(tmp_path, *figures[:1] * 2)], tmp_path / "page")
+    with pytest.raises(UserError, match="no first light"):
+        benchmarks.report([stored_light(tmp_path, light(predicted="much"))], tmp_path / "page")
+
+
+def test_a_digest_names_what_failed_and_ends_with_the_figures(tmp_path, store, capsys):
+    import digest
+
+    failed = '<testcase classname="tests.test_a" name="test_b[1]"><failure message="assert 1\n == 2"/></testcase>'
+    passed = '<testcase classname="tests.test_a" name="test_c"/>'
+    (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{failed}{passed}</testsuite></testsuites>")
+    (tmp_path / "cut.json").write_text("")
+    (tmp_path / "cut.xml").write_text("<testsuites>")
+    stored_light(tmp_path, light(measured=18.76), light(batch=32, failed="ValueError: no"))
+    result = {"benchmarks": [ratio("large", 1.5, 1.4, 1.6) | {"name": "test_step[large]"}]}
+    (tmp_path / "step.json").write_text(json.dumps(result))
+    digest.main(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["cut.xml is cut short", "FAILED test_b[1]: assert 1 == 2"]
+    assert lines[2:4] == ["cut.json is empty or cut short", "sweep, while (32): ValueError: no"]
+    assert lines[5].split() == ["sweep,", "while,", "ms", "18.76", "/", "13.4", "failed", "/", "13.4"]
+    assert lines[6] == "test_step[large]: speedup 1.5, spread [1.4, 1.6], gates passed"
+
+
+def gpu_script(*arguments, **variables):
+    return subprocess.run(
+        ["bash", BENCH / "gpu.sh", *arguments], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHON": sys.executable} | variables,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what the script does without a GPU")
+def test_without_a_gpu_the_script_says_so_and_runs_nothing(tmp_path):
+    done = gpu_script("a", OUT=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stdout.count("\n") == 1
+    assert "sees no CUDA device, so nothing was run" in done.stdout
+    assert not list(tmp_path.iterdir())
+    assert gpu_script("c").returncode == 64
+    mistyped = gpu_script("a", "--dry-run", "smok")
+    assert (mistyped.returncode, "part a has no stage smok" in mistyped.stderr) == (64, True)
+
+
+def test_a_dry_run_does_all_but_what_needs_a_gpu_and_packs_what_it_finds(tmp_path):
+    done = gpu_script("b", "--dry-run", "kernels-tests", "kernels", OUT=str(tmp_path), FASTALS_COMMIT="abc1234")
+    assert not done.returncode, done.stdout + done.stderr
+    assert "kernels-tests would run within 160 s" in done.stdout
+    assert re.search(r"^kernels-tests +\d+ s  exit   0 .* tests collected", done.stdout, re.MULTILINE)
+    with tarfile.open(tmp_path / "results.tar.gz") as packed:
+        assert {Path(n).name for n in packed.getnames()} >= {"kernels-tests.log", "kernels-tests.xml", "kernels.log"}
 
 
 def test_a_page_says_of_each_device_what_the_exactness_tests_came_to(store, tmp_path):
