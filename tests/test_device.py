@@ -137,6 +137,26 @@ def test_an_error_in_a_trial_leaves_everything_as_it_was(schedule, steps, at):
     opt.step(lambda: model(**data[2]))
 
 
+@pytest.mark.parametrize("schedule", ["sweep", "joint"])
+def test_a_flag_that_never_says_stop_ends_in_an_error_and_not_in_a_loop(schedule, monkeypatch):
+    model, opt = build(schedule=schedule, **HARD)
+    data = batches(3)
+    train(model, opt, data[:2])
+    before, calls = snapshot(model, opt), []
+
+    def closure():
+        calls.append(None)
+        return model(**data[2])
+
+    monkeypatch.setattr(device_module.Immediately, "look", lambda *_: [1, 0, 0, 0])
+    with pytest.raises(RuntimeError, match="goes on after 5 trials, more than max_trials"):
+        opt.step(closure)
+    assert len(calls) == 2 + 5, "the gradient's forward, the check of the recorded outputs, the trials"
+    assert_same(snapshot(model, opt), before)
+    monkeypatch.undo()
+    opt.step(closure)
+
+
 def test_a_loss_that_is_not_finite_is_refused_and_nothing_moves():
     model, opt = build(**HARD)
     data = batches(3)

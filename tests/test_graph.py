@@ -377,6 +377,22 @@ def test_an_error_during_a_replay_leaves_everything_as_it_was(linked, at):
 
 
 @interpreted
+def test_a_flag_that_never_says_stop_ends_a_replayed_step_in_an_error(monkeypatch):
+    model, opt, step = build(**HARD)
+    batches = list(tiny_batches(WARMUP + 3))
+    for batch in batches[:-2]:
+        step(batch)
+    weights = [p.detach().clone() for p in model.parameters()]
+    monkeypatch.setattr(Recording, "look", lambda *_: [1, 0, 0, 0])
+    with pytest.raises(RuntimeError, match="goes on after 5 trials, more than max_trials"):
+        step(batches[-2])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+    monkeypatch.undo()
+    step(batches[-1])
+    assert step.mode.name == "host"
+
+
+@interpreted
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_launch_that_fails_at_once_leaves_the_weights_of_this_step(dropout):
     """And not those of the last one, whose snapshot the device still has."""
