@@ -63,7 +63,7 @@ stage() {  # name, most seconds, command: run it, say in a line how it went, pac
 	env --default-signal=INT timeout -s INT -k 10 "$seconds" "$@" > "$log" 2>&1 # in the background it would be ignored
 	code=$?
 	printf '%-18s %3d s  exit %3d  %s\n' "$name" $((SECONDS - begin)) $code "$(tail -n 1 "$log" | cut -c1-160)"
-	flock "$work" tar czf "$work/packed" -C "$work/results" . && mv "$work/packed" "$out/results.tar.gz"
+	(flock 9 && tar czf "$work/packed" -C "$work/results" . && mv "$work/packed" "$out/results.tar.gz") 9> "$work/lock"
 	return $code
 }
 
@@ -84,14 +84,12 @@ bench() {  # name, most seconds, arguments of pytest
 		-W ignore::FutureWarning --gates="$(IFS=, && echo "${gates[*]}")" "$@"
 }
 
-together() {  # names of functions: run them at once
-	local function jobs=()
-	for function in "$@"; do "$function" & jobs+=($!); done
+together() {  # calls of functions: make them at once
+	local call job jobs=()
+	for call in "$@"; do $call & jobs+=($!); done
 	for job in "${jobs[@]}"; do wait "$job" || failed=1; done
 }
 
-kernels() { tests kernels-tests "$1" tests/test_fused.py; }
-searches() { tests device-tests "$1" tests/test_device.py; }
 graph=tests/test_graph.py
 same=$graph::test_graphs_take_the_steps_of_the_eager_path
 risky=(
@@ -104,30 +102,32 @@ risky=(
 	$graph::test_a_loss_that_waits_for_the_device_is_not_captured_and_steps_go_on
 )
 
+kernel_tests() { tests kernels-tests "$1" tests/test_fused.py; }
+device_tests() { tests device-tests "$1" tests/test_device.py; }
+risky_tests() { tests graph-tests "$1" -x "${risky[@]}"; }
+graph_tests() { tests graph-tests "$1" $graph --deselect $same -k "not hugging_face and not profiled"; }
+same_tests() {
+	tests same-tests "$1" $same tests/test_benchmarks.py tests/test_reference.py -k "take_the or takes_the or same_answers"
+}
+model_tests() { tests models-tests "$1" $graph -k "$2"; }
+few_model_tests() { model_tests "$1" "hugging_face and not compiled"; }
+all_model_tests() { model_tests "$1" "hugging_face or profiled"; }
+
 run_a() {
 	stage smoke 40 $python bench/smoke.py || failed=1
-	a1() { kernels 80; }
-	a1b() { searches 80; }
-	a2() { tests graph-tests 80 -x "${risky[@]}"; }
-	a2b() { tests models-tests 80 $graph -k "hugging_face and not compiled"; }
-	together a1 a1b a2 a2b
+	together "kernel_tests 80" "device_tests 80" "risky_tests 80" "few_model_tests 80"
 	stage first-light 100 $python bench/first_light.py "$work/results/first_light.json" \
 		$([ $dry = 1 ] && echo --dry-run) || failed=1
 }
 
 run_b() {
-	b1() { kernels 160; }
-	b2() { searches 160; }
-	b3() { tests graph-tests 160 $graph --deselect $same -k "not hugging_face and not profiled"; }
-	b4() { tests same-tests 160 "$same" tests/test_benchmarks.py tests/test_reference.py -k "take_the or takes_the or same_answers"; }
-	b5() { tests models-tests 160 $graph -k "hugging_face or profiled"; }
-	together b1 b2 b3 b4 b5
+	together "kernel_tests 160" "device_tests 160" "graph_tests 160" "same_tests 160" "all_model_tests 160"
 	bench captured 100 bench/bench_graph.py --full -k "floor or sweep" || failed=1
 	bench kernels 60 bench/bench_kernels.py -k "roofs or look or bert_base" || failed=1
 	bench schedules 60 bench/bench_graph.py -k "test_captured and (joint or cycle)" || failed=1
 	bench stages 50 bench/bench_step.py -k test_stage || failed=1
-	bench depth 50 bench/bench_graph.py -k depth || failed=1
-	bench rest 60 bench/bench_step.py bench/bench_kernels.py -k "host_time or instead or (lora and not bert)" || failed=1
+	bench depth 80 bench/bench_graph.py -k depth || failed=1
+	bench rest 100 bench/bench_step.py bench/bench_kernels.py -k "host_time or instead or (lora and not bert)" || failed=1
 }
 
 "run_$part"

@@ -378,7 +378,7 @@ def test_an_error_during_a_replay_leaves_everything_as_it_was(linked, at):
 
 @interpreted
 def test_a_flag_that_never_says_stop_ends_a_replayed_step_in_an_error(monkeypatch):
-    model, opt, step = build(**HARD)
+    model, _, step = build(**HARD)
     batches = list(tiny_batches(WARMUP + 3))
     for batch in batches[:-2]:
         step(batch)
