@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
-MOST_FAILED, WIDTH = 15, 230
+MOST_FAILED, WIDTH, MOST_TEXT = 15, 230, 5500  # what a terminal that keeps 12,000 characters can hold
 
 
 def failures(folder: Path) -> Iterator[str]:
@@ -75,7 +75,8 @@ def main(folder: Path) -> None:
     print(*found[:MOST_FAILED], sep="\n")
     if len(found) > MOST_FAILED:
         print(f"... and {len(found) - MOST_FAILED} more")
-    print(*figures(folder), sep="\n")
+    text = "\n".join(figures(folder))
+    print(text if len(text) <= MOST_TEXT else f"...{text[-MOST_TEXT:]}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """First light: what a GPU does with fastals, in a minute, each figure beside the one that was predicted.
 
 BERT-base, 128 tokens, bfloat16 parameters, dropout on, mini-batches of 8 and of 32. Times are medians after a warm-up,
-from the call until the device is done; only ``host time in step()`` ends when the call returns. One process, nothing
-gated: ``tests/`` say whether the answers are right.
+from the call until the device is done; only ``host time in step()`` ends when the call returns, and the rows ``without
+waits between`` are the mean of ten steps. One process, nothing gated: ``tests/`` say whether the answers are right.
 
     python bench/first_light.py first_light.json
     TRITON_INTERPRET=1 python bench/first_light.py --dry-run first_light.json  # tiny and without a GPU
 
-The predictions stood here before any of it had run on a GPU. They are arithmetic for an H100 (SXM, 80 GB):
+The predictions stood here before any of it had run on a GPU, but for the rows ``without waits between``, which came
+after the first run, and are left as they were. They are arithmetic for an H100 (SXM, 80 GB), and the constants in
+:func:`lines` are guesses:
 
 * a copy moves :data:`COPY` bytes a second, read and written; a matrix product reaches :data:`PRODUCT`;
 * a captured forward and backward takes :data:`GRADIENT` seconds, a forward a third of it, and a trial of a unit the
@@ -197,6 +199,8 @@ def step_time(batch: int, kind: str, *, host: bool = False, **options: Any) -> d
     reports = getattr(rival.optimizer, "reports", [])[-STEPS:]
     if options.get("schedule") == "joint":
         kept = [s for s, r in zip(seconds, reports, strict=True) if (r.joint_trials, r.trials) == (1, 1)]
+        if not kept:
+            raise Needs("no step was accepted at once")
         return {"measured": 1e3 * statistics.median(kept), "accepted_at_once": len(kept) / STEPS}
     found = {"measured": 1e3 * statistics.median(seconds)}
     trials = [r.trials / len(r.units) for r in reports]

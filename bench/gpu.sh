@@ -9,9 +9,10 @@
 # results.tar.gz, after each stage: in $OUT if it is set, else in bench/results/<device>/. Nothing is gated: a failed test
 # is stamped on the figures. Nothing is installed or downloaded; it needs a CUDA build of torch, triton, transformers,
 # pytest, pytest-benchmark and hypothesis. A tree without .git names its commit in FASTALS_COMMIT; GATES names a folder of
-# test results of the same commit from an earlier call. Exit code: 0 if all passed, 1 if anything failed, 2 without a GPU.
+# unpacked results of an earlier part b of the same commit. Exit code: 0 if all passed, 1 if anything failed, 2 without a GPU.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+from=$PWD
+cd "$(dirname "$0")/.." || exit 1
 declare -A stages=(
 	[a]=" smoke kernels-tests device-tests graph-tests models-tests first-light "
 	[b]=" kernels-tests device-tests graph-tests same-tests models-tests captured kernels schedules stages depth rest "
@@ -30,10 +31,14 @@ for word in "${@:2}"; do
 done
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export TORCH_CUDNN_SDPA_DEPRIORITIZED=1 # cuDNN may plan attention within a capture
+here() { [[ $1 == /* ]] && echo "$1" || echo "$from/$1"; } # a path as the caller means it
 python=${PYTHON:-python3}
-if [ $dry = 1 ]; then
-	export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
-elif ! $python -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
+[[ $python != */* ]] || python=$(here "$python")
+[ $dry = 0 ] || export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
+if ! "$python" -P -c 'import torch'; then
+	echo "bench/gpu.sh: $python cannot import torch, so nothing was run; PYTHON names another" >&2
+	exit 1
+elif [ $dry = 0 ] && ! "$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
 	echo "bench/gpu.sh: $python sees no CUDA device, so nothing was run; --dry-run runs what needs none"
 	exit 2
 fi
@@ -43,12 +48,20 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/path/fastals" "$work/results"
 ln -s "$PWD"/fastals/* "$PWD/kernels" "$work/path/fastals/"
 export PYTHONPATH=$work/path
-if [ -z "${FASTALS_COMMIT:-}" ] && git rev-parse --git-dir > /dev/null 2>&1; then
+if [ -z "${FASTALS_COMMIT:-}" ] && [ "$(git rev-parse --show-toplevel 2> /dev/null)" = "$PWD" ]; then
 	FASTALS_COMMIT=$(git rev-parse --short HEAD)$([ -z "$(git status --porcelain -- . ':!bench/results')" ] || echo -dirty)
 fi
 export FASTALS_COMMIT=${FASTALS_COMMIT:-unknown}
-out=${OUT:-bench/results/$(dirname "$($python -P -m fastals.stamp)")}
-mkdir -p "$out"
+echo "$FASTALS_COMMIT" > "$work/results/commit"
+if [ -n "${GATES:-}" ]; then
+	GATES=$(here "$GATES")
+	cmp -s "$GATES/commit" "$work/results/commit" || {
+		echo "bench/gpu.sh: the test results in $GATES are not of commit $FASTALS_COMMIT (its file commit says)" >&2
+		exit 64
+	}
+fi
+out=$([ -n "${OUT:-}" ] && here "$OUT" || echo "$PWD/bench/results/$(dirname "$("$python" -P -m fastals.stamp)")")
+mkdir -p "$out" && [ -w "$out" ] || { echo "bench/gpu.sh: results cannot be written to $out" >&2; exit 1; }
 declare -A limit=([a]=230 [b]=520)
 most=${MOST_SECONDS:-${limit[$part]}} # of all stages together
 failed=0
@@ -63,15 +76,21 @@ stage() {  # name, most seconds, command: run it, say in a line how it went, pac
 	env --default-signal=INT timeout -s INT -k 10 "$seconds" "$@" > "$log" 2>&1 # in the background it would be ignored
 	code=$?
 	printf '%-18s %3d s  exit %3d  %s\n' "$name" $((SECONDS - begin)) $code "$(tail -n 1 "$log" | cut -c1-160)"
-	(flock 9 && tar czf "$work/packed" -C "$work/results" . && mv "$work/packed" "$out/results.tar.gz") 9> "$work/lock"
+	pack 9> "$work/lock"
 	return $code
+}
+
+pack() {  # one at a time; a log that grows meanwhile makes tar exit with 1
+	flock 9
+	tar czf "$out/packing" -C "$work/results" . || [ $? = 1 ]
+	mv "$out/packing" "$out/results.tar.gz"
 }
 
 tests() {  # name, most seconds, arguments of pytest
 	local name=$1 seconds=$2
 	shift 2
 	[ $dry = 1 ] && set -- --collect-only "$@"
-	stage "$name" "$seconds" $python -P -m pytest -v --tb=short -o faulthandler_timeout=40 -p no:cacheprovider \
+	stage "$name" "$seconds" "$python" -P -m pytest -v --tb=short -o faulthandler_timeout=40 -p no:cacheprovider \
 		-W ignore::DeprecationWarning -W ignore::FutureWarning --junit-xml="$work/results/$name.xml" "$@"
 }
 
@@ -79,9 +98,9 @@ bench() {  # name, most seconds, arguments of pytest
 	local name=$1 seconds=$2 gates=()
 	shift 2
 	[ $dry = 1 ] && set -- --collect-only "$@" || set -- --benchmark-json="$work/results/$name.json" "$@"
-	mapfile -t gates < <(compgen -G "${GATES:-$work/results}/*-tests.xml" || echo not-run)
-	stage "$name" "$seconds" $python -P -m pytest -q --tb=short -p no:cacheprovider -W ignore::DeprecationWarning \
-		-W ignore::FutureWarning --gates="$(IFS=, && echo "${gates[*]}")" "$@"
+	mapfile -t gates < <(compgen -G "$work/results/*-tests.xml"; compgen -G "${GATES:-/none}/*-tests.xml")
+	stage "$name" "$seconds" "$python" -P -m pytest -q --tb=short -p no:cacheprovider -W ignore::DeprecationWarning \
+		-W ignore::FutureWarning --gates="$(IFS=, && echo "${gates[*]:-not-run}")" "$@"
 }
 
 together() {  # calls of functions: make them at once
@@ -114,9 +133,9 @@ few_model_tests() { model_tests "$1" "hugging_face and not compiled"; }
 all_model_tests() { model_tests "$1" "hugging_face or profiled"; }
 
 run_a() {
-	stage smoke 40 $python bench/smoke.py || failed=1
+	stage smoke 40 "$python" bench/smoke.py || failed=1
 	together "kernel_tests 80" "device_tests 80" "risky_tests 80" "few_model_tests 80"
-	stage first-light 100 $python bench/first_light.py "$work/results/first_light.json" \
+	stage first-light 100 "$python" bench/first_light.py "$work/results/first_light.json" \
 		$([ $dry = 1 ] && echo --dry-run) || failed=1
 }
 
@@ -131,5 +150,5 @@ run_b() {
 }
 
 "run_$part"
-$python bench/digest.py "$work/results" | tail -c 9000
+"$python" bench/digest.py "$work/results"
 exit $failed

@@ -152,8 +152,10 @@ class Losses:
         counted = self.forwards
         again = self._replayed([len(calls) for calls in self.cache.passes])
         self.forwards = counted
-        replays = _same(again, loss) if isinstance(again, Tensor) else torch.zeros_like(loss, dtype=torch.bool)
-        return replays != self.learned.replays
+        if not isinstance(again, Tensor):  # the host knows
+            self.learned.replays = False
+            return torch.zeros_like(loss, dtype=torch.bool)
+        return _same(again, loss) != self.learned.replays
 
     def turn_replays(self) -> None:
         """Take note that :attr:`Learned.replays` no longer holds."""
@@ -288,4 +290,4 @@ def non_finite(loss: float) -> FloatingPointError:
 def _same(cached: Tensor, full: Tensor) -> Tensor:
     """Bitwise on the CPU; elsewhere up to a few roundings, since kernels may be chosen by address."""
     rounding = 0.0 if full.device.type == "cpu" else 1e-6
-    return torch.isclose(cached.double(), full.double(), rtol=rounding, atol=rounding, equal_nan=True)
+    return torch.isclose(cached.to(full.dtype), full, rtol=rounding, atol=rounding, equal_nan=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastals.buffers import Flat, Gradients, Unit, layout
 from fastals.closure import Losses, OutdatedError, non_finite
+from fastals.interrupt import uninterrupted
 from fastals.kernels import armijo
 from fastals.kernels.arena import FLAGS, OUTCOMES, RING, RULES, STATE, Arena
 from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
@@ -97,7 +98,11 @@ class Immediately:
             RuntimeError: the flag does not come to say stop.
         """
         for _ in range(arena.most_trials + 1):
-            attempt()
+            try:
+                attempt()
+            except Exception:
+                self.verdict(arena, row)  # it may have missed what the cache leaves out
+                raise
             go, accepted = self.verdict(arena, row)
             if not go:
                 return accepted
@@ -145,7 +150,7 @@ class DeviceBatch:
     def begin(self, device: Device, units: list[Unit], loss: Tensor, max_grad_norm: float | None) -> None:
         """Start from f(w_t) = ``loss``: snapshot the weights and sum up the slopes."""
         self.device, self.arena, self.table, self.units = device, device.arena, device.table, units
-        self.start, self.gradients = loss, Gradients(units)
+        self.loss_dtype, self.gradients = loss.dtype, Gradients(units)
         device.refresh(self.seed, self.gradients)
         if max_grad_norm is not None and self.gradients.held:
             self.do(partial(_scale_gradients, self.gradients.held, max_grad_norm, self.arena.grad_scale[0]))
@@ -159,11 +164,13 @@ class DeviceBatch:
 
     def restart(self) -> None:
         """Begin the searches anew, now that a look has raised :class:`OutdatedError`."""
-        self.losses.turn_replays()
-        self.random, self.searched = random.Random(self.seed), False
-        armijo.restore(self.arena)
-        trial(self.table, self.arena)
-        armijo.begin(self.arena, self.start)
+        with uninterrupted():
+            self.losses.turn_replays()
+            self.random, self.searched = random.Random(self.seed), False
+            start = self.arena.state[-1, STATE.index("start")].to(self.loss_dtype, copy=True)
+            armijo.restore(self.arena)
+            trial(self.table, self.arena)
+            armijo.begin(self.arena, start)
 
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, if its direction descends."""

@@ -7,6 +7,7 @@ import copy
 import io
 import itertools
 import math
+import signal
 from collections import Counter
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import fastals
 from fastals import device as device_module
 from fastals import kernels
 from fastals.buffers import Gradients
+from fastals.closure import Losses
 from fastals.kernels import armijo
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.trial import trial, trial_kernel
@@ -574,6 +576,80 @@ def test_a_unit_that_does_not_descend_says_nothing_about_its_cache():
         opt = optimizer(kind, model)
         train(model, opt, batches(1))
         assert set(opt._learned.trusted) == {"embeddings", "blocks.0"}, kind
+
+
+@pytest.mark.filterwarnings("ignore:fastals")
+@pytest.mark.parametrize("missing", ["raises", "is another loss"])
+@pytest.mark.parametrize("schedule", ["sweep", "cycle"])
+@pytest.mark.parametrize("kind", ["fused", "plain"])
+def test_a_loss_that_comes_to_need_what_hooks_collect_is_noticed_in_that_step(kind, schedule, missing):
+    """A replayed block calls no hook: the loss then finds nothing, or too little, and raises or is another one."""
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=3, dropout=0.0).to(CUDA)
+    seen, inside = [], False
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda module, args, output: seen.append(output))
+
+    def closure():
+        seen.clear()
+        loss = model(**batch)
+        if not inside or (missing == "is another loss" and not seen):
+            return loss
+        return loss + 0.1 * seen[2].square().mean()
+
+    opt, (batch,) = optimizer(kind, model, schedule=schedule), batches(1)
+    for inside in (False, False, True, True, False, False):
+        opt.step(closure)
+        assert opt._learned.replays is not inside
+    assert set(opt._learned.verdicts[True].values()) == {True}, "what was trusted before still is"
+
+
+def misjudge(monkeypatch):
+    """Have the first look of the next step say that the cache was misjudged."""
+    turned, plain = iter([True]), Losses.replay_outdated
+    monkeypatch.setattr(Losses, "replay_outdated", lambda self, loss: plain(self, loss) | next(turned, False))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_step_that_starts_anew_starts_from_its_own_loss(given, monkeypatch):
+    """Even if the closure has written another loss to the tensor that it returns."""
+    model, opt = build(depth=1)
+    (batch,) = batches(1)
+    train(model, opt, [batch])
+    misjudge(monkeypatch)
+    static, begun, plain_begin = torch.zeros((), device=CUDA), [], armijo.begin
+
+    def closure():
+        loss = model(**batch)
+        static.copy_(loss.detach())
+        return static if given else loss
+
+    monkeypatch.setattr(armijo, "begin", lambda arena, loss: (begun.append(float(loss)), plain_begin(arena, loss)))
+    opt.zero_grad()
+    loss = model(**batch)
+    loss.backward()
+    opt.step(closure, loss=loss.detach() if given else None)
+    assert len(begun) == 2
+    assert begun[0] == begun[1]
+
+
+def test_an_interrupt_of_a_step_that_starts_anew_leaves_everything_as_it_was(monkeypatch):
+    model, opt = build(depth=1)
+    (batch,), plain_restore = batches(1), armijo.restore
+    train(model, opt, [batch])
+    misjudge(monkeypatch)
+    before = snapshot(model, opt)
+
+    def interrupted(arena):
+        plain_restore(arena)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(armijo, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(lambda: model(**batch))
+    monkeypatch.undo()
+    assert_same(snapshot(model, opt)[0], before[0])
+    opt.step(lambda: model(**batch))
 
 
 def test_reports_of_the_last_steps_are_read_when_asked():

@@ -1,15 +1,16 @@
 """What fastals calls of torch and cuda-bindings that only a GPU runs: each name exists and takes what it is given.
 
-Read from signatures, type stubs and the bindings' own conversion of arguments, for whichever versions are installed.
+The calls of torch are read from the sources of fastals and bound to the signatures, or type stubs, of the installed
+version. The calls of the bindings are made: these convert every argument before they ask for the driver.
 """
 
 import ast
-import ctypes
 import importlib
 import inspect
 import pkgutil
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,89 +18,121 @@ from torch import nn
 
 import fastals
 from fastals import cuda_graphs
+from fastals.program import Loop, Run
 
-SOURCES = {path.name: path.read_text() for path in Path(fastals.__file__).parent.glob("*.py")}
+PACKAGES = (fastals, fastals.kernels)  # the second lies elsewhere in the source tree
+SOURCES = {path.name: path.read_text() for p in PACKAGES for path in Path(p.__file__).parent.glob("*.py")}
 TORCH = Path(torch.__file__).parent
-STUBS = {  # of torch._C, which a CPU build has in its stub alone
-    "_cuda_clearCublasWorkspaces": [],
-    "_cuda_endAllocateToPool": ["device", "mempool_id"],
-    "_cuda_releasePool": ["device", "mempool_id"],
-}
-METHODS = {  # of torch.cuda.CUDAGraph, with the keywords that they are given
-    "__new__": ["keep_graph"], "capture_begin": ["pool", "capture_error_mode"], "capture_end": [], "instantiate": [],
-    "replay": [], "raw_cuda_graph": [],
+STUB = ast.parse((TORCH / "_C" / "__init__.pyi").read_text()).body
+FUNCTIONS = ast.parse((TORCH / "_C" / "_VariableFunctions.pyi").read_text()).body
+KINDS = {  # what makes or annotates an object, and its class
+    "torch.cuda.CUDAGraph": "torch.cuda.CUDAGraph", "torch.cuda.Event": "torch.cuda.Event",
+    "torch.cuda.Stream": "torch.cuda.Stream", "torch.cuda.current_stream": "torch.cuda.Stream",
 }  # fmt: skip
-CUDA = {
-    "get_rng_state": ["device"], "set_rng_state": ["new_state", "device"], "graph_pool_handle": [],
-    "current_stream": ["device"], "synchronize": ["device"], "empty_cache": [], "memory_snapshot": [],
-    "get_device_capability": ["device"], "get_device_name": ["device"], "is_available": [], "device_of": None,
-    "stream": None, "Stream": None, "Event": None, "default_generators": None, "CUDAGraph": None,
+EXPECTED = {
+    "torch._C._cuda_clearCublasWorkspaces", "torch._C._cuda_endAllocateToPool", "torch._C._cuda_releasePool",
+    "torch._foreach_add_", "torch._foreach_copy_", "torch._foreach_norm", "torch.cuda.CUDAGraph",
+    *(f"torch.cuda.CUDAGraph.{m}" for m in ("capture_begin", "capture_end", "instantiate", "raw_cuda_graph", "replay")),
+    "torch.cuda.Event.query", "torch.cuda.Event.record", "torch.cuda.Event.synchronize", "torch.cuda.Stream",
+    "torch.cuda.Stream.wait_stream", "torch.cuda.current_stream", "torch.cuda.empty_cache",
+    "torch.cuda.get_rng_state", "torch.cuda.graph_pool_handle", "torch.cuda.memory_snapshot",
+    "torch.cuda.set_rng_state", "torch.cuda.stream", "torch.cuda.synchronize",
 }  # fmt: skip
-STREAMS = {
-    "Event": ["record", "synchronize", "query"], "Stream": ["wait_stream", "cuda_stream", "synchronize"],
-}  # fmt: skip
-FOREACH = {"_foreach_add_.Scalar": 2, "_foreach_copy_": 2, "_foreach_norm.Scalar": 2}
-
-
-@pytest.fixture(scope="module")
-def stub():
-    return ast.parse((TORCH / "_C" / "__init__.pyi").read_text()).body
-
-
-def functions(body):
-    return {n.name: [a.arg for a in n.args.args] for n in body if isinstance(n, ast.FunctionDef)}
 
 
 def used(pattern, *names):
     return {found for name in names or SOURCES for found in re.findall(pattern, SOURCES[name])}
 
 
+def kinds_of(tree):
+    """The class of every graph, event and stream, by the name that it has in the module."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.annotation and ast.unparse(node.annotation) in KINDS:
+            found[node.arg] = KINDS[ast.unparse(node.annotation)]
+        elif isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+            several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            for to, made in zip(target.elts, value.elts, strict=True) if several else [(target, value)]:
+                if isinstance(made, ast.Call) and ast.unparse(made.func) in KINDS:
+                    found[ast.unparse(to)] = KINDS[ast.unparse(made.func)]
+    return found
+
+
+def calls_of_torch():
+    """Every call of a private function, of ``torch.cuda`` or of a method of its objects: whose, and the call."""
+    for source in SOURCES.values():
+        tree = ast.parse(source)
+        kinds = kinds_of(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = ast.unparse(node.func.value)
+                name = f"{kinds.get(owner, owner)}.{node.func.attr}"
+                if name.startswith(("torch.cuda.", "torch._")):
+                    yield name, node
+
+
+def declared(body, name):
+    """The signatures of a function in a type stub."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
+                argument.annotation = None
+            yield inspect.signature(eval(f"lambda {ast.unparse(node.args)}: None"))
+
+
+def signatures(name):
+    owner, _, last = name.rpartition(".")
+    if owner == "torch._C":  # a CPU build has it in its stub alone
+        return list(declared(STUB, last))
+    if owner == "torch":
+        return list(declared(FUNCTIONS, last))
+    signature = inspect.signature(pkgutil.resolve_name(name))
+    taken = list(signature.parameters.values())
+    return [signature.replace(parameters=taken[inspect.isclass(pkgutil.resolve_name(owner)) :])]  # without self
+
+
+def fits(signature, call):
+    try:
+        signature.bind(*call.args, **{k.arg: k.value for k in call.keywords})
+    except TypeError:
+        return False
+    return True
+
+
 def test_every_module_imports():
-    packages = (fastals, fastals.kernels)  # the second lies elsewhere in the source tree
-    modules = [m.name for p in packages for m in pkgutil.iter_modules(p.__path__, f"{p.__name__}.")]
+    modules = [m.name for p in PACKAGES for m in pkgutil.iter_modules(p.__path__, f"{p.__name__}.")]
     assert {"fastals.cuda_graphs", "fastals.kernels.armijo"} <= set(modules)
     for name in modules:
         importlib.import_module(name)
 
 
-def test_every_private_function_of_torch_is_known_here(stub):
-    assert used(r"torch\._C\.(\w+)") == set(STUBS)
-    declared = functions(stub)
-    for name, parameters in STUBS.items():
-        assert declared[name] == parameters, name
-    if torch.version.cuda:
-        for name, parameters in STUBS.items():
-            function = getattr(torch._C, name)
-            assert not function.__doc__ or function.__doc__.count("arg") == len(parameters), function.__doc__
+def test_torch_takes_the_arguments_that_it_is_given():
+    calls = list(calls_of_torch())
+    assert {name for name, _ in calls} >= EXPECTED
+    for name, call in calls:
+        written = f"{name}: {ast.unparse(call)}"
+        assert not any(isinstance(a, ast.Starred) for a in call.args), written
+        assert all(k.arg for k in call.keywords), written
+        assert any(fits(signature, call) for signature in signatures(name)), written
+        if name.startswith("torch._C.") and torch.version.cuda:
+            documented = getattr(torch._C, name.rpartition(".")[2]).__doc__
+            assert not documented or documented.count("arg") == len(call.args), documented
 
 
-def test_a_graph_is_captured_and_replayed_by_these_methods(stub):
-    for name, keywords in METHODS.items():
-        taken = inspect.signature(getattr(torch.cuda.CUDAGraph, name)).parameters
-        assert set(keywords) <= set(taken), name
-        required = [p for p in taken.values() if p.default is p.empty and p.name not in ("self", "cls")]
-        assert not required, f"{name} asks for {required}"
-    (graph,) = (n for n in stub if isinstance(n, ast.ClassDef) and n.name == "_CUDAGraph")
-    declared = functions(graph.body)
-    assert set(METHODS) <= set(declared)
-    assert "keep_graph" in declared["__new__"]
-    assert {"pool", "capture_error_mode"} <= set(declared["capture_begin"])
+def test_a_graph_has_these_methods_below_its_python_class():
+    (graph,) = (n for n in STUB if isinstance(n, ast.ClassDef) and n.name == "_CUDAGraph")
+    assert "keep_graph" in next(declared(graph.body, "__new__")).parameters
+    assert {"pool", "capture_error_mode"} <= set(next(declared(graph.body, "capture_begin")).parameters)
     assert cuda_graphs.MODE in {"global", "thread_local", "relaxed"}
     if torch.version.cuda:
         assert "capture_error_mode: str" in torch._C._CUDAGraph.capture_begin.__doc__
         assert "-> int" in torch._C._CUDAGraph.raw_cuda_graph.__doc__
 
 
-def test_every_function_of_torch_cuda_is_known_here():
-    assert used(r"torch\.cuda\.(\w+)") <= set(CUDA)
-    for name, parameters in CUDA.items():
-        found = getattr(torch.cuda, name)
-        if parameters is not None:
-            signature = inspect.signature(found).parameters
-            assert list(signature)[: len(parameters)] == parameters, name
-            assert all(p.default is not p.empty for p in list(signature.values())[max(len(parameters), 1) :]), name
-    for kind, members in STREAMS.items():
-        assert all(hasattr(getattr(torch.cuda, kind), member) for member in members) or not torch.version.cuda
+def test_names_that_are_not_called():
+    assert all(hasattr(torch.cuda, name) for name in used(r"torch\.cuda\.(\w+)"))
+    assert hasattr(torch.cuda.Stream, "cuda_stream") or not torch.version.cuda
     assert {"get_state", "set_state"} <= set(dir(torch.Generator))
 
 
@@ -108,15 +141,6 @@ def test_the_snapshot_of_the_allocator_has_the_keys_that_are_read():
     assert read == {"total_size", "segment_pool_id"}
     own = (TORCH / "_inductor" / "cudagraph_trees.py").read_text() + (TORCH / "cuda" / "_memory_viz.py").read_text()
     assert all(f'["{key}"]' in own for key in read)
-
-
-def test_lists_of_tensors_are_handled_by_these_functions():
-    assert used(r"torch\.(_foreach_\w+)") == {name.split(".")[0] for name in FOREACH}
-    ones, out = [torch.ones(2), torch.ones(3)], [torch.zeros(2), torch.zeros(3)]
-    torch._foreach_copy_(out, ones)
-    torch._foreach_add_(out, 0.5)
-    norms = torch._foreach_norm([t.bfloat16() for t in out], 2, dtype=torch.float32)
-    assert [n.dtype for n in norms] == [torch.float32] * 2
 
 
 def test_attributes_of_modules_and_tensors_that_the_cache_reads():
@@ -129,80 +153,57 @@ def test_attributes_of_modules_and_tensors_that_the_cache_reads():
     assert module.weight._version == version + 1
 
 
-bindings = pytest.mark.skipif(cuda_graphs.runtime is None, reason="cuda-bindings is not installed")
-RUNTIME = {  # arguments as fastals.cuda_graphs gives them
-    "cudaDriverGetVersion": (), "cudaGraphCreate": (0,), "cudaGraphDestroy": ("graph",),
-    "cudaGraphInstantiate": ("graph", 0), "cudaGraphExecDestroy": ("executable",),
-    "cudaGraphLaunch": ("executable", 1234), "cudaGraphConditionalHandleCreate": ("graph", 0, 1),
-    "cudaGraphAddNode": ("graph", ["node"], "edges", 1, "parameters"),
-    "cudaGraphAddChildGraphNode": ("graph", ["node"], 1, 1234),
-}  # fmt: skip
-DRIVER = {
-    "cuGraphAddKernelNode": ("graph", ["node"], 1, "kernel"), "cuModuleLoadData": (cuda_graphs.SET_CONDITION,),
-    "cuModuleGetFunction": ("module", b"set_condition"),
-}  # fmt: skip
-TYPES = {
-    "cudaGraphNodeParams", "cudaGraphNodeType", "cudaGraphConditionalNodeType", "cudaGraph_t",
-    "CUDA_KERNEL_NODE_PARAMS",
-}  # fmt: skip
+class WithoutDriver:
+    """One module of the bindings: the call is made, fails for want of a driver, and is answered with a handle.
 
+    An argument that cannot be converted, one too many or too few is a ``TypeError``.
+    """
 
-@bindings
-def test_every_name_of_the_bindings_is_known_here():
-    from cuda.bindings import driver, runtime
+    def __init__(self, module, answers, calls):
+        self.module, self.answers, self.calls = module, answers, calls
 
-    called = used(r"\b(?:runtime|driver)\.([a-zA-Z]\w+)", "cuda_graphs.py")
-    assert called == {*RUNTIME, *DRIVER, *TYPES}
-    for module, calls in ((runtime, RUNTIME), (driver, DRIVER)):
-        assert all(callable(getattr(module, name)) for name in calls)
+    def __getattr__(self, name):
+        real = getattr(self.module, name)
+        if inspect.isclass(real):
+            return real
 
-
-def handles():
-    """What stands for the graph, the node and the parameters in :data:`RUNTIME` and :data:`DRIVER`."""
-    from cuda.bindings import driver, runtime
-
-    loop = runtime.cudaGraphNodeParams()
-    loop.type = runtime.cudaGraphNodeType.cudaGraphNodeTypeConditional
-    loop.conditional.handle = runtime.cudaGraphConditionalHandle(7)
-    loop.conditional.type = runtime.cudaGraphConditionalNodeType.cudaGraphCondTypeWhile
-    loop.conditional.size = 1
-    assert (int(loop.conditional.handle), loop.conditional.size) == (7, 1)
-    kernel = driver.CUDA_KERNEL_NODE_PARAMS()
-    kernel.func = driver.CUfunction(3)
-    for size in ("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ"):
-        setattr(kernel, size, 1)
-    kernel.kernelParams = ((int(loop.conditional.handle), 1234), (ctypes.c_uint64, ctypes.c_void_p))
-    return {
-        "graph": runtime.cudaGraph_t(0), "node": runtime.cudaGraphNode_t(0), "module": driver.CUmodule(0),
-        "executable": runtime.cudaGraphExec_t(0), "parameters": loop, "kernel": kernel, "edges": None,
-    }  # fmt: skip
-
-
-@bindings
-def test_the_bindings_take_the_arguments_that_they_are_given():
-    """They convert every argument before they ask the driver, which is not there; a wrong one is a ``TypeError``."""
-    from cuda.bindings import driver, runtime
-
-    if torch.cuda.is_available():
-        pytest.skip("with a driver the calls would be made, with handles of nothing")
-    known = handles()
-    for module, calls in ((runtime, RUNTIME), (driver, DRIVER)):
-        for name, wanted in calls.items():
-            arguments = [[known[w[0]]] if isinstance(w, list) else known.get(w, w) for w in wanted]
-            if hasattr(runtime, "cudaGraphAddNode_v2") and name == "cudaGraphAddNode":
-                arguments.remove(None)
+        def call(*args):
             try:
-                error, *_ = getattr(module, name)(*arguments)
+                error, *_ = real(*args)
             except RuntimeError as failed:
                 error = failed
-            assert name == "cudaDriverGetVersion" or re.search("libcuda|InsufficientDriver", repr(error)), (name, error)
-    with pytest.raises(TypeError):
-        runtime.cudaGraphAddChildGraphNode(known["graph"], ["no node"], 1, 1234)
+            self.calls[name] = repr(error)
+            return 0, *self.answers[name]
+
+        return call
 
 
-@bindings
-def test_the_body_of_a_loop_is_found_in_the_parameters_of_its_node():
-    from cuda.bindings import runtime
+@pytest.mark.skipif(cuda_graphs.runtime is None, reason="cuda-bindings is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a driver the calls would be made, with handles of nothing")
+def test_the_bindings_take_the_arguments_that_they_are_given(monkeypatch):
+    """A tail is built of real parameters, handles and calls; the piece has the methods of a graph."""
+    from cuda.bindings import driver, runtime
 
-    parameters = handles()["parameters"]
-    assert int(runtime.cudaGraph_t(int(parameters.conditional.phGraph_out[0]))) == 0
+    node, calls = runtime.cudaGraphNode_t(0), {}
+    answers = {
+        "cudaDriverGetVersion": [13000], "cudaGraphCreate": [runtime.cudaGraph_t(0)], "cudaGraphDestroy": [],
+        "cudaGraphInstantiate": [runtime.cudaGraphExec_t(0)], "cudaGraphExecDestroy": [], "cudaGraphLaunch": [],
+        "cudaGraphConditionalHandleCreate": [runtime.cudaGraphConditionalHandle(7)], "cudaGraphAddNode": [node],
+        "cudaGraphAddChildGraphNode": [node], "cuGraphAddKernelNode": [driver.CUgraphNode(0)],
+        "cuModuleLoadData": [driver.CUmodule(0)], "cuModuleGetFunction": [driver.CUfunction(3)],
+    }  # fmt: skip
+    for module in (runtime, driver):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(cuda_graphs, name, WithoutDriver(module, answers, calls))
+    monkeypatch.setattr(cuda_graphs, "set_condition", cuda_graphs.set_condition.__wrapped__)
+    backend = object.__new__(cuda_graphs.CudaGraphs)
+    backend.draws, backend.device = False, torch.device("cuda", 0)
+    backend.stream = SimpleNamespace(cuda_stream=1234)
+    piece = SimpleNamespace(raw_cuda_graph=lambda: 1234)
+    launch = backend.link([Run(piece), Loop(piece, 1), Run(piece)], torch.zeros(3, 3, dtype=torch.int32))
+    launch()
+    del launch, backend
+    known = used(r"\b(?:runtime|driver)\.([a-zA-Z]\w+)", "cuda_graphs.py")
+    assert set(calls) == {n for n in known if not inspect.isclass(getattr(runtime, n, None) or getattr(driver, n))}
+    del calls["cudaDriverGetVersion"]  # it says 0
+    assert all(re.search("libcuda|InsufficientDriver", error) for error in calls.values()), calls
