@@ -1,4 +1,4 @@
-"""What a folder of results says, in few lines: failed tests with their reason, then every figure.
+"""Summary of a folder of results: failed tests with their reason, then every figure.
 
 python bench/digest.py FOLDER
 """
@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
-MOST_FAILED, WIDTH, MOST_TEXT = 15, 230, 5500  # what a terminal that keeps 12,000 characters can hold
+MAX_FAILED, WIDTH, MAX_TEXT = 15, 230, 5500  # what a terminal that keeps 12,000 characters can hold
 
 
 def failures(folder: Path) -> Iterator[str]:
@@ -70,13 +70,13 @@ def measures(info: dict) -> str:
 
 
 def main(folder: Path) -> None:
-    """Print it, the figures last."""
+    """Print failures, then figures."""
     found = list(failures(folder))
-    print(*found[:MOST_FAILED], sep="\n")
-    if len(found) > MOST_FAILED:
-        print(f"... and {len(found) - MOST_FAILED} more")
+    print(*found[:MAX_FAILED], sep="\n")
+    if len(found) > MAX_FAILED:
+        print(f"... and {len(found) - MAX_FAILED} more")
     text = "\n".join(figures(folder))
-    print(text if len(text) <= MOST_TEXT else f"...{text[-MOST_TEXT:]}")
+    print(text if len(text) <= MAX_TEXT else f"...{text[-MAX_TEXT:]}")
 
 
 if __name__ == "__main__":

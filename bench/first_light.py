@@ -1,8 +1,8 @@
-"""First light: what a GPU does with fastals, in a minute, each figure beside the one that was predicted.
+"""First light: what a GPU does with fastals, in a minute, each figure beside its prediction.
 
 BERT-base, 128 tokens, bfloat16 parameters, dropout on, mini-batches of 8 and of 32. Times are medians after a warm-up,
 from the call until the device is done; only ``host time in step()`` ends when the call returns, and the rows ``without
-waits between`` are the mean of ten steps. One process, nothing gated: ``tests/`` say whether the answers are right.
+waits between`` are the mean of ten steps. Whether the answers are right is not looked at here: ``tests/`` do.
 
     python bench/first_light.py first_light.json
     TRITON_INTERPRET=1 python bench/first_light.py --dry-run first_light.json  # tiny and without a GPU
@@ -39,6 +39,7 @@ from rivals import RIVALS, Plain, loss_of
 from shapes import ACCEPTING, CLASSES, Shape, bert
 from transformers import BertConfig, BertForSequenceClassification
 
+from fastals.kernels.arena import STATE
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.trial import trial
 from fastals.stamp import stamp
@@ -52,8 +53,8 @@ COPY, PRODUCT, WEIGHTS = 3.0e12, 790e12, 109.5e6
 GRADIENT = {8: 3.3e-3, 32: 6.6e-3}
 SMALL, LOOK, LAUNCH, OPERATIONS = 3e-6, 25e-6, 8e-6, 600
 SEARCH = ("survey", "trial", "advance")
-BYTES = sum(moved_bytes(kernel, 2, averages=False) for kernel in SEARCH) * WEIGHTS / COPY  # seconds
-ADAMW_BYTES = 14 * WEIGHTS / COPY
+KERNELS = sum(moved_bytes(kernel, 2, averages=False) for kernel in SEARCH) * WEIGHTS / COPY  # seconds, as is
+FUSED_ADAMW = 14 * WEIGHTS / COPY
 
 
 class Line(NamedTuple):
@@ -66,7 +67,7 @@ class Line(NamedTuple):
     batch: int = 0  # 0 for a figure that has none
 
 
-class Needs(Exception):  # noqa: N818
+class CannotMeasureError(Exception):
     """A figure cannot be had here; the message says what it needs."""
 
 
@@ -81,27 +82,30 @@ def lines() -> Iterator[Line]:
     for batch in BATCHES:
         gradient, host = GRADIENT[batch], OPERATIONS * LAUNCH
         forward = gradient / 3
-        sweep = gradient + FORWARDS_OF_A_SWEEP * forward + BYTES + 4 * UNITS * SMALL
+        sweep = gradient + FORWARDS_OF_A_SWEEP * forward + KERNELS + 4 * UNITS * SMALL
         plain = 3 * max(host, forward)
         figures: list[tuple[str, float, Callable[[], float]]] = [
             ("forward", max(host, forward), partial(pass_time, batch)),
             ("forward, captured", forward, partial(pass_time, batch, graph=True)),
             ("forward + backward", plain, partial(pass_time, batch, backward=True)),
             ("forward + backward, captured", gradient, partial(pass_time, batch, backward=True, graph=True)),
-            ("AdamW", plain + ADAMW_BYTES, partial(step_time, batch, "adamw")),
-            ("AdamW, captured", gradient + ADAMW_BYTES, partial(step_time, batch, "adamw-captured")),
+            ("AdamW", plain + FUSED_ADAMW, partial(step_time, batch, "adamw")),
+            ("AdamW, captured", gradient + FUSED_ADAMW, partial(step_time, batch, "adamw-captured")),
             ("sweep, while", sweep, partial(step_time, batch, "graphed", **ACCEPTING)),
             ("sweep, host", sweep + UNITS * LOOK, partial(step_time, batch, "graphed", mode="host", **ACCEPTING)),
-            ("sweep, eager fused", plain + FORWARDS_OF_A_SWEEP * max(host, forward) + 12 * UNITS * LAUNCH + BYTES,
+            ("sweep, eager fused", plain + FORWARDS_OF_A_SWEEP * max(host, forward) + 12 * UNITS * LAUNCH + KERNELS,
              partial(step_time, batch, "als", **ACCEPTING)),
-            ("sweep, eager baseline", plain + UNITS * (max(host, forward) + 200 * LAUNCH) + 3 * BYTES,
+            ("sweep, eager baseline", plain + UNITS * (max(host, forward) + 200 * LAUNCH) + 3 * KERNELS,
              partial(step_time, batch, "eager", **ACCEPTING)),
-            ("joint accepted at once, while", gradient + forward + BYTES + 2 * UNITS * SMALL,
+            ("joint accepted at once, while", gradient + forward + KERNELS + 2 * UNITS * SMALL,
              partial(step_time, batch, "graphed", schedule="joint", **ACCEPTING)),
         ]  # fmt: skip
         for name, seconds, measure in figures:
             yield Line(name, "ms", 1e3 * seconds, measure, batch)
-        for schedule, expected in (("sweep", sweep), ("joint", gradient + forward + BYTES + 2 * UNITS * SMALL)):
+        for schedule, expected in (
+            ("sweep", sweep),
+            ("joint", gradient + forward + KERNELS + 2 * UNITS * SMALL),
+        ):
             measure = partial(back_to_back, batch, "graphed", schedule=schedule, **ACCEPTING)
             yield Line(f"{schedule}, while, without waits between", "ms", 1e3 * expected, measure, batch)
         host_time = partial(step_time, batch, "graphed", host=True, **ACCEPTING)
@@ -141,7 +145,7 @@ def of_copy(kernel: str) -> float:
     params = parameters("bert_base" if CUDA else "smallest", torch.bfloat16)
     device = device_of(params, averages=False)
     table, arena = device.table, device.arena
-    arena.state[0, 2] = float("nan")  # at: the trial always writes
+    arena.state[0, STATE.index("at")] = float("nan")  # where it stands is not known, so the trial writes
     run = {"survey": survey, "trial": trial, "advance": advance}[kernel]
     moved = moved_bytes(kernel, 2, averages=False) * sum(p.numel() for p in params)
     copy_once, copy_bytes = copied()
@@ -200,7 +204,7 @@ def step_time(batch: int, kind: str, *, host: bool = False, **options: Any) -> d
     if options.get("schedule") == "joint":
         kept = [s for s, r in zip(seconds, reports, strict=True) if (r.joint_trials, r.trials) == (1, 1)]
         if not kept:
-            raise Needs("no step was accepted at once")
+            raise CannotMeasureError("no step was accepted at once")
         return {"measured": 1e3 * statistics.median(kept), "accepted_at_once": len(kept) / STEPS}
     found = {"measured": 1e3 * statistics.median(seconds)}
     trials = [r.trials / len(r.units) for r in reports]
@@ -225,7 +229,7 @@ def ready(batch: int, kind: str, **options: Any) -> tuple[Plain, Iterator[dict]]
         rival.step(next(examples))
     mode = getattr(getattr(rival, "train_step", None), "mode", None)
     if mode is not None and mode.name != options.get("mode", "while"):
-        raise Needs(f"runs in mode {mode.name}: {mode.reason}")
+        raise CannotMeasureError(f"runs in mode {mode.name}: {mode.reason}")
     return rival, examples
 
 
@@ -288,7 +292,7 @@ def finish() -> None:
 def needs_gpu(would: str) -> None:
     """Say what would be done on a GPU, if there is none."""
     if not CUDA:
-        raise Needs(f"{would}; needs a GPU")
+        raise CannotMeasureError(f"{would}; needs a GPU")
 
 
 def clean() -> None:
@@ -304,7 +308,7 @@ def measured(line: Line) -> dict[str, Any]:
     try:
         found = line.measure()
         return entry | (found if isinstance(found, dict) else {"measured": found})
-    except Needs as error:
+    except CannotMeasureError as error:
         return entry | {"why_not": str(error)}
     except Exception as error:  # the figures after it are worth having
         return entry | {"failed": f"{type(error).__name__}: {error}"[:500]}
@@ -328,6 +332,8 @@ def main() -> int:
         entries.append(entry)
         print(json.dumps(entry), flush=True)
         options.out.write_text(json.dumps({"stamp": stamp(), "figures": entries}, indent=1) + "\n")
+    if options.dry_run:
+        print("a dry run of a tiny model: compare nothing with the predictions")
     print(table(entries))
     return int(any("failed" in e for e in entries))
 

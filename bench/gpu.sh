@@ -5,11 +5,12 @@
 #   bench/gpu.sh b    under 9 minutes: all tests of the GPU path, then the benchmarks that the queue asks for
 #
 # Names of stages behind the letter run those alone. With --dry-run nothing needs a GPU: every stage says what it would
-# run, tests and benchmarks are collected, and the first light runs on a tiny model. Every stage is a process of its own with its own limit. Results are packed into one file,
-# results.tar.gz, after each stage: in $OUT if it is set, else in bench/results/<device>/. Nothing is gated: a failed test
-# is stamped on the figures. Nothing is installed or downloaded; it needs a CUDA build of torch, triton, transformers,
-# pytest, pytest-benchmark and hypothesis. A tree without .git names its commit in FASTALS_COMMIT; GATES names a folder of
-# unpacked results of an earlier part b of the same commit. Exit code: 0 if all passed, 1 if anything failed, 2 without a GPU.
+# run, tests and benchmarks are collected, and the first light runs on a tiny model. Every stage is a process of its own
+# with its own limit. All results are packed into results-<part>-<time>.tar.gz after each stage: in $OUT if it is set, else
+# in bench/results/<device>/. Benchmarks run even if tests fail; each result says which failed. Nothing is installed or
+# downloaded; Python (or $PYTHON) needs a CUDA build of torch, triton, transformers, pytest, pytest-benchmark and
+# hypothesis. A tree without .git names its commit in FASTALS_COMMIT; GATES names a folder of unpacked results of an earlier
+# part b of the same commit. Exit code: 0 if all passed, 1 if anything failed, 2 without a GPU, 64 for wrong arguments.
 set -uo pipefail
 from=$PWD
 cd "$(dirname "$0")/.." || exit 1
@@ -18,6 +19,7 @@ declare -A stages=(
 	[b]=" kernels-tests device-tests graph-tests same-tests models-tests captured kernels schedules stages depth rest "
 )
 part=${1:-} dry=0 only=
+[[ " $* " != *" --help "* ]] || { sed -n '2,/^set/{/^#/p}' bench/gpu.sh | cut -c3-; exit 0; }
 [[ $part == [ab] ]] || { echo "usage: bench/gpu.sh a|b [--dry-run] [stage ...]" >&2; exit 64; }
 for word in "${@:2}"; do
 	if [ "$word" = --dry-run ]; then
@@ -60,34 +62,39 @@ if [ -n "${GATES:-}" ]; then
 		exit 64
 	}
 fi
+[ $dry = 0 ] || OUT=${OUT:-$(mktemp -d)}
 out=$([ -n "${OUT:-}" ] && here "$OUT" || echo "$PWD/bench/results/$(dirname "$("$python" -P -m fastals.stamp)")")
 mkdir -p "$out" && [ -w "$out" ] || { echo "bench/gpu.sh: results cannot be written to $out" >&2; exit 1; }
+packed=$out/results-$part-$(date +%H%M%S).tar.gz
 declare -A limit=([a]=230 [b]=520)
-most=${MOST_SECONDS:-${limit[$part]}} # of all stages together
+slow=$((dry ? 5 : 1)) # a dry run may be on a slow machine, with kernels interpreted
+most=$((slow * ${MOST_SECONDS:-${limit[$part]}})) # seconds of all stages together
 failed=0
 
 stage() {  # name, most seconds, command: run it, say in a line how it went, pack the results
 	local name=$1 seconds=$2 begin=$SECONDS log=$work/results/$1.log code
 	shift 2
 	[[ -z $only || $only == *" $name "* ]] || return 0
-	[ $dry = 0 ] || echo "$name would run within $seconds s: ${*/#$work/...}" | cut -c1-600
+	[ $dry = 0 ] || echo "$name would run within $seconds s: ${what:-$*}"
+	seconds=$((slow * seconds))
 	seconds=$((most - SECONDS < seconds ? most - SECONDS : seconds))
 	[ $seconds -gt 5 ] || { echo "$name: no time left"; return 1; }
-	env --default-signal=INT timeout -s INT -k 10 "$seconds" "$@" > "$log" 2>&1 # in the background it would be ignored
+	env --default-signal=INT timeout -s INT -k 10 "$seconds" "$@" > "$log" 2>&1 # background jobs ignore SIGINT by default
 	code=$?
-	printf '%-18s %3d s  exit %3d  %s\n' "$name" $((SECONDS - begin)) $code "$(tail -n 1 "$log" | cut -c1-160)"
+	printf '%-18s %3d s  exit %3d  %s\n' "$name" $((SECONDS - begin)) $code \
+		"$([ $code != 124 ] || echo "stopped at its limit: ")$(tail -n 1 "$log" | cut -c1-160)"
 	pack 9> "$work/lock"
 	return $code
 }
 
 pack() {  # one at a time; a log that grows meanwhile makes tar exit with 1
 	flock 9
-	tar czf "$out/packing" -C "$work/results" . || [ $? = 1 ]
-	mv "$out/packing" "$out/results.tar.gz"
+	tar czf "$packed.part" -C "$work/results" . || [ $? = 1 ]
+	mv "$packed.part" "$packed"
 }
 
 tests() {  # name, most seconds, arguments of pytest
-	local name=$1 seconds=$2
+	local name=$1 seconds=$2 what="pytest ${*:3}"
 	shift 2
 	[ $dry = 1 ] && set -- --collect-only "$@"
 	stage "$name" "$seconds" "$python" -P -m pytest -v --tb=short -o faulthandler_timeout=40 -p no:cacheprovider \
@@ -95,7 +102,7 @@ tests() {  # name, most seconds, arguments of pytest
 }
 
 bench() {  # name, most seconds, arguments of pytest
-	local name=$1 seconds=$2 gates=()
+	local name=$1 seconds=$2 what="pytest ${*:3}" gates=()
 	shift 2
 	[ $dry = 1 ] && set -- --collect-only "$@" || set -- --benchmark-json="$work/results/$name.json" "$@"
 	mapfile -t gates < <(compgen -G "$work/results/*-tests.xml"; compgen -G "${GATES:-/none}/*-tests.xml")
@@ -150,5 +157,6 @@ run_b() {
 }
 
 "run_$part"
+echo "packed into $packed; bench/GPU_QUEUE.md says how to make a page of it"
 "$python" bench/digest.py "$work/results"
 exit $failed

@@ -1,4 +1,4 @@
-"""The first half minute on a GPU: versions, the compiler, one launch of a kernel, the kernel that sets a condition."""
+"""The first half minute on a GPU: versions, a fused step, the kernel that decides whether a loop of a graph goes on."""
 
 import importlib.metadata
 import subprocess
@@ -23,7 +23,7 @@ def main() -> None:
         return
     print(subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout)
     weight = torch.nn.Parameter(torch.ones(5000, device="cuda"))
-    print("why not fused:", kernels.why_not_fused([weight]) or "it is")
+    print("fused:", kernels.why_not_fused([weight]) or "yes")
     optimizer = fastals.ALS([{"name": "all", "params": [weight]}], fused=True)
     optimizer.step(lambda: weight.square().sum())
     print(optimizer.report)

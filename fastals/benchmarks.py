@@ -46,8 +46,8 @@ def report(files: Sequence[Path], out: Path) -> Path:
     devices = list(dict.fromkeys([*map(_device, cases), *(r["device"] for r in runs + figures)]))
     for device in devices:
         where = f" ({device})" if len(devices) > 1 else ""
-        sections += _first_light([f for f in figures if f["device"] == device], where)
         sections += _case_sections([c for c in cases if _device(c) == device], where, out)
+        sections += _first_light([f for f in figures if f["device"] == device], where)
         sections += _task_sections([r for r in runs if r["device"] == device], where, out)
     page = out / "report.md"
     page.write_text("\n\n".join(["# Benchmark report", *sections]) + "\n")
@@ -96,7 +96,8 @@ def read(path: Path) -> tuple[list[Record], list[Record], list[Record]]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no pytest-benchmark file, no first light and no file of convergence runs: {error!r}"
+            f"{path} is no pytest-benchmark file, no first light and no file of convergence runs: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 

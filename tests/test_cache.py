@@ -365,29 +365,66 @@ def test_a_cache_of_its_own_records_and_replays():
 
 
 @pytest.mark.filterwarnings("ignore:fastals")
-@pytest.mark.parametrize("schedule", ["sweep", "independent"])
+@pytest.mark.parametrize(
+    ("schedule", "order"), [("sweep", "top_down"), ("sweep", "random"), ("independent", "top_down")]
+)
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_a_loss_that_comes_to_read_inside_the_blocks_is_noticed_in_that_step(fused, schedule):
-    """Attentions are no outputs of blocks. With them in the loss all units are compared with full forwards anew."""
+def test_a_loss_that_comes_to_read_inside_the_blocks_is_noticed_in_that_step(fused, schedule, order):
+    """Attentions are no outputs of blocks. With them in the loss all units are compared with full forwards anew.
+
+    Every step is that of a twin without the cache.
+    """
     if fused:
         pytest.importorskip("triton")
-    model, batch = attending(), {"input_ids": torch.arange(24).view(2, 12), "labels": torch.tensor([0, 1])}
     inside = False
+
+    def build(**options):
+        model = attending()
+
+        def closure():
+            out = model(**ATTENDED, output_attentions=True)
+            return out.loss + (sum(a.square().sum() for a in out.attentions) if inside and out.attentions else 0.0)
+
+        # the units as they are found with the cache, and in their order
+        return model, closure, fastals.ALS(model, fused=fused, schedule=schedule, order=order, **options)
+
+    model, closure, opt = build()
+    twin, plain, uncached = build(cache=False)
+
+    def step():
+        step_exactly(opt, closure)
+        uncached.step(plain)
+        assert opt.report == uncached.report
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+    step()
+    inside = True
+    with pytest.warns(UserWarning, match="run without the activation cache"):
+        step()
+    step()
+    inside = False
+    step()  # a first trial may have been made before it was noticed
+    step()
+    assert opt.last_forwards < 1 + opt.report.trials + opt.report.joint_trials, "the cache is back"
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_step_that_keeps_notices_too_that_the_loss_reads_inside_the_blocks(fused):
+    if fused:
+        pytest.importorskip("triton")
+    model, inside = attending(), False
 
     def closure():
-        out = model(**batch, output_attentions=True)
+        out = model(**ATTENDED, output_attentions=True)
         return out.loss + (sum(a.square().sum() for a in out.attentions) if inside and out.attentions else 0.0)
 
-    opt = fastals.ALS(model, fused=fused, schedule=schedule)
-    step_exactly(opt, closure)
-    inside = True
-    with pytest.warns(UserWarning, match="unit 'head' run without the activation cache"):
-        step_exactly(opt, closure)
-    step_exactly(opt, closure)
-    inside = False
-    step_exactly(opt, closure)  # a first trial may have been made before it was noticed
-    step_exactly(opt, closure)
-    assert opt.last_forwards < 1 + opt.report.trials + opt.report.joint_trials, "the cache is back"
+    opt = fastals.ALS(model, fused=fused, every=2)
+    for inside in (False, True, False, True):
+        opt.step(closure)
+        assert opt._learned.replays is not inside
+
+
+ATTENDED = {"input_ids": torch.arange(24).view(2, 12), "labels": torch.tensor([0, 1])}
 
 
 def attending():
@@ -412,6 +449,7 @@ def test_a_loss_that_fails_on_replayed_outputs_runs_uncached():
     with pytest.warns(UserWarning, match="unit 'head' run without the activation cache: IndexError"):
         step_exactly(opt, lambda: model(input_ids=ids, labels=ids).loss)
     step_exactly(opt, lambda: model(input_ids=ids, labels=ids).loss)
+    assert opt.last_forwards == 1 + opt.report.trials, "what is found out about the cache is not counted"
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at activations
