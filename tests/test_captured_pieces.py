@@ -31,7 +31,7 @@ from fastals import graph, kernels, rng
 from fastals.graph import GraphedStep
 from fastals.kernels import arena, armijo, moments, table
 from fastals.kernels import trial as trials
-from fastals.program import Loop, Run
+from fastals.program import Always, Loop, Run, SkipIfAccepted
 from fastals.testing import TinyTransformer, tiny_batches
 
 SPEC = importlib.util.spec_from_file_location("compile_kernels", Path(__file__).with_name("compile_kernels.py"))
@@ -146,7 +146,9 @@ class NoHostData(TorchFunctionMode):
 
 
 class Tracing:
-    """Captures by running; a replay does nothing, and a look says that the search is over."""
+    """Captures by running; a replay does nothing, and a look says that the search is over, and if it ``accepts``."""
+
+    accepts = False
 
     def __init__(self, watch, *, linked, draws):
         self.watch, self.linked, self.draws, self.log = watch, linked, draws, []
@@ -172,7 +174,7 @@ class Tracing:
     def look(self, flags):
         assert self.watch.piece is None, "a look within a capture"
         self.log.append("look")
-        return [0] * flags.numel()
+        return [int(self.accepts and name == "accepted") for name in arena.FLAGS]
 
     def rng_state(self):
         return torch.cuda.get_rng_state(0)
@@ -341,10 +343,10 @@ class Traced:
         self.step._draws = make is not normed  # the warm-up has seen the dropout
         self.leaves, self.spec = tree_flatten(self.batch)
 
-    def take(self):
+    def take(self, signature="signature"):
         """Capture what is missing and replay, as ``GraphedStep.__call__`` does."""
         with self.watch:
-            captured, tail, due = self.step._captured("signature", self.leaves, self.spec)
+            captured, tail, due = self.step._captured(signature, self.leaves, self.spec)
             before = self.watch.reads
             self.step._replay(captured, tail, self.leaves, due)
         assert self.watch.reads == before, "a replayed step waits for the device only where it looks"
@@ -409,6 +411,59 @@ def test_the_tails_of_all_turns_of_a_cycle(watch):
         assert due
     assert len(program.tails) == len(traced.opt._units)
     memory_is_held(watch, program)
+
+
+def test_every_program_has_a_table_of_its_own(watch):
+    """The addresses of one program's gradients are not those of another, nor of an eager step."""
+    traced = Traced(watch, tiny)
+    programs = [traced.take(signature)[0] for signature in "ab"]
+    tables = [traced.opt._device.table, *(program.device.table for program in programs)]
+    written = [t for own in tables for k in own.kinds.values() for t in (k.param, k.gradient)]
+    assert len({StorageWeakRef(t.untyped_storage()).cdata for t in written}) == len(written) > len(tables)
+
+
+class Replacing(nn.Module):
+    """The forward gives the model another buffer, on the host, where addresses can be told apart."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.kept = inner, []
+        self.register_buffer("calls", torch.zeros((), device="cpu"))
+
+    def forward(self, **batch):
+        self.kept.append(self.calls)
+        self.calls = self.calls + 1
+        return self.inner(**batch)
+
+
+def test_buffers_that_a_capture_replaces_do_not_make_the_next_step_capture_anew(watch):
+    model, batch = tiny()
+    traced = Traced(watch, lambda: (Replacing(model), batch))
+    step = traced.step
+    step._identity = step._standing(step._modules())
+    traced.take()
+    assert not step._forget_if_changed(step._modules())
+    assert len(traced.model.kept) > 2
+
+
+@pytest.mark.parametrize("momentum", ["none", "after"])
+def test_an_accepted_joint_trial_leaves_out_the_sweep_and_nothing_else(momentum, watch):
+    traced = Traced(watch, tiny, schedule="joint", momentum=momentum)
+    program, tail, _ = traced.take()
+    backend, kinds = program.backend, [type(o) for o in tail.operations]
+    pieces = [[o.piece for o in part if isinstance(o, Run | Loop)] for part in split(tail.operations, kinds)]
+    assert all(pieces)
+    first, sweep, last = pieces
+    for backend.accepts, expected in ((False, first + sweep + last), (True, first + last)):
+        backend.log.clear()
+        traced.take()
+        assert [entry for entry in backend.log if entry != "look"] == [program.head, *expected]
+
+
+def split(operations, kinds):
+    """What comes before a sweep that may be left out, the sweep, and what comes after it."""
+    start, end = kinds.index(SkipIfAccepted), kinds.index(Always)
+    return operations[:start], operations[start:end], operations[end:]
 
 
 def branch(model, batch):
