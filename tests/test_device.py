@@ -579,8 +579,7 @@ def test_a_unit_that_does_not_descend_says_nothing_about_its_cache():
 
 
 @pytest.mark.filterwarnings("ignore:fastals")
-@pytest.mark.parametrize("missing", ["raises", "is another loss"])
-@pytest.mark.parametrize("schedule", ["sweep", "cycle"])
+@pytest.mark.parametrize(("schedule", "missing"), [("sweep", "raises"), ("cycle", "is another loss")])
 @pytest.mark.parametrize("kind", ["fused", "plain"])
 def test_a_loss_that_comes_to_need_what_hooks_collect_is_noticed_in_that_step(kind, schedule, missing):
     """A replayed block calls no hook: the loss then finds nothing, or too little, and raises or is another one."""
