@@ -33,11 +33,12 @@ test-oldest: $(OLDEST_STAMP)  ## the tests with the oldest torch, Triton and tra
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/types && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
+	rm -rf build && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastals
+	MYPYPATH=build/types:bench $(BIN)/mypy bench/report.py
 
 bench: $(STAMP)  ## the quick benchmark profile and its page in bench/results/<device>; FULL=--full for every case
-	out=bench/results/$$($(BIN)/python -P -m fastals.stamp); folder=$$(dirname "$$out"); mkdir -p "$$folder"; \
+	out=bench/results/$$($(BIN)/python -P bench/stamp.py); folder=$$(dirname "$$out"); mkdir -p "$$folder"; \
 	$(BIN)/pytest bench $(FULL) --benchmark-only --benchmark-json="$$out.json"; status=$$?; \
 	$(BIN)/fastals bench report "$$out.json" $$(ls "$$folder"/convergence.jsonl 2> /dev/null) --out "$$folder" && \
 	exit $$status

@@ -9,9 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from stamp import STAMP, stamp
 from turns import Turns
-
-from fastals.stamp import STAMP, stamp
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 5  # of every ratio: ranges of so many lie apart by chance in 1 of 126 comparisons

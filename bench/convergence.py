@@ -28,10 +28,9 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from rivals import RIVALS, Plain
+from stamp import stamp
 from tasks import MODEL, REGIMES, TASKS, Task
 from transformers import AutoModelForSequenceClassification, get_cosine_schedule_with_warmup
-
-from fastals.stamp import stamp
 
 STEPS = 60
 

@@ -37,12 +37,12 @@ from digest import table
 from floor import moved_bytes
 from rivals import RIVALS, Plain, loss_of
 from shapes import ACCEPTING, CLASSES, Shape, bert
+from stamp import stamp
 from transformers import BertConfig, BertForSequenceClassification
 
 from fastals.kernels.arena import STATE
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.trial import trial
-from fastals.stamp import stamp
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -164,8 +164,8 @@ def replay_time() -> float:
 def iteration_time() -> float:
     """Microseconds of an iteration of a WHILE whose body counts down, from loops of two lengths."""
     needs_gpu("captures a loop on the device, runs it 1000 times over")
-    from fastals.cuda_graphs import CudaGraphs
-    from fastals.program import Loop, Run
+    from fastals.graphs.cuda import CudaGraphs
+    from fastals.graphs.program import Loop, Run
 
     device = torch.device("cuda", torch.cuda.current_device())
     backend = CudaGraphs(device, torch.cuda.Stream(device), draws=False)

@@ -63,7 +63,7 @@ if [ -n "${GATES:-}" ]; then
 	}
 fi
 [ $dry = 0 ] || OUT=${OUT:-$(mktemp -d)}
-out=$([ -n "${OUT:-}" ] && here "$OUT" || echo "$PWD/bench/results/$(dirname "$("$python" -P -m fastals.stamp)")")
+out=$([ -n "${OUT:-}" ] && here "$OUT" || echo "$PWD/bench/results/$(dirname "$("$python" -P bench/stamp.py)")")
 mkdir -p "$out" && [ -w "$out" ] || { echo "bench/gpu.sh: results cannot be written to $out" >&2; exit 1; }
 packed=$out/results-$part-$(date +%H%M%S).tar.gz
 declare -A limit=([a]=230 [b]=520)

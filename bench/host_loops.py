@@ -2,7 +2,7 @@
 
 from typing import NoReturn
 
-from fastals.cuda_graphs import CudaGraphs
+from fastals.graphs.cuda import CudaGraphs
 
 
 class HostLoops(CudaGraphs):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import fastals
-from fastals.graph import WARMUP, GraphedStep
-from fastals.reference import EagerALS
+from fastals.eager import EagerALS
+from fastals.graphs.graphed import WARMUP, GraphedStep
 
 if TYPE_CHECKING:
-    from fastals.program import Program
+    from fastals.graphs.program import Program
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -4,10 +4,11 @@ import importlib.metadata
 import subprocess
 
 import torch
+from stamp import stamp
 
 import fastals
-from fastals import cuda_graphs, kernels
-from fastals.stamp import stamp
+from fastals import kernels
+from fastals.graphs import cuda
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     optimizer.step(lambda: weight.square().sum())
     print(optimizer.report)
     assert optimizer.report.loss_after < optimizer.report.loss_before
-    print("condition kernel:", cuda_graphs.set_condition(torch.device("cuda", 0)))
+    print("condition kernel:", cuda.set_condition(torch.device("cuda", 0)))
     print("a fused step and the condition kernel work")
 
 

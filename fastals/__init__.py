@@ -1,8 +1,9 @@
 """fastals: Armijo line search per layer for transformers, as a PyTorch optimizer."""
 
+from fastals import presets
 from fastals.optimizer import ALS
+from fastals.partition import units
 from fastals.report import StepReport, UnitReport
-from fastals.units import units
 
-__all__ = ["ALS", "StepReport", "UnitReport", "units"]
+__all__ = ["ALS", "StepReport", "UnitReport", "presets", "units"]
 __version__ = "0.1.0"

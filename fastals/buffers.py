@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastals.kernels import reference as kernels
+from fastals.kernels import plain
 
 ALIGNMENT = 64  # elements: every parameter starts on a 256-byte boundary of a float32 buffer
 
@@ -81,10 +81,10 @@ class Unit:
         params = [p for p, _ in self.members]
         self.identity = list(map(_identity, params))
         self.dtype = max((torch.promote_types(p.dtype, torch.float32) for p in params), key=lambda t: t.itemsize)
-        self.device, self.rounding = params[0].device, kernels.rounding(params)
+        self.device, self.rounding = params[0].device, plain.rounding(params)
         self.offsets, self.gaps, self.size = layout(params)
         self.counts = [int(state[p]["step"]) if p in state else 0 for p in params]
-        own = (averages, kind == kernels.ADAM, True)
+        own = (averages, kind == plain.ADAM, True)
         self.m, self.v, self.w = flat[:3] if flat else map(self._buffer, own)
         self.steps = flat.steps if flat else None
         self.m_views, self.v_views, self.w_views = map(self.views, (self.m, self.v, self.w))
@@ -115,7 +115,7 @@ class Unit:
     def begin(self) -> None:
         """Snapshot the weights of the parameters with gradients."""
         self.check()
-        kernels.snapshot(self._pick(self.params, self.active), self._pick(self.w_views, self.active))
+        plain.snapshot(self._pick(self.params, self.active), self._pick(self.w_views, self.active))
         self.weight_norm = self._norm(self.w)
 
     @property
@@ -139,7 +139,7 @@ class Unit:
         g, d = self._gradient(scratch), scratch.d if self.own_d is None else self.own_d
         self.d, segments = d, list(self._segments())
         for s in segments:
-            kernels.direction(
+            plain.direction(
                 self.kind, averaged, g[s.where], self.m[s.where], self.v[s.where], self.w[s.where], d[s.where],
                 scratch.work[s.where], betas=s.group["betas"], eps=s.group["eps"],
                 weight_decay=s.group["weight_decay"], count=s.count + 1, grad_scale=grad_scale,
@@ -155,7 +155,7 @@ class Unit:
 
     def trial(self, eta: float) -> None:
         """Put w − η d into the parameters; η = 0 restores them bitwise."""
-        kernels.trial(
+        plain.trial(
             self._pick(self.params, self.active),
             self._pick(self.w_views, self.active),
             self._pick(self.views(self.d), self.active) if eta else self._pick(self.w_views, self.active),
@@ -169,7 +169,7 @@ class Unit:
                 self.w_views[i].sub_(self.views(self.d)[i], alpha=eta)
         g = self._gradient(scratch)
         for s in self._segments():
-            kernels.advance(
+            plain.advance(
                 self.kind, g[s.where], self.m[s.where], self.v[s.where], betas=s.group["betas"], grad_scale=grad_scale
             )
         for i in self.active:
@@ -188,7 +188,7 @@ class Unit:
 
     def _gradient(self, scratch: Scratch) -> Tensor:
         g = scratch.g
-        kernels.snapshot([self.members[i][0].grad for i in self.active], self._pick(self.views(g), self.active))
+        plain.snapshot([self.members[i][0].grad for i in self.active], self._pick(self.views(g), self.active))
         for gap in self.gaps:  # what another unit left there would count as a gradient
             g[gap].zero_()
         return g

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastals import rng
-from fastals.units import blocks, boundaries
+from fastals.partition import blocks, boundaries
 
 Start = list[int]
 

@@ -1,6 +1,6 @@
 """One mini-batch under search on the device: fused kernels, and one flag read by the host after each trial.
 
-The verbs are those of :class:`fastals.minibatch.MiniBatch`; losses, slopes and step sizes stay on the device, where
+The verbs are those of :class:`fastals.host.MiniBatch`; losses, slopes and step sizes stay on the device, where
 :mod:`fastals.kernels.armijo` decides.
 """
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastals.buffers import Flat, Gradients, Unit, layout
-from fastals.closure import Losses, OutdatedError, non_finite
 from fastals.interrupt import uninterrupted
 from fastals.kernels import armijo
 from fastals.kernels.arena import FLAGS, OUTCOMES, RING, RULES, STATE, Arena
@@ -20,6 +19,7 @@ from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.table import Entry, Table
 from fastals.kernels.trial import trial
+from fastals.losses import Losses, OutdatedError, non_finite
 from fastals.report import ACCEPTED, EXHAUSTED, StepReport, UnitReport
 from fastals.search import INITIALS, REFERENCES, uniform
 

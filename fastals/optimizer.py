@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from fastals import kernels, rng
 from fastals.buffers import Scratch, Unit
 from fastals.cache import ActivationCache
-from fastals.closure import NO_CLOSURE, Learned, Losses, OutdatedError
+from fastals.host import MiniBatch
 from fastals.interrupt import uninterrupted
-from fastals.minibatch import MiniBatch
-from fastals.options import Settings, check_coverage, check_ranges, warn_of_processes
+from fastals.losses import NO_CLOSURE, Learned, Losses, OutdatedError
+from fastals.partition import named, observed, units
 from fastals.report import Reports, StepReport
 from fastals.schedule import SCHEDULES, keep
 from fastals.search import MEMORY, plain_memory, schedule_next_search
-from fastals.units import named, observed, units
+from fastals.settings import Settings, check_coverage, check_ranges, warn_of_processes
 
 if TYPE_CHECKING:
-    from fastals.graph import GraphedStep, GraphMode
+    from fastals.graphs.graphed import GraphedStep, GraphMode
 
 
 class ALS(torch.optim.Optimizer):
@@ -31,7 +31,7 @@ class ALS(torch.optim.Optimizer):
 
     .. math:: f(w_u - \eta d_u) \le R - c\,\eta\,\langle g_u, d_u\rangle
 
-    with the other units frozen and the dropout masks held. See :func:`fastals.units` for what a unit is.
+    with the other units frozen and the dropout masks held. See :func:`fastals.partition` for what a unit is.
 
     Example::
 
@@ -41,12 +41,12 @@ class ALS(torch.optim.Optimizer):
 
     Args:
         params: a model (its blocks become units and its activations are cached), the groups of
-            :func:`fastals.units`, or parameters / groups as for any optimizer (one unit each).
+            :func:`fastals.partition`, or parameters / groups as for any optimizer (one unit each).
         lr: multiplies the largest step that may be tried (``trust`` and ``eta_max``), so that
             schedulers attach; no learning rate, 1 is the usual value. Found steps are in ``group["step_size"]``.
         betas, eps, weight_decay: as in AdamW; the decay is decoupled and part of the tested direction.
         model: the module whose activations are cached and whose buffers (running statistics) trials leave alone;
-            needed only where ``params`` is neither the model nor the groups of :func:`fastals.units`.
+            needed only where ``params`` is neither the model nor the groups of :func:`fastals.partition`.
         direction: ``"adam"`` or ``"sgd"`` (heavy ball with ``betas[0]``).
         momentum: ``"none"``, ``"after"`` (test along the gradient's direction, move along the averaged
             one) or ``"tested"`` (test and move along the averaged one; where it does not descend, fall back).
@@ -202,9 +202,10 @@ class ALS(torch.optim.Optimizer):
     ) -> "GraphedStep":
         """A function of a batch that takes one step, on a CUDA GPU as captured graphs.
 
-        ``loss_fn(batch)`` evaluates the loss of a batch, any nest of tensors. See :class:`fastals.graph.GraphedStep`.
+        ``loss_fn(batch)`` evaluates the loss of a batch, any nest of tensors. See
+        :class:`fastals.graphs.graphed.GraphedStep`.
         """
-        from fastals.graph import GraphedStep
+        from fastals.graphs.graphed import GraphedStep
 
         self._graphed = GraphedStep(self, loss_fn, pad_to_multiple_of=pad_to_multiple_of, max_signatures=max_signatures)
         return self._graphed

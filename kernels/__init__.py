@@ -1,6 +1,6 @@
 """Flat-buffer kernels of fastals, imported as ``fastals.kernels``.
 
-:mod:`fastals.kernels.reference` holds the plain torch versions, which are the CPU path. The Triton kernels are in
+:mod:`fastals.kernels.plain` holds the plain torch versions, which are the CPU path. The Triton kernels are in
 ``moments``, ``trial`` and ``armijo``, over the tensors of a ``table`` and the memory of an ``arena``; these modules
 need Triton and are imported where they are used.
 """

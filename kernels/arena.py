@@ -50,7 +50,7 @@ class Arena:
         state: float64 [units + 1, 15]; memory: float64 [units, 6]; rules: float64 [groups, 20].
         flags: int32 [units + 1, 4]; history: float64 [64, units + 1, 15], a ring; step: int64 [1].
         lead: int32 [units], the row of ``rules`` that each unit follows.
-        rounding: float64 [units], of the unit's parameters, see :func:`fastals.kernels.reference.rounding`.
+        rounding: float64 [units], of the unit's parameters, see :func:`fastals.kernels.plain.rounding`.
         grad_scale: float32 [1], multiplies the gradient in the direction.
     """
 

@@ -9,7 +9,7 @@ in float32, a row of partial sums per chunk; the rows of each unit are added up 
 by one. No atomics, a fixed order: the same inputs give the same bits. The moments stay as they are until
 :func:`advance`, so that a step that fails has nothing to undo in them. Bytes per parameter (float32, Adam):
 survey 16, and 20 with the averaged direction; advance 12, and 20 with a first moment. Plain torch versions:
-``direction``, ``snapshot`` and ``advance`` of :mod:`fastals.kernels.reference`.
+``direction``, ``snapshot`` and ``advance`` of :mod:`fastals.kernels.plain`.
 """
 
 import torch

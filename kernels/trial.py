@@ -5,7 +5,7 @@ step that ``state`` holds for the unit. Parameters that stand there already are 
 Bytes per parameter (float32, Adam): 16 a trial along the gradient's direction, 20 along the averaged one, 8 a restore.
 d is not kept, which spares a buffer: keeping it would cost 20 in the first trial and 12 in each that follows, so one
 trial is cheaper by 4 as it is, two cost the same, and every further one costs 4 more. Plain torch versions:
-``direction`` and ``trial`` of :mod:`fastals.kernels.reference`.
+``direction`` and ``trial`` of :mod:`fastals.kernels.plain`.
 """
 
 import triton

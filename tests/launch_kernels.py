@@ -8,14 +8,14 @@ import json
 import sys
 
 import torch
+from helpers.tiny import TinyTransformer, tiny_batches
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import fastals
 from fastals import kernels
-from fastals.graph import WARMUP
+from fastals.graphs.graphed import WARMUP
 from fastals.kernels import armijo
-from fastals.testing import TinyTransformer, tiny_batches
 
 
 class Launcher:

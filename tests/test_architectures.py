@@ -9,7 +9,7 @@ import transformers as hf
 from torch import nn
 
 import fastals
-from fastals.units import blocks
+from fastals.partition import blocks
 
 IDS = torch.tensor([[3, 5, 7, 9, 11, 4], [2, 8, 6, 1, 9, 3]])
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}

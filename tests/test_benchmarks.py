@@ -12,15 +12,17 @@ import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import charts
 import pytest
+import report
 import torch
+import tuning
+from stamp import STAMP as STAMP_FIELDS
+from stamp import place, slug, stamp
 
 import fastals
-from fastals import benchmarks, charts, tuning
-from fastals.cli import main
-from fastals.errors import UserError
-from fastals.stamp import STAMP as STAMP_FIELDS
-from fastals.stamp import place, slug, stamp
+from fastals.cli.errors import UserError
+from fastals.cli.main import main
 
 NAN = float("nan")
 STAMP = {"device": "a cpu", "torch": "2.13.0", "commit": "abc1234", "dirty": False}
@@ -216,7 +218,7 @@ def test_a_case_is_timed_whatever_its_exactness_tests_come_to(gated, gates):
     option = "--gates=a.xml,nowhere.xml" if gates == "file" else f"--gates={gates}"
     done = pytest_in(gated, "bench", option, "--benchmark-max-time=0.01", "--benchmark-json=out.json")
     assert done.returncode == 0, done.stdout
-    infos = {charts.full_name(c): c["extra_info"] for c in benchmarks.read(gated / "out.json")[0]}
+    infos = {charts.full_name(c): c["extra_info"] for c in report.read(gated / "out.json")[0]}
     outcomes = dict.fromkeys(("passed", "failed", "skipped", "nowhere", "ungated"), "not run")
     if gates != "not-run":
         outcomes |= {"passed": "passed", "failed": "failed test_a.py, test_a.py::test_right_or_not"}
@@ -283,7 +285,7 @@ def test_the_page_marks_the_cases_whose_exactness_tests_have_not_passed(store, t
         timing("a", test="look", gates="not run"), timing("b", test="look"),
         timing("", test="roofs", copy_roof_gbs=3012.3, matmul_roof_tflops=701.5, gates=failed),
     ])  # fmt: skip
-    page = benchmarks.report([Path(file)], tmp_path / "page").read_text()
+    page = report.report([Path(file)], tmp_path / "page").read_text()
     assert "\n\nExactness tests: passed for 4 of 8 cases; the others are marked below.\n\n" in page
     table = rows(page)
     assert page.count("| case | exactness tests |") == 3
@@ -308,15 +310,15 @@ def stored_light(tmp_path, *figures):
 
 def test_a_page_holds_the_figures_of_a_first_light_beside_their_predictions(tmp_path):
     figures = light(measured=18.76), light(batch=32, failed="ValueError: no"), light(name="copy", batch=0, why_not="x")
-    page = benchmarks.report([stored_light(tmp_path, *figures)], tmp_path / "page").read_text()
+    page = report.report([stored_light(tmp_path, *figures)], tmp_path / "page").read_text()
     assert "| a cpu | 2.13.0 | abc1234 | False |" in page
     assert "| sweep, while | ms | 8 | 13.4 | 18.76 | 1.40 |" in page
     assert "| sweep, while | ms | 32 | 13.4 | ValueError: no | - |" in page
     assert "| copy | ms | - | 13.4 | x | - |" in page
     with pytest.raises(UserError, match="two results of sweep, while, batch 8"):
-        benchmarks.report([stored_light(tmp_path, *figures[:1] * 2)], tmp_path / "page")
+        report.report([stored_light(tmp_path, *figures[:1] * 2)], tmp_path / "page")
     with pytest.raises(UserError, match="no first light"):
-        benchmarks.report([stored_light(tmp_path, light(predicted="much"))], tmp_path / "page")
+        report.report([stored_light(tmp_path, light(predicted="much"))], tmp_path / "page")
 
 
 def test_a_digest_names_what_failed_and_ends_with_the_figures(tmp_path, store, capsys):
@@ -371,7 +373,7 @@ def test_a_page_says_of_each_device_what_the_exactness_tests_came_to(store, tmp_
     cases = [ratio("small", 2.0, 1.9, 2.1), ratio("small", 3.0, 2.9, 3.1, device="b", gates="not run")]
     cases.append(ratio("large", 3.0, 2.9, 3.1, device="b"))
     del cases[2]["extra_info"]["gates"]
-    page = benchmarks.report([Path(store("a.json", cases))], tmp_path / "page").read_text()
+    page = report.report([Path(store("a.json", cases))], tmp_path / "page").read_text()
     assert "\n\nExactness tests (a cpu): passed for all cases.\n\n" in page
     assert "\n\nExactness tests (b): passed for 0 of 2 cases; the others are marked below.\n\n" in page
     assert rows(page)["large"][0] == "not run"
@@ -423,7 +425,7 @@ def test_report_has_tables_and_pictures_of_all_kinds(store, tmp_path, capsys):
 
 
 def test_report_without_kernels_or_depths_has_no_pictures_of_them(store, tmp_path):
-    benchmarks.report([Path(store("step.json", [ratio("small", 1.85, 1.69, 2.31)]))], tmp_path / "page")
+    report.report([Path(store("step.json", [ratio("small", 1.85, 1.69, 2.31)]))], tmp_path / "page")
     assert {p.name for p in (tmp_path / "page").iterdir()} == {"report.md", "speedup_step-against-eager.png"}
 
 
@@ -432,7 +434,7 @@ def test_devices_and_lengths_have_sections_of_their_own(store, tmp_path):
         store("a.json", [ratio("small", 2.0, 1.9, 2.1)]), store("b.json", [ratio("small", 3.0, 2.9, 3.1, device="b")]),
         store("c.jsonl", [run("adamw 0.1"), run("adamw 0.1", steps=5)]),
     ]  # fmt: skip
-    page = benchmarks.report([Path(f) for f in files], tmp_path / "page").read_text()
+    page = report.report([Path(f) for f in files], tmp_path / "page").read_text()
     titles = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
     assert titles == [
         "Conditions", "Step, against eager (a cpu)", "News, all training samples, 3 steps (a cpu)",
@@ -447,7 +449,7 @@ def test_two_commits_on_one_device_share_a_page(store, tmp_path):
         store("b.json", [ratio("large", 3.0, 2.9, 3.1, commit="def5678")]),
         store("c.jsonl", [run("als", commit="def5678")]),
     ]  # fmt: skip
-    page = benchmarks.report([Path(f) for f in files], tmp_path / "page").read_text()
+    page = report.report([Path(f) for f in files], tmp_path / "page").read_text()
     assert page.count("| a cpu |") == 2
     titles = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
     assert titles == ["Conditions", "Step, against eager", "Kernels", "News, all training samples, 3 steps"]
@@ -456,7 +458,7 @@ def test_two_commits_on_one_device_share_a_page(store, tmp_path):
 
 def test_roofs_alone_are_a_section(store, tmp_path):
     file = store("a.json", [timing("", test="roofs", copy_roof_gbs=3012.3, matmul_roof_tflops=701.5)])
-    page = benchmarks.report([Path(file)], tmp_path / "page").read_text()
+    page = report.report([Path(file)], tmp_path / "page").read_text()
     assert page.strip().endswith("a bfloat16 matrix product does 701.5 TFLOP/s.")
 
 
@@ -675,7 +677,7 @@ def test_a_run_that_lacks_something_is_one_line(store, tmp_path, capsys, wrong):
 def test_blank_lines_between_runs_are_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(f"\n{json.dumps(run('als'))}\n \n{json.dumps(run('eager'))}\n\n")
-    assert [r["method"] for r in benchmarks.read(path)[1]] == ["als", "eager"]
+    assert [r["method"] for r in report.read(path)[1]] == ["als", "eager"]
 
 
 @pytest.mark.parametrize(
@@ -726,7 +728,7 @@ def test_the_stamp_of_an_installed_package_claims_no_commit_but_one_that_it_is_t
     assert (stamp()["commit"], stamp()["dirty"]) == ("unknown", "unknown")
     monkeypatch.setenv("FASTALS_COMMIT", "abc1234")
     assert (stamp()["commit"], stamp()["dirty"]) == ("abc1234", "unknown")
-    runpy.run_path(stamp.__code__.co_filename, run_name="__main__")  # what python -m fastals.stamp does
+    runpy.run_path(stamp.__code__.co_filename, run_name="__main__")  # what python bench/stamp.py does
     assert capsys.readouterr().out == f"{slug(stamp()['device'])}/abc1234\n"
 
 
@@ -741,7 +743,7 @@ def test_the_driver_is_that_of_the_first_gpu_and_no_error_text(tmp_path, monkeyp
 
 def test_the_stamp_has_the_cuda_version_and_that_of_every_package(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr("fastals.stamp.version", {"peft": "0.21.2", "cuda-bindings": "13.1"}.get)
+    monkeypatch.setattr("stamp.version", {"peft": "0.21.2", "cuda-bindings": "13.1"}.get)
     made = stamp()
     assert (made["cuda"], made["peft"], made["cuda-bindings"]) == ("13.0", "0.21.2", "13.1")
     assert made.keys() <= set(STAMP_FIELDS)

@@ -8,11 +8,11 @@ import pickle
 import pytest
 import torch
 import transformers as hf
+from helpers.tiny import TinyTransformer, tiny_batches
 from torch import nn
 
 import fastals
 from fastals.cache import ActivationCache
-from fastals.testing import TinyTransformer, tiny_batches
 
 
 def tiny(**options):

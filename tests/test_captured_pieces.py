@@ -3,7 +3,7 @@
 Model, inputs and arena lie on the ``meta`` device, which stands for the GPU: its tensors have shapes and storages but
 no values, so that whatever needs a value on the host cannot have it. (A fake ``cuda`` tensor of ``FakeTensorMode`` is
 nearer to the truth, but where there is no GPU autograd cannot go through one: torch 2.11 asks for the device's context,
-the CPU build of 2.13 for its guard.) The very program of :class:`fastals.graph.GraphedStep` is captured by a back end
+the CPU build of 2.13 for its guard.) The very program of :class:`GraphedStep` is captured by a back end
 that runs every piece under :class:`Watch`, which sees each operator of forward, backward, trials and cache. A Triton
 kernel is no operator: its launch is replaced by a check of its arguments against the types that
 ``compile_kernels.py`` compiles for.
@@ -26,13 +26,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 pytest.importorskip("triton")
+from helpers.tiny import TinyTransformer, tiny_batches
+
 import fastals
-from fastals import graph, kernels, rng
-from fastals.graph import GraphedStep
+from fastals import kernels, rng
+from fastals.graphs import graphed
+from fastals.graphs.graphed import GraphedStep
+from fastals.graphs.program import Always, Loop, Run, SkipIfAccepted
 from fastals.kernels import arena, armijo, moments, table
 from fastals.kernels import trial as trials
-from fastals.program import Always, Loop, Run, SkipIfAccepted
-from fastals.testing import TinyTransformer, tiny_batches
 
 SPEC = importlib.util.spec_from_file_location("compile_kernels", Path(__file__).with_name("compile_kernels.py"))
 compile_kernels = importlib.util.module_from_spec(SPEC)
@@ -254,7 +256,7 @@ def watch(monkeypatch):
     monkeypatch.setattr(kernels, "why_not_fused", lambda params: "")
     for module in (table, arena):
         monkeypatch.setattr(module, "upload", lambda host, device: host.to(device))
-    monkeypatch.setattr(graph, "Notes", Notes)
+    monkeypatch.setattr(graphed, "Notes", Notes)
     monkeypatch.setattr(rng, "cuda_devices", lambda tensors: (0,))
     monkeypatch.setattr(torch.cuda, "get_rng_state", generator.get)
     monkeypatch.setattr(torch.cuda, "set_rng_state", generator.set)
@@ -331,7 +333,7 @@ class Traced:
         self.opt._learned.trusted.update(dict.fromkeys([*(u.name for u in units), "all units"], True))
         self.opt._learned.written = list(range(len(list(model.buffers())))) if make is normed else []
         for group in self.opt.param_groups:
-            group["count"] = graph.WARMUP
+            group["count"] = graphed.WARMUP
 
         def evaluate(batch):
             return loss_fn(model, batch) if loss_fn else loss_of(model(**batch))

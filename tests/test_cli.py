@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from fastals.cli import main
-from fastals.data import load_task
+from fastals.cli.data import load_task
+from fastals.cli.main import main
 
 WORDS = ["good", "bad", "film", "plot", "actor", "very", "not", "the", "a", "and"]
 
@@ -55,7 +55,7 @@ def arguments(model, table, tmp_path, *more):
 def start(command):
     """The command line in a process of its own: two runs are equal bit by bit only with the same threads."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "fastals.cli", *command], env=environment)
+    return subprocess.Popen([sys.executable, "-m", "fastals.cli.main", *command], env=environment)
 
 
 def lines(folder):

@@ -15,16 +15,17 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from helpers.tiny import TinyTransformer, assert_same, tiny_batches
+
 import fastals
 from fastals import device as device_module
 from fastals import kernels
 from fastals.buffers import Gradients
-from fastals.closure import Losses
+from fastals.eager import EagerALS
 from fastals.kernels import armijo
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.trial import trial, trial_kernel
-from fastals.reference import EagerALS
-from fastals.testing import TinyTransformer, assert_same, tiny_batches
+from fastals.losses import Losses
 
 CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HARD = {"c": 0.5, "backtrack": 0.5, "growth": 2.0, "trust": 0.2, "max_trials": 4}

@@ -14,7 +14,7 @@ from fastals.kernels import armijo
 from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
 from fastals.kernels.arena import OUTCOMES, SPLIT, STATE, SUMS
 from fastals.kernels.moments import add_parts_kernel, advance, reduce_kernel, survey
-from fastals.kernels.reference import rounding
+from fastals.kernels.plain import rounding
 from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH
 from fastals.kernels.trial import trial
 from fastals.search import INITIALS, MEMORY, REFERENCES, Search

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from helpers.tiny import TinyTransformer, tiny_batches
+
 import fastals
-from fastals import cuda_graphs, graph, rng
-from fastals.graph import WARMUP, GraphedStep, GraphMode, pad
-from fastals.program import Always, Loop, Run, SkipIfAccepted
-from fastals.testing import TinyTransformer, tiny_batches
-from fastals.units import blocks
+from fastals import rng
+from fastals.graphs import cuda, graphed
+from fastals.graphs.graphed import WARMUP, GraphedStep, GraphMode, pad
+from fastals.graphs.program import Always, Loop, Run, SkipIfAccepted
+from fastals.partition import blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HARD = {"c": 0.5, "backtrack": 0.5, "growth": 2.0, "trust": 0.2, "max_trials": 4}
@@ -287,7 +290,7 @@ def test_a_batch_that_cannot_be_a_signature_runs_eagerly_and_says_why():
 
 @interpreted
 def test_signatures_that_never_come_back_are_counted_and_forgotten(monkeypatch):
-    monkeypatch.setattr(graph, "MOST_SEEN", 3)
+    monkeypatch.setattr(graphed, "MOST_SEEN", 3)
     model, _, step = build(loss_fn=lambda b: model(b["tokens"], b["labels"]))
     for t, batch in enumerate(tiny_batches(6)):
         step(batch | {"temperature": 0.1 * t})
@@ -657,10 +660,10 @@ class Bindings:
 @pytest.mark.parametrize("major", [12, 13])
 def test_a_tail_becomes_one_graph_of_child_graphs_and_while_nodes(monkeypatch, major):
     bindings = Bindings(major)
-    monkeypatch.setattr(cuda_graphs, "runtime", bindings)
-    monkeypatch.setattr(cuda_graphs, "driver", bindings)
-    monkeypatch.setattr(cuda_graphs, "set_condition", lambda device: "set_condition")
-    backend = object.__new__(cuda_graphs.CudaGraphs)
+    monkeypatch.setattr(cuda, "runtime", bindings)
+    monkeypatch.setattr(cuda, "driver", bindings)
+    monkeypatch.setattr(cuda, "set_condition", lambda device: "set_condition")
+    backend = object.__new__(cuda.CudaGraphs)
     backend.draws, backend.device = False, torch.device("cuda", 0)
     backend.stream = type("Stream", (), {"cuda_stream": 5})()
     piece = type("Piece", (), {"raw_cuda_graph": lambda self: "raw"})()
@@ -693,12 +696,12 @@ def test_a_tail_becomes_one_graph_of_child_graphs_and_while_nodes(monkeypatch, m
 
 
 def test_why_there_are_no_loops_on_the_device(monkeypatch):
-    backend = object.__new__(cuda_graphs.CudaGraphs)
-    monkeypatch.setattr(cuda_graphs, "runtime", None)
+    backend = object.__new__(cuda.CudaGraphs)
+    monkeypatch.setattr(cuda, "runtime", None)
     with pytest.raises(RuntimeError, match="cuda-bindings"):
         backend.link([], None)
-    monkeypatch.setattr(cuda_graphs, "runtime", Bindings(13))
-    monkeypatch.setattr(cuda_graphs, "TORCH", (2, 13))
+    monkeypatch.setattr(cuda, "runtime", Bindings(13))
+    monkeypatch.setattr(cuda, "TORCH", (2, 13))
     backend.draws = True
     with pytest.raises(RuntimeError, match="random numbers"):
         backend.link([], None)
@@ -725,7 +728,7 @@ def test_a_failed_capture_is_ended_by_a_clean_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch._C, name, lambda *where, name=name: taken_out.append((name, *where)), raising=False)
-    backend = object.__new__(cuda_graphs.CudaGraphs)
+    backend = object.__new__(cuda.CudaGraphs)
     backend.stream, backend.pool, backend.device = None, (0, 1), torch.device("cuda", 0)
     with pytest.raises(BrokenError):
         backend.capture(action)
@@ -742,7 +745,7 @@ def test_the_kernel_that_sets_a_condition_assembles(architecture):
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "set_condition.ptx"
-        source.write_bytes(cuda_graphs.SET_CONDITION.rstrip(b"\0"))
+        source.write_bytes(cuda.SET_CONDITION.rstrip(b"\0"))
         done = subprocess.run(
             [assembler, f"-arch={architecture}", "-c", source, "-o", source.with_suffix(".o")],
             capture_output=True, text=True, check=False,
@@ -767,7 +770,7 @@ def on_gpu(model, opt, count=8):
 @pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values())))
 def test_graphs_take_the_steps_of_the_eager_path(options, force_host, monkeypatch):
     if force_host:
-        monkeypatch.setattr(cuda_graphs, "runtime", None)
+        monkeypatch.setattr(cuda, "runtime", None)
     options = HARD | options
     torch.manual_seed(0)
     model = TinyTransformer(depth=2).cuda()
@@ -903,7 +906,7 @@ def test_two_signatures_live_beside_each_other_and_one_survives_the_other():
 def test_dropout_masks_are_held_in_a_step_and_change_between_steps(mode, monkeypatch):
     """With steps too short to change a weight every first trial's loss is f(w_t), bitwise, and is accepted."""
     if mode == "host":
-        monkeypatch.setattr(cuda_graphs, "runtime", None)
+        monkeypatch.setattr(cuda, "runtime", None)
     torch.manual_seed(0)
     model = TinyTransformer(depth=3, dropout=0.5).cuda()
     short = {"trust": None, "eta_init": 1e-30, "eta_max": 1e-30, "eta_min": 1e-38}
@@ -924,7 +927,7 @@ def test_dropout_masks_are_held_in_a_step_and_change_between_steps(mode, monkeyp
 
 def cuda_backend():
     device = torch.device("cuda", torch.cuda.current_device())
-    return cuda_graphs.CudaGraphs(device, torch.cuda.Stream(device), draws=False)
+    return cuda.CudaGraphs(device, torch.cuda.Stream(device), draws=False)
 
 
 def linked_or_skipped(backend, operations, flags):
@@ -991,7 +994,7 @@ def test_losses_have_the_same_bits_whether_host_or_device_runs_the_loops(kernel,
     seen = []
     for host in (False, True):
         if host:
-            monkeypatch.setattr(cuda_graphs, "runtime", None)
+            monkeypatch.setattr(cuda, "runtime", None)
         torch.manual_seed(0)
         model = Attending().cuda()
 
@@ -1108,7 +1111,7 @@ def test_a_forward_without_gradients_has_the_masks_and_the_loss_of_one_with(dtyp
 def test_a_captured_step_can_be_profiled():
     code = """
 import torch, fastals
-from fastals.testing import TinyTransformer, tiny_batches
+from helpers.tiny import TinyTransformer, tiny_batches
 model = TinyTransformer(dropout=0.0).cuda()
 step = fastals.ALS(fastals.units(model), model=model, fused=True).graphed(lambda batch: model(**batch))
 batches = [{k: v.cuda() for k, v in b.items()} for b in tiny_batches(8)]
@@ -1120,7 +1123,9 @@ with torch.profiler.profile() as profile:
     torch.cuda.synchronize()
 print(step.mode.name, len(profile.events()))
 """
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=env)
     assert not done.returncode, done.stderr[-2000:]
     assert done.stdout.split()[0] in ("while", "host")
 
@@ -1152,8 +1157,8 @@ def test_a_loss_that_waits_for_the_device_is_not_captured_and_steps_go_on():
 @pytest.mark.gpu
 def test_loops_run_on_the_device_where_bindings_and_driver_know_them():
     pytest.importorskip("cuda.bindings")
-    version = cuda_graphs.checked(cuda_graphs.runtime.cudaDriverGetVersion())
-    if version < cuda_graphs.OLDEST_DRIVER:
+    version = cuda.checked(cuda.runtime.cudaDriverGetVersion())
+    if version < cuda.OLDEST_DRIVER:
         pytest.skip(f"the driver knows CUDA {version} only")
     torch.manual_seed(0)
     model = TinyTransformer(depth=2, dropout=0.0).cuda()

@@ -11,11 +11,11 @@ import signal
 
 import pytest
 import torch
+from helpers.tiny import TinyTransformer, assert_same, tiny_batches
 from torch import nn
 
 import fastals
 from fastals import buffers
-from fastals.testing import TinyTransformer, assert_same, tiny_batches
 
 # Apart from the defaults; steps so large that trials are rejected and searches exhausted.
 HARD = {

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastals.buffers import ALIGNMENT, Scratch, Unit
-from fastals.kernels import reference as kernels
+from fastals.kernels import plain
 
 SIZES = st.sampled_from([1, 63, 64, 65, 1000])
 RTOL = {torch.bfloat16: 2**-8, torch.float32: 1e-5, torch.float64: 1e-12}  # of the value itself
 ATOL = {torch.bfloat16: 1e-6, torch.float32: 1e-6, torch.float64: 1e-14}  # of the largest value (cancellation)
-kinds = st.sampled_from([kernels.ADAM, kernels.SGD])
+kinds = st.sampled_from([plain.ADAM, plain.SGD])
 seeds = st.integers(0, 2**32 - 1)
 buffer_dtypes = st.sampled_from([torch.float32, torch.float64])
 hyper = st.fixed_dictionaries(
@@ -46,7 +46,7 @@ def assert_near(got, exact, terms=()):
 def exact_direction(kind, averaged, g, m, v, w, betas, eps, weight_decay, count, grad_scale):
     b1, b2 = betas
     g, m, v, w = (x.double() for x in (g * grad_scale, m, v, w))
-    if kind == kernels.SGD:
+    if kind == plain.SGD:
         x = b1 * m + g if averaged else g
         return x + weight_decay * w if weight_decay else x
     x = (b1 * m + (1 - b1) * g) / (1 - b1**count) if averaged else g
@@ -60,7 +60,7 @@ def test_direction(n, seed, dtype, kind, averaged, hyper):
     v = numbers(n, dtype, seed + 3, positive=True)
     inputs = [x.clone() for x in (g, m, v, w)]
     out, scratch = torch.full((n,), math.nan, dtype=dtype), torch.full((n,), math.nan, dtype=dtype)
-    kernels.direction(kind, averaged, g, m, v, w, out, scratch, **hyper)
+    plain.direction(kind, averaged, g, m, v, w, out, scratch, **hyper)
     assert_near(out, exact_direction(kind, averaged, g, m, v, w, **hyper))
     assert all(torch.equal(a, b) for a, b in zip(inputs, (g, m, v, w), strict=True)), "inputs are read only"
 
@@ -74,7 +74,7 @@ def test_direction_keeps_a_bad_number_where_it_is(n, seed, kind, averaged, hyper
     given_["v"] = numbers(n, torch.float32, seed + 3, positive=True)
     given_[buffer][where % n] = bad
     out, scratch = torch.empty(n), torch.empty(n)
-    kernels.direction(kind, averaged, *(given_[k] for k in "gmvw"), out, scratch, **hyper)
+    plain.direction(kind, averaged, *(given_[k] for k in "gmvw"), out, scratch, **hyper)
     assert_near(out, exact_direction(kind, averaged, *(given_[k] for k in "gmvw"), **hyper))
     assert torch.isfinite(out).sum() >= n - 1
 
@@ -85,10 +85,10 @@ def test_advance(n, seed, dtype, kind, hyper):
     v = numbers(n, dtype, seed + 3, positive=True)
     b1, b2 = hyper["betas"]
     clipped = g.double() * hyper["grad_scale"]
-    adam, old_m = kind == kernels.ADAM, m.double()
+    adam, old_m = kind == plain.ADAM, m.double()
     exact_m = b1 * m.double() + (1 - b1 if adam else 1) * clipped
     exact_v = b2 * v.double() + (1 - b2) * clipped**2 if adam else v.double()
-    kernels.advance(kind, g, m, v, betas=hyper["betas"], grad_scale=hyper["grad_scale"])
+    plain.advance(kind, g, m, v, betas=hyper["betas"], grad_scale=hyper["grad_scale"])
     assert_near(m, exact_m, terms=(old_m, clipped))
     assert_near(v, exact_v)
 
@@ -101,7 +101,7 @@ def test_trial(sizes, dtype, seed, eta):
     exact = torch.promote_types(dtype, torch.float32)
     w, d = ([numbers(n, exact, seed + i + shift) for i, n in enumerate(sizes)] for shift in (0, 50))
     params = [torch.full_like(x, math.nan, dtype=dtype) for x in w]
-    kernels.trial(params, w, d, eta)
+    plain.trial(params, w, d, eta)
     for p, a, b in zip(params, w, d, strict=True):
         assert p.dtype == dtype
         assert_near(p, a.double() - eta * b.double(), terms=(a.double(), eta * b.double()))
@@ -114,8 +114,8 @@ def test_trial_of_length_zero_restores_bitwise_whatever_the_direction_holds(size
     before[0][0] = -0.0
     params, w, d = [p.clone() for p in before], [p.to(exact) for p in before], [p.to(exact) for p in before]
     d[-1][data.draw(st.integers(0, sizes[-1] - 1))] = data.draw(st.sampled_from([math.nan, math.inf]))
-    kernels.trial(params, w, d, 0.5)
-    kernels.trial(params, w, d, 0.0)
+    plain.trial(params, w, d, 0.5)
+    plain.trial(params, w, d, 0.0)
     for p, q in zip(params, before, strict=True):
         assert torch.equal(p.view(torch.uint8), q.view(torch.uint8))
 
@@ -124,7 +124,7 @@ def test_trial_of_length_zero_restores_bitwise_whatever_the_direction_holds(size
 def test_snapshot(sizes, dtype, seed):
     params = [numbers(n, dtype, seed + i) for i, n in enumerate(sizes)]
     out = [torch.full_like(p, math.nan, dtype=torch.float64) for p in params]
-    kernels.snapshot(params, out)
+    plain.snapshot(params, out)
     assert all(torch.equal(o, p.double()) for o, p in zip(out, params, strict=True))
 
 
@@ -185,7 +185,7 @@ def test_a_units_direction_trial_restore_and_commit(partition, kind, averaged, s
         count, (b1, b2) = int(s["step"]) + 1, group["betas"]
         w = p.detach().to(unit.dtype)
         exact[p] = exact_direction(kind, averaged, g, m, v, w, (b1, b2), 1e-8, decay, count, 0.7)
-        scaled, adam = 0.7 * g.double(), kind == kernels.ADAM
+        scaled, adam = 0.7 * g.double(), kind == plain.ADAM
         moments[p] = b1 * m.double() + (1 - b1 if adam else 1) * scaled, b2 * v.double() + (1 - b2) * scaled**2, count
     expected = sum(float(p.grad.double() @ d) for p, d in exact.items())
     size = sum(float(p.grad.double().norm() * d.norm()) for p, d in exact.items())
@@ -203,7 +203,7 @@ def test_a_units_direction_trial_restore_and_commit(partition, kind, averaged, s
     for p, (m, v, count) in moments.items():
         assert int(state[p]["step"]) == count
         assert_near(state[p]["exp_avg"], m)
-        if kind == kernels.ADAM:
+        if kind == plain.ADAM:
             assert_near(state[p]["exp_avg_sq"], v)
         if "master" in state[p] and p.dtype != unit.dtype:
             assert torch.equal(state[p]["master"].to(p.dtype), p.detach()), "the parameter is its master, rounded"
@@ -213,7 +213,7 @@ def test_bfloat16_steps_below_its_resolution_add_up_in_the_master():
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     group = {"name": "g", "params": [p], "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     state = {p: {}}
-    unit = Unit([group], kernels.SGD, {})
+    unit = Unit([group], plain.SGD, {})
     scratch = Scratch(unit.size, unit.dtype, unit.device)
     for _ in range(10):
         p.grad = torch.ones_like(p)
@@ -230,7 +230,7 @@ def test_weights_that_someone_else_wrote_replace_their_master():
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     group = {"name": "g", "params": [p], "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     state = {p: {}}
-    unit = Unit([group], kernels.SGD, {})
+    unit = Unit([group], plain.SGD, {})
     scratch = Scratch(unit.size, unit.dtype, unit.device)
     for start in (1.0, 5.0):
         with torch.no_grad():

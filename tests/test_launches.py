@@ -26,7 +26,7 @@ def known():
 @pytest.fixture(scope="module")
 def launched():
     """By launch: what the kernel was bound to, the dtype of the model, and the number of the step."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(FOLDER)}
     command = [sys.executable, "-P", "-W", "ignore::DeprecationWarning", FOLDER / "launch_kernels.py", "90"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert not done.returncode, done.stderr[-2000:]

@@ -92,8 +92,8 @@ def test_the_base_install_needs_torch_only(tmp_path):
         "        if name.split('.')[0] in ('transformers', 'datasets', 'pandas', 'rich', 'matplotlib'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Refuse())\n"
-        "import fastals, fastals.cli\n"
-        "sys.exit(fastals.cli.main(['finetune', '--steps', '1']))\n"
+        "from fastals.cli.main import main\n"
+        "sys.exit(main(['finetune', '--steps', '1']))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr

@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 import torch
+from helpers.tiny import TinyTransformer, tiny_batches
 
 import fastals
 from fastals.presets import PRESETS, sls
-from fastals.testing import TinyTransformer, tiny_batches
 
 
 def build(name, model):

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 import fastals
-from fastals import cuda_graphs
-from fastals.program import Loop, Run
+from fastals.graphs import cuda
+from fastals.graphs.program import Loop, Run
 
 PACKAGES = (fastals, fastals.kernels)  # the second lies elsewhere in the source tree
-SOURCES = {path.name: path.read_text() for p in PACKAGES for path in Path(p.__file__).parent.glob("*.py")}
+FOLDERS = [Path(package.__file__).parent for package in PACKAGES]
+SOURCES = {str(path.relative_to(folder)): path.read_text() for folder in FOLDERS for path in folder.rglob("*.py")}
 TORCH = Path(torch.__file__).parent
 STUB = ast.parse((TORCH / "_C" / "__init__.pyi").read_text()).body
 FUNCTIONS = ast.parse((TORCH / "_C" / "_VariableFunctions.pyi").read_text()).body
@@ -101,8 +102,8 @@ def fits(signature, call):
 
 
 def test_every_module_imports():
-    modules = [m.name for p in PACKAGES for m in pkgutil.iter_modules(p.__path__, f"{p.__name__}.")]
-    assert {"fastals.cuda_graphs", "fastals.kernels.armijo"} <= set(modules)
+    modules = [m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, f"{p.__name__}.")]
+    assert {"fastals.graphs.cuda", "fastals.kernels.armijo"} <= set(modules)
     for name in modules:
         importlib.import_module(name)
 
@@ -124,7 +125,7 @@ def test_a_graph_has_these_methods_below_its_python_class():
     (graph,) = (n for n in STUB if isinstance(n, ast.ClassDef) and n.name == "_CUDAGraph")
     assert "keep_graph" in next(declared(graph.body, "__new__")).parameters
     assert {"pool", "capture_error_mode"} <= set(next(declared(graph.body, "capture_begin")).parameters)
-    assert cuda_graphs.MODE in {"global", "thread_local", "relaxed"}
+    assert cuda.MODE in {"global", "thread_local", "relaxed"}
     if torch.version.cuda:
         assert "capture_error_mode: str" in torch._C._CUDAGraph.capture_begin.__doc__
         assert "-> int" in torch._C._CUDAGraph.raw_cuda_graph.__doc__
@@ -138,7 +139,7 @@ def test_names_whose_calls_are_not_found():
 
 
 def test_the_snapshot_of_the_allocator_has_the_keys_that_are_read():
-    read = used(r"\bs\[\"(\w+)\"\]", "cuda_graphs.py")
+    read = used(r"\bs\[\"(\w+)\"\]", "graphs/cuda.py")
     assert read == {"total_size", "segment_pool_id"}
     own = (TORCH / "_inductor" / "cudagraph_trees.py").read_text() + (TORCH / "cuda" / "_memory_viz.py").read_text()
     assert all(f'["{key}"]' in own for key in read)
@@ -179,7 +180,7 @@ class WithoutDriver:
         return call
 
 
-@pytest.mark.skipif(cuda_graphs.runtime is None, reason="cuda-bindings is not installed")
+@pytest.mark.skipif(cuda.runtime is None, reason="cuda-bindings is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a driver the calls would be made, with handles of nothing")
 def test_the_bindings_take_the_arguments_that_they_are_given(monkeypatch):
     """A tail is built of real parameters, handles and calls; the piece has the methods of a graph."""
@@ -195,16 +196,16 @@ def test_the_bindings_take_the_arguments_that_they_are_given(monkeypatch):
     }  # fmt: skip
     for module in (runtime, driver):
         name = module.__name__.rpartition(".")[2]
-        monkeypatch.setattr(cuda_graphs, name, WithoutDriver(module, answers, calls))
-    monkeypatch.setattr(cuda_graphs, "set_condition", cuda_graphs.set_condition.__wrapped__)
-    backend = object.__new__(cuda_graphs.CudaGraphs)
+        monkeypatch.setattr(cuda, name, WithoutDriver(module, answers, calls))
+    monkeypatch.setattr(cuda, "set_condition", cuda.set_condition.__wrapped__)
+    backend = object.__new__(cuda.CudaGraphs)
     backend.draws, backend.device = False, torch.device("cuda", 0)
     backend.stream = SimpleNamespace(cuda_stream=1234)
     piece = SimpleNamespace(raw_cuda_graph=lambda: 1234)
     launch = backend.link([Run(piece), Loop(piece, 1), Run(piece)], torch.zeros(3, 3, dtype=torch.int32))
     launch()
     del launch, backend
-    known = used(r"\b(?:runtime|driver)\.([a-zA-Z]\w+)", "cuda_graphs.py")
+    known = used(r"\b(?:runtime|driver)\.([a-zA-Z]\w+)", "graphs/cuda.py")
     assert set(calls) == {n for n in known if not inspect.isclass(getattr(runtime, n, None) or getattr(driver, n))}
     del calls["cudaDriverGetVersion"]  # it says 0
     assert all(re.search("libcuda|InsufficientDriver", error) for error in calls.values()), calls

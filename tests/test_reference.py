@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.tiny import TinyTransformer, tiny_batches
 from torch import nn
 
 import fastals
-from fastals.reference import EagerALS
+from fastals.eager import EagerALS
 from fastals.search import MEMORY
-from fastals.testing import TinyTransformer, tiny_batches
 
 STEPS = 30
 # Apart from the defaults; steps so large that trials are rejected and searches exhausted.

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from helpers.tiny import TinyTransformer, tiny_batches
 from torch import nn
 
 import fastals
-from fastals.reference import EagerALS
-from fastals.testing import TinyTransformer, tiny_batches
+from fastals.eager import EagerALS
 
 # Every first trial is η = lr · eta_max and small enough to be accepted.
 AS_ADAMW = {

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers.tiny import TinyTransformer
 from torch import nn
 
 import fastals
-from fastals.testing import TinyTransformer
 
 
 def names(groups):

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fastals import rng
 from fastals.optimizer import ALS
-from fastals.options import Settings, check_coverage, check_ranges
+from fastals.partition import units
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.search import MEMORY, Search, schedule_next_search, uniform, visible
-from fastals.units import units
+from fastals.settings import Settings, check_coverage, check_ranges
 
 
 @dataclass(eq=False)

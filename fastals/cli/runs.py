@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastals.errors import UserError
+from fastals.cli.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Recording walks through the very schedules that the eager path runs. Between two loops everything is a straight line of
 device work and becomes one piece; the body of a loop is a piece of its own, repeated while its flag says so. A back end
-captures and replays pieces (:class:`fastals.cuda_graphs.CudaGraphs`).
+captures and replays pieces (:class:`fastals.graphs.cuda.CudaGraphs`).
 """
 
 import copy
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fastals import rng
 from fastals.cache import ActivationCache
-from fastals.closure import Learned, Losses
 from fastals.device import Device, DeviceBatch, Immediately
 from fastals.kernels import armijo
 from fastals.kernels.arena import FLAGS, Arena
 from fastals.kernels.table import Table
 from fastals.kernels.trial import trial
+from fastals.losses import Learned, Losses
 
 Action = Callable[[], object]
 

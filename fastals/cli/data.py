@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastals.errors import UserError, needs_extra
+from fastals.cli.errors import UserError, needs_extra
 
 Example = tuple[tuple[str, ...], int]  # one text, or a pair; class index
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_is_leaf, tree_map_only, tree_unflatten
 
 from fastals import rng
-from fastals.closure import Losses, non_finite
 from fastals.interrupt import uninterrupted
 from fastals.kernels.arena import FLAGS
+from fastals.losses import Losses, non_finite
 from fastals.schedule import SCHEDULES, keep
 
 if TYPE_CHECKING:
     from fastals.device import DeviceBatch
+    from fastals.graphs.program import Backend, Program, Tail
     from fastals.optimizer import ALS
-    from fastals.program import Backend, Program, Tail
 
 WARMUP = 3  # eager steps of each signature: compilation, workspaces, verification of the cache
 MOST_SEEN = 1024  # signatures whose steps are counted
@@ -170,7 +170,7 @@ class GraphedStep:
     def _on_stream(self) -> Any:
         if self._stream is None:
             return nullcontext()
-        from fastals.cuda_graphs import on_stream
+        from fastals.graphs.cuda import on_stream
 
         return on_stream(self._stream)
 
@@ -209,7 +209,7 @@ class GraphedStep:
             batch.follow_momentum()
 
     def _capture(self, leaves: list[Any], spec: TreeSpec) -> Captured:
-        from fastals.program import Program
+        from fastals.graphs.program import Program
 
         opt, params = self.optimizer, self.optimizer._parameters()
         inputs = [leaf.to(self._device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -376,7 +376,7 @@ def _signature(leaves: list[Any], spec: TreeSpec, modules: list[torch.nn.Module]
 
 
 def _cuda_graphs(device: torch.device, stream: torch.cuda.Stream | None, *, draws: bool) -> "Backend":
-    from fastals.cuda_graphs import CudaGraphs
+    from fastals.graphs.cuda import CudaGraphs
 
     assert stream is not None
     return CudaGraphs(device, stream, draws=draws)

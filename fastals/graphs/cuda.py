@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastals.program import Action, Loop, Operation, Run
+from fastals.graphs.program import Action, Loop, Operation, Run
 
 try:
     from cuda.bindings import driver, runtime

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastals import benchmarks
-from fastals.errors import UserError, needs_extra
-from fastals.finetune import DEFAULT_STEPS, OPTIMIZERS, Interrupted, Session, Trainer, als_options, build_optimizer
-from fastals.plots import plot_losses, plot_step_sizes, summary_table
+from fastals.cli.bench import load_report
+from fastals.cli.errors import UserError, needs_extra
+from fastals.cli.finetune import DEFAULT_STEPS, OPTIMIZERS, Interrupted, Session, Trainer, als_options, build_optimizer
+from fastals.cli.plots import plot_losses, plot_step_sizes, summary_table
+from fastals.cli.runs import Config, Run
 from fastals.presets import PRESETS
-from fastals.runs import Config, Run
 from fastals.schedule import ORDERS, SCHEDULES
 
 # Arguments of ALS that the command line passes on.
@@ -78,14 +78,14 @@ def report(arguments: argparse.Namespace) -> int:
 
 def bench_report(arguments: argparse.Namespace) -> int:
     """Turn stored results into a page with pictures."""
-    page = benchmarks.report([Path(f) for f in arguments.files], Path(arguments.out))
+    page = load_report().report([Path(f) for f in arguments.files], Path(arguments.out))
     print(f"the page is {page}")
     return 0
 
 
 def bench_compare(arguments: argparse.Namespace) -> int:
     """List what changed beyond the spread; 1 if anything got slower."""
-    lines, slower = benchmarks.compare(Path(arguments.before), Path(arguments.after))
+    lines, slower = load_report().compare(Path(arguments.before), Path(arguments.after))
     print("\n".join(lines))
     return int(slower)
 

@@ -1,6 +1,6 @@
 """What a number needs to be believed: device, versions, commit.
 
-``python -m fastals.stamp`` prints the place of a result made here and now below ``bench/results``.
+``python bench/stamp.py`` prints the place of a result made here and now below ``bench/results``.
 """
 
 import os

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastals.buffers import Gradients, Scratch, Unit
-from fastals.closure import Losses
+from fastals.losses import Losses
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.search import MEMORY, Search, uniform, visible
 

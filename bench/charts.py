@@ -1,4 +1,4 @@
-"""Pictures of stored results, for :mod:`fastals.benchmarks`; each function writes one file and returns it."""
+"""Pictures of stored results, for :mod:`report`; each function writes one file and returns it."""
 
 import math
 import statistics
@@ -7,9 +7,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from fastals.plots import new_figure, running_mean
-from fastals.stamp import slug
-from fastals.tuning import diverged, of_method, sweep_cost
+from stamp import slug
+from tuning import diverged, of_method, sweep_cost
+
+from fastals.cli.plots import new_figure, running_mean
 
 Record = dict[str, Any]
 LINES = ("-", ":")  # of the first ten methods, and of the next ten; dashes are the sweep's

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastals.errors import needs_extra
+from fastals.cli.errors import needs_extra
 
 Lines = Sequence[Mapping[str, Any]]
 

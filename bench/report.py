@@ -6,9 +6,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastals import charts, tuning
-from fastals.errors import UserError
-from fastals.stamp import STAMP
+import charts
+import tuning
+from stamp import STAMP
+
+from fastals.cli.errors import UserError
 
 Record = dict[str, Any]
 APART = 1.05  # what two values must differ by to count as changed

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fastals import rng
-from fastals.data import Task, batch_rows, encode, load_task
-from fastals.errors import UserError, needs_extra
+from fastals.cli.data import Task, batch_rows, encode, load_task
+from fastals.cli.errors import UserError, needs_extra
+from fastals.cli.runs import Config, Run
+from fastals.eager import EagerALS
 from fastals.optimizer import ALS
+from fastals.partition import units
 from fastals.presets import PRESETS
-from fastals.reference import EagerALS
-from fastals.runs import Config, Run
-from fastals.units import units
 
 OPTIMIZERS = ("als", "eager", "adamw")
 DEFAULT_STEPS = 30

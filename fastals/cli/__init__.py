@@ -1,0 +1,1 @@
+"""The command line: ``fastals finetune``, ``fastals report`` and ``fastals bench``."""
