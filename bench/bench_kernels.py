@@ -21,23 +21,17 @@ pytest.importorskip("triton")
 import triton
 from floor import moved_bytes
 
+import fastals
 from fastals.buffers import Gradients
-from fastals.device import Device
 from fastals.kernels import armijo
 from fastals.kernels.arena import STATE
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.trial import trial
-from fastals.search import MEMORY
 
 pytestmark = [pytest.mark.exact("tests/test_fused.py"), pytest.mark.exact("tests/test_device.py")]
 ROUNDS = 5
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RULES = {
-    "lr": 1.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "c": 0.1, "backtrack": 0.5, "growth": 1.3,
-    "max_trials": 8, "trust": 0.006, "initial": "warm", "eta_init": None, "eta_min": 1e-10, "eta_max": 10.0,
-    "reference": "monotone", "polyak_c": 0.1, "nonmonotone_weight": 1.0, "smoothing": 0.9,
-}  # fmt: skip
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() and not INTERPRETED, reason="bandwidth is measured on a CUDA device; none is here"
 )
@@ -81,9 +75,10 @@ def parameters(shape, dtype):
 
 
 def device_of(params, averages):
-    groups = [RULES | MEMORY | {"name": "all", "params": params}]
-    device = Device(groups, [groups], "adam", averages, {})
-    device.refresh("0", Gradients(u for u in device.units if u.find_active()))
+    opt = fastals.ALS(params, momentum="after" if averages else "none", fused=True)
+    device = opt.engine.partition
+    device.refresh_rules("0")
+    device.refresh_table(Gradients(u for u in device.units if u.find_active()))
     armijo.begin(device.arena, torch.ones((), device=DEVICE))
     survey(device.table, device.arena)
     armijo.open_search(device.arena, 0, tested=False)

@@ -1,6 +1,5 @@
-"""Optimizer-owned flat buffers of one unit; parameters and gradients stay where they are."""
+"""The flat buffers of one unit and the optimizer's state as views of them; parameters and gradients stay in place."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from fastals.kernels import plain
 
-ALIGNMENT = 64  # elements: every parameter starts on a 256-byte boundary of a float32 buffer
+ALIGNED_ELEMENTS = 64  # every parameter starts on a 256-byte boundary of a float32 buffer
 
 
 class Flat(NamedTuple):
-    """Buffers of a unit that lie in somebody else's memory."""
+    """Buffers of a unit that are parts of larger ones."""
 
     m: Tensor
     v: Tensor
@@ -32,13 +31,6 @@ class Segment:
     count: int
 
 
-class Scratch:
-    """Gradient, direction and work space of whichever unit is searched now: the largest unit's size."""
-
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.g, self.d, self.work = (torch.zeros(size, dtype=dtype, device=device) for _ in range(3))
-
-
 class Gradients:
     """The gradients of one step, held for as long as kernels may read them."""
 
@@ -48,7 +40,7 @@ class Gradients:
         self.versions = list(map(attrgetter("_version"), self.held))
 
     def check(self) -> None:
-        """Refuse to go on where a trial has dropped, replaced or changed them.
+        """Refuse to go on if a trial has dropped, replaced or changed a gradient.
 
         Raises:
             RuntimeError: it has.
@@ -65,17 +57,30 @@ class Gradients:
 
 
 class Unit:
-    """Parameters whose step size is searched together, with their moments, snapshot and direction.
+    """Parameters whose step size is searched together, with their moments and their snapshot.
 
-    ``m`` and ``v`` hold the moments, ``w`` the weights before the step (for parameters below float32 the
-    float32 master weights), ``d`` the direction. The state of parameter p holds views of them.
+    The optimizer's state of a parameter holds views of the buffers, under AdamW's names.
+
+    Attributes:
+        m, v: [size] first and second moment, in float32 or wider; empty if the unit goes without.
+        w: [size] weights before the step; for parameters below float32, their float32 master weights.
+        active: indices of the parameters that have a gradient in this step.
+        row: of the unit in the tables of the fused kernels.
     """
 
     def __init__(
-        self, groups: Sequence[dict], kind: str, state: dict, *, averages: bool = True, flat: Flat | None = None
+        self, groups: Sequence[dict], state: dict, *, adam: bool, averages: bool = True, flat: Flat | None = None
     ) -> None:
-        """``averages``: whether there is a first moment; ``flat``: buffers to use instead of own ones."""
-        self.groups, self.kind = list(groups), kind
+        """Take over the state of the parameters, if they have one.
+
+        Args:
+            groups: the parameter groups of the unit; several if units were merged.
+            state: the optimizer's state.
+            adam: whether there is a second moment.
+            averages: whether there is a first moment.
+            flat: buffers to use; without them the unit allocates its own.
+        """
+        self.groups, self.adam = list(groups), adam
         self.name = "+".join(g["name"] for g in groups)
         self.members = [(p, g) for g in groups for p in g["params"]]
         params = [p for p, _ in self.members]
@@ -84,39 +89,17 @@ class Unit:
         self.device, self.rounding = params[0].device, plain.rounding(params)
         self.offsets, self.gaps, self.size = layout(params)
         self.counts = [int(state[p]["step"]) if p in state else 0 for p in params]
-        own = (averages, kind == plain.ADAM, True)
-        self.m, self.v, self.w = flat[:3] if flat else map(self._buffer, own)
+        self.m, self.v, self.w = flat[:3] if flat else map(self.buffer, (averages, adam, True))
         self.steps = flat.steps if flat else None
         self.m_views, self.v_views, self.w_views = map(self.views, (self.m, self.v, self.w))
         self._unpack(state)
-        self.row = 0  # of the unit in the tables of the fused kernels
         self.active: list[int] = []
-        self.weight_norm = 0.0  # of the snapshot, over the active parameters
-        self.d = self.w[:0]  # where direct() wrote last: shared scratch or a buffer of the unit's own
-        self.own_d: Tensor | None = None
+        self.row = 0
 
     @property
     def rules(self) -> dict:
         """The group that holds the unit's constants and memory; merged units write to each of their groups."""
         return self.groups[0]
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """The flat buffer as one view per parameter, in its shape; no views of a buffer that the unit goes without."""
-        if len(flat) < self.size:
-            return []
-        shapes = [p.shape for p, _ in self.members]
-        return [flat[o : o + s.numel()].view(s) for o, s in zip(self.offsets, shapes, strict=True)]
-
-    def find_active(self) -> bool:
-        """Note which parameters have gradients; whether any has."""
-        self.active = [i for i, (p, _) in enumerate(self.members) if p.grad is not None]
-        return bool(self.active)
-
-    def begin(self) -> None:
-        """Snapshot the weights of the parameters with gradients."""
-        self.check()
-        plain.snapshot(self._pick(self.params, self.active), self._pick(self.w_views, self.active))
-        self.weight_norm = self._norm(self.w)
 
     @property
     def params(self) -> list[Tensor]:
@@ -124,79 +107,24 @@ class Unit:
         return [p.detach() for p, _ in self.members]
 
     @property
-    def low_precision(self) -> bool:
-        """Whether any parameter is kept as a float32 master besides."""
-        return any(self._low_precision(i) for i in range(len(self.members)))
-
-    def active_params(self) -> list[Tensor]:
-        """Parameters with a gradient in this step."""
-        return [self.members[i][0] for i in self.active]
-
-    def direct(self, scratch: Scratch, averaged: bool, grad_scale: float, own: bool = False) -> tuple[float, float]:
-        """Write the direction; returns the slope ⟨g, d⟩ and the RMS of d over the entries that have a gradient."""
-        if own and self.own_d is None:
-            self.own_d = self._buffer()
-        g, d = self._gradient(scratch), scratch.d if self.own_d is None else self.own_d
-        self.d, segments = d, list(self._segments())
-        for s in segments:
-            plain.direction(
-                self.kind, averaged, g[s.where], self.m[s.where], self.v[s.where], self.w[s.where], d[s.where],
-                scratch.work[s.where], betas=s.group["betas"], eps=s.group["eps"],
-                weight_decay=s.group["weight_decay"], count=s.count + 1, grad_scale=grad_scale,
-            )  # fmt: skip
-        moving = sum(int(torch.count_nonzero(g[s.where])) for s in segments)
-        slope = sum(float(torch.dot(g[s.where], d[s.where])) for s in segments)
-        return slope, self._norm(d) / math.sqrt(max(moving, 1))
-
-    @property
     def numel(self) -> int:
         """Number of weights that have a gradient in this step."""
-        return sum(self.members[i][0].numel() for i in self.active)
+        return sum(p.numel() for p in self.active_params())
 
-    def trial(self, eta: float) -> None:
-        """Put w − η d into the parameters; η = 0 restores them bitwise."""
-        plain.trial(
-            self._pick(self.params, self.active),
-            self._pick(self.w_views, self.active),
-            self._pick(self.views(self.d), self.active) if eta else self._pick(self.w_views, self.active),
-            eta,
-        )
+    def find_active(self) -> bool:
+        """Note which parameters have gradients; whether any has."""
+        self.active = [i for i, (p, _) in enumerate(self.members) if p.grad is not None]
+        return bool(self.active)
 
-    def commit(self, scratch: Scratch, state: dict, grad_scale: float, eta: float) -> None:
-        """Advance moments, update counts and master weights; the parameters have moved already."""
-        for i in self.active:
-            if eta and self._low_precision(i):
-                self.w_views[i].sub_(self.views(self.d)[i], alpha=eta)
-        g = self._gradient(scratch)
-        for s in self._segments():
-            plain.advance(
-                self.kind, g[s.where], self.m[s.where], self.v[s.where], betas=s.group["betas"], grad_scale=grad_scale
-            )
-        for i in self.active:
-            self.counts[i] += 1
-            self._pack(i, state)
+    def active_params(self) -> list[Tensor]:
+        """Parameters that have a gradient in this step."""
+        return [self.members[i][0] for i in self.active]
 
-    def show(self, state: dict, *, active: bool = False) -> None:
-        """Enter the parameters in the optimizer's state: those with a gradient, or all."""
-        for i in self.active if active else range(len(self.members)):
-            self._pack(i, state)
+    def pick_active(self, items: Sequence[Tensor]) -> list[Tensor]:
+        """The items, one per parameter, of the active parameters."""
+        return [items[i] for i in self.active]
 
-    def gradient_norm(self) -> float:
-        """‖g‖ of the unit."""
-        grads = [p.grad for p in self.active_params() if p.grad is not None]
-        return math.hypot(*(float(torch.linalg.vector_norm(g, dtype=self.dtype)) for g in grads))
-
-    def _gradient(self, scratch: Scratch) -> Tensor:
-        g = scratch.g
-        plain.snapshot([self.members[i][0].grad for i in self.active], self._pick(self.views(g), self.active))
-        for gap in self.gaps:  # what another unit left there would count as a gradient
-            g[gap].zero_()
-        return g
-
-    def _norm(self, flat: Tensor) -> float:
-        return math.hypot(*(float(torch.linalg.vector_norm(flat[s.where])) for s in self._segments()))
-
-    def _segments(self) -> Iterator[Segment]:
+    def segments(self) -> Iterator[Segment]:
         """Runs of active parameters with one group and one count, alignment gaps included."""
         run: list[int] = []
         for i in [*self.active, None]:
@@ -208,20 +136,31 @@ class Unit:
             if i is not None:
                 run.append(i)
 
-    def _pick(self, items: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
-        return [items[i] for i in indices]
-
     def _key(self, i: int) -> tuple[int, int]:
         return id(self.members[i][1]), self.counts[i]
 
-    def _low_precision(self, i: int) -> bool:
-        return self.members[i][0].dtype.itemsize < self.dtype.itemsize
-
-    def _buffer(self, needed: bool = True) -> Tensor:
+    def buffer(self, needed: bool = True) -> Tensor:
+        """A new buffer of zeros of the unit's size; an empty one if it is not needed."""
         return torch.zeros(self.size if needed else 0, dtype=self.dtype, device=self.device)
 
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The flat buffer as one view per parameter, in its shape; none if the buffer is empty."""
+        if len(flat) < self.size:
+            return []
+        shapes = [p.shape for p, _ in self.members]
+        return [flat[o : o + s.numel()].view(s) for o, s in zip(self.offsets, shapes, strict=True)]
+
+    def has_master(self, i: int) -> bool:
+        """Whether parameter i has a precision below float32, and so a master weight."""
+        return self.members[i][0].dtype.itemsize < self.dtype.itemsize
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether any parameter has a master weight."""
+        return any(map(self.has_master, range(len(self.members))))
+
     def check(self) -> None:
-        """Refuse parameters that are not what they were, and gradients that cannot be used.
+        """Refuse parameters that were replaced or converted, and gradients that cannot be used.
 
         Raises:
             RuntimeError: a parameter was moved, converted or resized, or a gradient is sparse.
@@ -236,15 +175,25 @@ class Unit:
             if grad is not None and grad.is_sparse:
                 raise RuntimeError(f"unit {self.name!r} has a sparse gradient: use dense ones (sparse=False)")
 
+    def show(self, state: dict, *, active: bool = False) -> None:
+        """Enter the parameters in the optimizer's state: those with a gradient, or all."""
+        for i in self.active if active else range(len(self.members)):
+            self._pack(i, state)
+
+    def count(self, i: int, state: dict) -> None:
+        """Count an update of parameter i."""
+        self.counts[i] += 1
+        self._pack(i, state)
+
     def _stored(self, i: int) -> dict[str, list[Tensor]]:
-        """The buffers that hold state of parameter i, by AdamW's names, as views of all parameters."""
+        """By AdamW's name for the state of parameter i, the buffer that holds it, as views of all parameters."""
         views = {"exp_avg": self.m_views, "exp_avg_sq": self.v_views}
-        if self._low_precision(i):
+        if self.has_master(i):
             views["master"] = self.w_views
         return {name: flat for name, flat in views.items() if flat}
 
     def _pack(self, i: int, state: dict) -> None:
-        """Show the buffers of parameter i in the optimizer's state, under AdamW's names."""
+        """Show the buffers of parameter i in the optimizer's state."""
         entry = state[self.members[i][0]]
         count = float(self.counts[i])
         entry["step"] = torch.tensor(count, device="cpu") if self.steps is None else self.steps[i]
@@ -261,8 +210,13 @@ class Unit:
                 self._pack(i, state)
 
 
-def _identity(p: Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
-    return p.dtype, p.device, tuple(p.shape)
+def unit_groups(groups: Sequence[dict]) -> list[list[dict]]:
+    """The groups of every unit; a group that was left without parameters belongs to none."""
+    members: dict[int, list[dict]] = {}
+    for group in groups:
+        if group["params"]:
+            members.setdefault(group["unit"], []).append(group)
+    return list(members.values())
 
 
 def layout(params: Sequence[Tensor]) -> tuple[list[int], list[slice], int]:
@@ -270,8 +224,12 @@ def layout(params: Sequence[Tensor]) -> tuple[list[int], list[slice], int]:
     offsets, gaps, size = [], [], 0
     for p in params:
         end, offset = size + p.numel(), size
-        size = offset + -(-p.numel() // ALIGNMENT) * ALIGNMENT
+        size = offset + -(-p.numel() // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
         offsets.append(offset)
         if end < size:
             gaps.append(slice(end, size))
     return offsets, gaps, size
+
+
+def _identity(p: Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
+    return p.dtype, p.device, tuple(p.shape)

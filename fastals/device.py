@@ -1,64 +1,83 @@
-"""One mini-batch under search on the device: fused kernels, and one flag read by the host after each trial.
+"""Searches on the device: fused kernels, and one flag that the host reads after each trial.
 
-The verbs are those of :class:`fastals.host.MiniBatch`; losses, slopes and step sizes stay on the device, where
-:mod:`fastals.kernels.armijo` decides.
+The verbs are those of :mod:`fastals.host`. Losses, slopes and step sizes stay on the device:
+:mod:`fastals.kernels.armijo` accepts or shrinks a step there.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastals.buffers import Flat, Gradients, Unit, layout
+from fastals.buffers import Flat, Gradients, Unit, layout, unit_groups
 from fastals.interrupt import uninterrupted
 from fastals.kernels import armijo
 from fastals.kernels.arena import FLAGS, OUTCOMES, RING, RULES, STATE, Arena
-from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
+from fastals.kernels.arena import MEMORY as REMEMBERED
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.table import Entry, Table
 from fastals.kernels.trial import trial
 from fastals.losses import Losses, OutdatedError, non_finite
 from fastals.report import ACCEPTED, EXHAUSTED, StepReport, UnitReport
+from fastals.schedule import Schedule
 from fastals.search import INITIALS, REFERENCES, uniform
+from fastals.settings import Settings
+
+Action = Callable[[], object]
 
 
-class Device:
-    """Units of one partition of a model, with the tables and the arena of the kernels.
+class DeviceUnits:
+    """The units of a model, with the tables and the arena of the kernels.
 
-    The parameter groups see what their unit remembers as 0-d tensors on the device.
+    The parameter groups show the memory of their unit as 0-d tensors on the device.
     """
 
-    def __init__(
-        self, groups: Sequence[dict], members: Sequence[list[dict]], kind: str, averages: bool, state: dict
-    ) -> None:
-        self.groups = groups
+    fused = True
+
+    def __init__(self, groups: Sequence[dict], settings: Settings, state: dict) -> None:
+        self.groups, self.settings = groups, settings
+        members = unit_groups(groups)
         rows = {id(g): i for i, g in enumerate(groups)}
         entries, starts = _entries(members, rows)
         self.table = Table(entries)
+        adam, averages = settings.direction == "adam", settings.momentum != "none"
         lead = [rows[id(unit[0])] for unit in members]
-        self.arena = Arena(self.table, starts[-1], lead, len(groups), adam=kind == "adam", first=averages)
-        self.units = [self._unit(u, unit, starts, kind, averages, state) for u, unit in enumerate(members)]
-        counts = [count for unit in self.units for count in unit.counts]
-        self.arena.counts.copy_(torch.tensor(counts, dtype=torch.float32, device="cpu"))
-        rounding = [unit.rounding for unit in self.units]
-        self.arena.rounding.copy_(torch.tensor(rounding, dtype=torch.float64, device="cpu"))
-        memory = [[float(unit.rules[k]) for k in DEVICE_MEMORY] for unit in self.units]
-        self.arena.memory.copy_(torch.tensor(memory, dtype=torch.float64, device="cpu"))
-        self.shown: dict[int, list[int]] = {}  # by unit: which of its parameters the optimizer's state shows
-        for unit in self.units:
-            for group in unit.groups:
-                group.update({k: self.arena.memory[unit.row, i] for i, k in enumerate(DEVICE_MEMORY)})
+        self.arena = Arena(self.table, starts[-1], lead, len(groups), adam=adam, first=averages)
+        self.units = []
+        for row, unit in enumerate(members):
+            flat = self._flat(row, slice(starts[row], starts[row + 1]))
+            self.units.append(Unit(unit, state, adam=adam, averages=averages, flat=flat))
+            self.units[-1].row = row
+        self._fill_arena()
+        self.shown: dict[int, list[int]] = {}  # by row, the parameters of the unit that the optimizer's state shows
 
-    def _unit(self, u: int, groups: list[dict], starts: list[int], kind: str, averages: bool, state: dict) -> Unit:
-        arena, own = self.arena, slice(starts[u], starts[u + 1])
-        first = next(i for i, e in enumerate(self.table.entries) if e.unit == u)
-        m, v, w = (buffer[own] if buffer.numel() else buffer for buffer in (arena.m, arena.v, arena.w))
-        flat = Flat(m, v, w, arena.counts[first:])
-        unit = Unit(groups, kind, state, averages=averages, flat=flat)
-        unit.row = u
-        return unit
+    def _flat(self, row: int, where: slice) -> Flat:
+        """The unit's part of the arena's buffers."""
+        arena = self.arena
+        first = next(i for i, entry in enumerate(self.table.entries) if entry.unit == row)
+        m, v, w = (buffer[where] if buffer.numel() else buffer for buffer in (arena.m, arena.v, arena.w))
+        return Flat(m, v, w, arena.counts[first:])
+
+    def _fill_arena(self) -> None:
+        """Write counts, roundings and memory of the units into the arena, and show its memory in the groups."""
+        arena, units = self.arena, self.units
+        counts = [count for unit in units for count in unit.counts]
+        memory = [[float(unit.rules[name]) for name in REMEMBERED] for unit in units]
+        arena.counts.copy_(torch.tensor(counts, dtype=torch.float32, device="cpu"))
+        arena.rounding.copy_(torch.tensor([u.rounding for u in units], dtype=torch.float64, device="cpu"))
+        arena.memory.copy_(torch.tensor(memory, dtype=torch.float64, device="cpu"))
+        for unit in units:
+            for group in unit.groups:
+                group.update({name: arena.memory[unit.row, i] for i, name in enumerate(REMEMBERED)})
+
+    def begin(
+        self, losses: Losses, units: list[Unit], start: Tensor, seed: str, executor: "Executor | None" = None
+    ) -> "DeviceBatch":
+        """Start a mini-batch at f(w_t) = ``start`` with the units that have gradients, in forward order."""
+        return DeviceBatch(self, losses, units, start, seed, executor or EagerExecutor())
 
     def refresh_rules(self, seed: str) -> None:
         """Bring the constants of the groups up to date, and the numbers drawn for this step."""
@@ -66,44 +85,69 @@ class Device:
         drawn = {id(g): uniform(seed, u.name) for u in self.units for g in u.groups} if random_first else {}
         self.arena.set_rules([_rules(g, drawn.get(id(g), 0.0)) for g in self.groups])
 
-    def refresh(self, seed: str, gradients: Gradients) -> None:
-        """Bring rules and addresses up to date."""
-        self.refresh_rules(seed)
+    def refresh_table(self, gradients: Gradients) -> None:
+        """Bring the addresses of parameters and gradients up to date."""
         if self.table.moved(gradients.params, gradients.held):
             for unit in self.units:
                 unit.check()
             self.table.rebuild(gradients.params, gradients.held)
 
     def show(self, units: list[Unit], state: dict) -> None:
-        """Show the state of parameters that have their first gradient."""
+        """Enter parameters that have their first gradient in the optimizer's state."""
         if (active := {unit.row: unit.active for unit in units}) != self.shown:
             for unit in units:
                 unit.show(state, active=True)
             self.shown = active
 
 
-class Immediately:
-    """Runs the actions of a mini-batch one by one; the host looks at a flag after each trial."""
+class Executor(Protocol):
+    """Carries out the actions of a mini-batch: at once, or by recording them for replays."""
 
-    def do(self, action: Callable[[], object]) -> None:
-        """Run it."""
+    def do(self, action: Action) -> None:
+        """Carry out an action."""
+
+    def repeat(self, arena: Arena, row: int, attempt: Action, *, look_first: bool) -> bool | None:
+        """Attempt until the row's flag says stop; whether a trial was accepted, None if that is not known yet.
+
+        With ``look_first`` the flag is read before the first attempt.
+        """
+
+    def skip_rest_if_accepted(self) -> None:
+        """Skip the actions up to :meth:`end_skip` if the last trial was accepted."""
+
+    def end_skip(self) -> None:
+        """End of the actions that may be skipped."""
+
+
+class EagerExecutor:
+    """Carries out actions at once; the host reads a flag after each trial, by :func:`read_flags` or ``read``."""
+
+    def __init__(self, read: Callable[[Tensor], list[int]] | None = None) -> None:
+        self.read = read or read_flags
+
+    def do(self, action: Action) -> None:
+        """Carry out an action."""
         action()
 
-    def repeat(self, arena: Arena, row: int, attempt: Callable[[], object]) -> bool | None:
-        """Attempt until the row's flag says stop; whether it says accepted (None: not known yet).
+    def repeat(self, arena: Arena, row: int, attempt: Action, *, look_first: bool) -> bool:
+        """Attempt until the row's flag says stop; whether a trial was accepted.
 
         Raises:
             FloatingPointError: f(w_t) is not finite.
-            OutdatedError: the attempt may have relied on what no longer holds of the activation cache.
+            OutdatedError: the attempt may have relied on a verdict about the activation cache that no longer holds.
             RuntimeError: the flag does not come to say stop.
         """
+        if look_first:
+            go, accepted = self._verdict(arena, row)
+            if not go:
+                return accepted
         for _ in range(arena.most_trials + 1):
             try:
                 attempt()
             except Exception:
-                self.verdict(arena, row)  # it may have missed what the cache leaves out
+                self._verdict(arena, row)  # an outdated cache explains the error
                 raise
-            go, accepted = self.verdict(arena, row)
+            go, accepted = self._verdict(arena, row)
             if not go:
                 return accepted
         raise RuntimeError(
@@ -111,70 +155,79 @@ class Immediately:
             "wrong. Please report it"
         )
 
-    def verdict(self, arena: Arena, row: int) -> tuple[bool, bool]:
-        """Wait for the device: whether there is another trial to make, and whether the last one was accepted.
-
-        Raises:
-            FloatingPointError: f(w_t) is not finite.
-            OutdatedError: what the host assumes of the activation cache no longer holds.
-        """
-        go, accepted, refused, outdated = self.look(arena, row)
-        if refused:
-            raise non_finite(float(arena.state[-1, STATE.index("start")]))
-        if outdated:
-            raise OutdatedError
-        return bool(go), bool(accepted)
-
-    def look(self, arena: Arena, row: int) -> list[int]:
-        """Wait for the device and read the row's flags."""
-        return arena.flags[row].tolist()
+    def _verdict(self, arena: Arena, row: int) -> tuple[bool, bool]:
+        return verdict(arena, self.read(arena.flags[row]))
 
     def skip_rest_if_accepted(self) -> None:
-        """What follows is reached only where it is needed."""
+        """Nothing to do: the schedule knows what was accepted and returns."""
 
-    def always(self) -> None:
-        """What follows is done in any case."""
+    def end_skip(self) -> None:
+        """Nothing to do."""
+
+
+def read_flags(flags: Tensor) -> list[int]:
+    """Wait for the device and read the flags of a row."""
+    return flags.tolist()
+
+
+def verdict(arena: Arena, flags: Sequence[int]) -> tuple[bool, bool]:
+    """Whether there is another trial to make, and whether the last one was accepted, by the flags of a row.
+
+    Raises:
+        FloatingPointError: f(w_t) is not finite.
+        OutdatedError: a verdict about the activation cache no longer holds.
+    """
+    go, accepted, refused, outdated = flags
+    if refused:
+        raise non_finite(float(arena.state[-1, STATE.index("start")]))
+    if outdated:
+        raise OutdatedError
+    return bool(go), bool(accepted)
 
 
 class DeviceBatch:
-    """Units and losses of one step; what it finds stays in the arena."""
+    """One mini-batch under search; losses, slopes and step sizes stay in the arena."""
 
-    def __init__(self, losses: Losses, *, momentum: str, seed: str, executor: Immediately | None = None) -> None:
-        self.losses, self.momentum, self.seed = losses, momentum, seed
-        self.executor = executor or Immediately()
-        self.do = self.executor.do
-        self.random = random.Random(seed)
-        self.units: list[Unit] = []
-        self.started = self.searched = self.committed = False
-
-    def begin(self, device: Device, units: list[Unit], loss: Tensor, max_grad_norm: float | None) -> None:
-        """Start from f(w_t) = ``loss``: snapshot the weights and sum up the slopes."""
-        self.device, self.arena, self.table, self.units = device, device.arena, device.table, units
-        self.loss_dtype, self.gradients = loss.dtype, Gradients(units)
-        device.refresh(self.seed, self.gradients)
-        if max_grad_norm is not None and self.gradients.held:
-            self.do(partial(_scale_gradients, self.gradients.held, max_grad_norm, self.arena.grad_scale[0]))
-        self.do(partial(armijo.begin, self.arena, loss))
-        self.do(partial(survey, self.table, self.arena, averaged=self.momentum == "tested"))
-        self.started = True
+    def __init__(
+        self, device: DeviceUnits, losses: Losses, units: list[Unit], start: Tensor, seed: str, executor: Executor
+    ) -> None:
+        """Start from f(w_t) = ``start``: snapshot the weights and sum up the slopes."""
+        self.device, self.arena, self.table, self.executor = device, device.arena, device.table, executor
+        self.losses, self.units, self.seed, self.random = losses, units, seed, random.Random(seed)
+        self.tested, self.loss_dtype = device.settings.momentum == "tested", start.dtype
+        self.gradients, self.do, self.searched = Gradients(units), executor.do, False
+        device.refresh_rules(seed)
+        device.refresh_table(self.gradients)
+        limit = device.settings.max_grad_norm
+        if limit is not None and self.gradients.held:
+            self.do(partial(_scale_gradients, self.gradients.held, limit, self.arena.grad_scale[0]))
+        self.do(partial(armijo.begin, self.arena, start))
+        self.do(partial(survey, self.table, self.arena, averaged=self.tested))
 
     def check_replay(self, loss: Tensor) -> None:
-        """Have the device see whether recorded outputs still give f(w_t), or still do not; the next look says so."""
+        """Have the device compare recorded outputs with f(w_t) = ``loss``; the next read of a flag tells."""
         self.arena.flags[:, FLAGS.index("outdated")] = self.losses.replay_outdated(loss)
 
-    def restart(self) -> None:
-        """Begin the searches anew, now that a look has raised :class:`OutdatedError`."""
+    def run(self, schedule: Schedule, order: str) -> None:
+        """Make the searches of the schedule, once more if the first flag says that the cache was misjudged."""
+        try:
+            schedule(self, order)
+        except OutdatedError:
+            self._restart()
+            schedule(self, order)
+
+    def _restart(self) -> None:
+        """Go back to the start of the searches."""
         with uninterrupted():
             self.losses.turn_replays()
             self.random, self.searched = random.Random(self.seed), False
             start = self.arena.state[-1, STATE.index("start")].to(self.loss_dtype, copy=True)
-            armijo.restore(self.arena)
-            trial(self.table, self.arena)
+            self.restore()
             armijo.begin(self.arena, start)
 
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, if its direction descends."""
-        self.do(partial(armijo.open_search, self.arena, unit.row, tested=self.momentum == "tested"))
+        self.do(partial(armijo.open_search, self.arena, unit.row, tested=self.tested))
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""
@@ -185,22 +238,19 @@ class DeviceBatch:
             self.do(partial(armijo.put_back, self.arena, unit.row))
         if put_back or not accepted:
             self.do(partial(trial, self.table, self.arena, unit.row))
-        if record and accepted is None:  # the last trial may have been rejected: evaluate where the unit stands now
+        if record and accepted is None:  # the last trial may have been rejected: evaluate the present weights
             self.do(partial(self.losses.at, unit.name, params, record=True))
         if record and accepted is not False:
-            self.do(self.losses.keep)
+            self.do(self.losses.adopt)
 
-    def _repeat(self, name: str, row: int, attempt: Callable[[], object]) -> bool | None:
-        """Attempt while the row's flag says so; whether it says accepted (None: not known yet).
+    def _repeat(self, name: str, row: int, attempt: Action) -> bool | None:
+        """Repeat trials until the row's flag says stop; whether one was accepted (None: not known yet).
 
-        The first attempt comes before the first look. Only where it would verify the cache it has to move something.
+        Try once before reading the flag. Exception: an unverified cache needs a trial that really moves, so read first.
         """
         self.searched = True
-        if self.losses.cache is not None and name not in self.losses.trusted:
-            go, accepted = self.executor.verdict(self.arena, row)
-            if not go:
-                return accepted
-        return self.executor.repeat(self.arena, row, attempt)
+        unverified = self.losses.cache is not None and name not in self.losses.trusted
+        return self.executor.repeat(self.arena, row, attempt, look_first=unverified)
 
     def _try(self, unit: Unit, params: Sequence[Tensor], record: bool) -> None:
         trial(self.table, self.arena, unit.row)
@@ -222,11 +272,12 @@ class DeviceBatch:
 
     def keep(self, unit: Unit) -> None:
         """Move the unit by its remembered step, untested."""
-        self.do(partial(armijo.open_search, self.arena, unit.row, tested=self.momentum == "tested", keep=True))
+        self.do(partial(armijo.open_search, self.arena, unit.row, tested=self.tested, keep=True))
         self.do(partial(trial, self.table, self.arena, unit.row))
 
     def follow_momentum(self) -> None:
-        """Carry the found steps over to the averaged direction; the new point is not tested."""
+        """Carry the accepted steps over to the averaged direction; the new point is not tested."""
+        self.executor.end_skip()
         self.do(partial(armijo.follow, self.arena))
         self.do(partial(trial, self.table, self.arena))
 
@@ -236,7 +287,7 @@ class DeviceBatch:
         self.do(partial(armijo.remember, self.arena))
 
     def commit(self, state: dict) -> None:
-        """Learn, and show the state of parameters that have their first gradient.
+        """Advance moments and memory and enter them in the optimizer's state.
 
         Raises:
             FloatingPointError: f(w_t) is not finite, and no search has waited for it.
@@ -244,32 +295,31 @@ class DeviceBatch:
         """
         self.gradients.check()
         if not self.searched:
-            self._look_once()
+            self._read_flags()
         self.learn()
         self.device.show(self.units, state)
         self.arena.steps += 1
 
-    def _look_once(self) -> None:
+    def _read_flags(self) -> None:
         """Wait for the device although nothing was tried: f(w_t) may not be finite."""
         try:
-            self.executor.verdict(self.arena, self.arena.units)
+            verdict(self.arena, read_flags(self.arena.flags[-1]))
         except OutdatedError:
             self.losses.turn_replays()
 
     def restore(self) -> None:
         """Put every unit back to w_t, bitwise."""
-        if self.started:
-            armijo.restore(self.arena)
-            trial(self.table, self.arena)
+        armijo.restore(self.arena)
+        trial(self.table, self.arena)
 
     def report(self) -> Callable[[], StepReport]:
-        """Reads what happened from the ring of histories, units in forward order."""
+        """Reads the outcome of the step from the ring of histories, units in forward order."""
         names = {unit.row: unit.name for unit in self.units}
         return partial(_read, self.arena.history, names, self.arena.steps - 1)
 
 
 def _scale_gradients(grads: list[Tensor], max_norm: float, scale: Tensor) -> None:
-    """Write min(1, limit / ‖g‖), or 1 where the norm is not finite: the units that it comes from are left out."""
+    """Write min(1, limit / ‖g‖), or 1 if the norm is not finite: the units that it comes from are left out."""
     norm = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).norm()
     clipped = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     torch.where(torch.isfinite(norm), clipped, torch.ones_like(clipped), out=scale)
@@ -279,25 +329,25 @@ def _read(history: Tensor, names: dict[int, str], step: int) -> StepReport:
     rows = [dict(zip(STATE, row, strict=True)) for row in history[step % RING].tolist()]
     batch = rows[-1]
     return StepReport(
-        batch["start"], batch["loss"], [_unit(rows[r], n) for r, n in names.items()], int(batch["trials"])
+        batch["start"], batch["loss"], [_unit_report(rows[r], n) for r, n in names.items()], int(batch["trials"])
     )
 
 
-def _unit(row: dict[str, float], name: str) -> UnitReport:
+def _unit_report(row: dict[str, float], name: str) -> UnitReport:
     outcome = OUTCOMES[int(row["outcome"])]
-    if outcome == ACCEPTED and not row["move"]:  # found, but the joint test put it back
+    if outcome == ACCEPTED and not row["move"]:  # accepted alone, but the joint test put it back
         outcome = EXHAUSTED
     return UnitReport(name, row["move"], row["slope"], int(row["trials"]), outcome)
 
 
 def _entries(members: Sequence[list[dict]], rows: dict[int, int]) -> tuple[list[Entry], list[int]]:
-    """Every parameter's place, and the first element of every unit, behind the last one too."""
+    """Every parameter's place, and the first element of every unit, with the size of the buffers at the end."""
     entries, starts = [], [0]
-    for u, groups in enumerate(members):
-        owned = [(p, g) for g in groups for p in g["params"]]
-        offsets, _, size = layout([p for p, _ in owned])
-        entries += [Entry(p, starts[u] + o, u, rows[id(g)]) for (p, g), o in zip(owned, offsets, strict=True)]
-        starts.append(starts[u] + size)
+    for unit, groups in enumerate(members):
+        params = [(p, g) for g in groups for p in g["params"]]
+        offsets, _, size = layout([p for p, _ in params])
+        entries += [Entry(p, starts[unit] + o, unit, rows[id(g)]) for (p, g), o in zip(params, offsets, strict=True)]
+        starts.append(starts[unit] + size)
     return entries, starts
 
 

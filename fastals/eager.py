@@ -11,7 +11,7 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fastals.optimizer import ALS
 from fastals.partition import units
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.search import MEMORY, Search, schedule_next_search, uniform, visible
-from fastals.settings import Settings, check_coverage, check_ranges
+from fastals.settings import check_coverage, sort_arguments, warn_of_small_lr
 
 
 @dataclass(eq=False)
@@ -75,8 +75,8 @@ class EagerALS(torch.optim.Optimizer):
         bound = inspect.signature(ALS).bind(params, *args, **options)
         bound.apply_defaults()
         values = {k: v for k, v in bound.arguments.items() if k not in ("params", "model")}
-        self.settings = Settings(**{f.name: values.pop(f.name) for f in fields(Settings)})
-        check_ranges(values)
+        self.settings, values = sort_arguments(values)
+        warn_of_small_lr(values["lr"])
         self.report: StepReport | None = None
         self.margins: list[float] = []
         super().__init__(units(params) if isinstance(params, nn.Module) else params, values | MEMORY)
@@ -199,7 +199,15 @@ class EagerALS(torch.optim.Optimizer):
         part.search, part.eta, part.trials, part.outcome = None, 0.0, 0, NOT_DESCENT
         if 0 < part.slope < math.inf and cap > 0:
             drawn = uniform(self.seed, part.name)
-            part.search = Search(part.rules, self.loss, part.slope, cap, drawn, self.resolution, part.hidden)
+            part.search = Search(
+                part.rules,
+                loss=self.loss,
+                slope=part.slope,
+                cap=cap,
+                uniform=drawn,
+                resolution=self.resolution,
+                hidden=part.hidden,
+            )
         return part.search is not None
 
     def _search(self, part: Part) -> None:

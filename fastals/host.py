@@ -1,22 +1,144 @@
-"""One mini-batch under search on the host: the current loss, the moves made so far, and how to undo them."""
+"""Searches that the host drives: plain torch passes over flat buffers, and a read of the loss after every trial.
+
+:mod:`fastals.device` has the same verbs as fused kernels.
+"""
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastals.buffers import Gradients, Scratch, Unit
+from fastals.buffers import Gradients, Unit, unit_groups
+from fastals.kernels import plain
 from fastals.losses import Losses
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
+from fastals.schedule import Schedule
 from fastals.search import MEMORY, Search, uniform, visible
+from fastals.settings import Settings
+
+
+class HostUnits:
+    """The units of a model, with the buffers of searches on the host."""
+
+    fused = False
+
+    def __init__(self, groups: Sequence[dict], settings: Settings, state: dict) -> None:
+        adam, averages = settings.direction == "adam", settings.momentum != "none"
+        self.settings = settings
+        self.units = [Unit(members, state, adam=adam, averages=averages) for members in unit_groups(groups)]
+        widest = max(self.units, key=lambda unit: unit.dtype.itemsize)
+        scratch = Scratch(max(unit.size for unit in self.units), widest.dtype, widest.device)
+        keep_directions = settings.schedule in ("independent", "joint")  # whose units move together
+        self.passes = {unit: Passes(unit, scratch, keep_direction=keep_directions) for unit in self.units}
+
+    def begin(self, losses: Losses, units: list[Unit], start: Tensor, seed: str) -> "HostBatch":
+        """Start a mini-batch at f(w_t) = ``start`` with the units that have gradients, in forward order."""
+        return HostBatch({unit: self.passes[unit] for unit in units}, losses, self.settings, start, seed)
+
+
+class Scratch:
+    """Gradient, direction and work space of the unit that is searched now, as large as the largest unit."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.g, self.d, self.work = (torch.zeros(size, dtype=dtype, device=device) for _ in range(3))
+
+
+class Passes:
+    """What a step computes over the buffers of one unit.
+
+    Attributes:
+        d: the direction that was written last, in the shared scratch or, with ``keep_direction``, in a buffer of the
+            unit's own.
+        weight_norm, weight_rms: norm and RMS of w_t over the parameters that have a gradient.
+    """
+
+    def __init__(self, unit: Unit, scratch: Scratch, *, keep_direction: bool) -> None:
+        self.unit, self.scratch, self.keep_direction = unit, scratch, keep_direction
+        self.kept: Tensor | None = None
+        self.d = unit.w[:0]
+        self.weight_norm = self.weight_rms = 0.0
+
+    def snapshot(self) -> None:
+        """Copy the weights of the parameters that have a gradient."""
+        unit = self.unit
+        unit.check()
+        plain.snapshot(unit.pick_active(unit.params), unit.pick_active(unit.w_views))
+        self.weight_norm = self._norm(unit.w)
+        self.weight_rms = self.weight_norm / math.sqrt(max(unit.numel, 1))
+
+    def gradient_norm(self) -> float:
+        """‖g‖."""
+        grads = [p.grad for p in self.unit.active_params() if p.grad is not None]
+        return math.hypot(*(float(torch.linalg.vector_norm(g, dtype=self.unit.dtype)) for g in grads))
+
+    def direct(self, averaged: bool, grad_scale: float) -> tuple[float, float]:
+        """Write the direction; returns the slope ⟨g, d⟩ and the RMS of d over the entries that have a gradient."""
+        if self.keep_direction and self.kept is None:
+            self.kept = self.unit.buffer()
+        self.d = self.scratch.d if self.kept is None else self.kept
+        unit, g, d, segments = self.unit, self._gradient(), self.d, list(self.unit.segments())
+        for s in segments:
+            plain.direction(
+                g[s.where],
+                unit.m[s.where],
+                unit.v[s.where],
+                unit.w[s.where],
+                out=d[s.where],
+                scratch=self.scratch.work[s.where],
+                adam=unit.adam,
+                averaged=averaged,
+                betas=s.group["betas"],
+                eps=s.group["eps"],
+                weight_decay=s.group["weight_decay"],
+                count=s.count + 1,
+                grad_scale=grad_scale,
+            )
+        moving = sum(int(torch.count_nonzero(g[s.where])) for s in segments)
+        slope = sum(float(torch.dot(g[s.where], d[s.where])) for s in segments)
+        return slope, self._norm(d) / math.sqrt(max(moving, 1))
+
+    def trial(self, eta: float) -> None:
+        """Put w − η d into the parameters; η = 0 restores them bitwise."""
+        unit, weights = self.unit, self.unit.pick_active(self.unit.w_views)
+        directions = unit.pick_active(unit.views(self.d)) if eta else weights
+        plain.trial(unit.pick_active(unit.params), weights, directions, eta)
+
+    def commit(self, state: dict, grad_scale: float, eta: float) -> None:
+        """Advance moments, update counts and master weights; the parameters have moved already."""
+        unit = self.unit
+        for i in unit.active:
+            if eta and unit.has_master(i):
+                unit.w_views[i].sub_(unit.views(self.d)[i], alpha=eta)
+        g = self._gradient()
+        for s in unit.segments():
+            plain.advance(
+                g[s.where],
+                unit.m[s.where],
+                unit.v[s.where],
+                adam=unit.adam,
+                betas=s.group["betas"],
+                grad_scale=grad_scale,
+            )
+        for i in unit.active:
+            unit.count(i, state)
+
+    def _gradient(self) -> Tensor:
+        unit, g = self.unit, self.scratch.g
+        plain.snapshot([unit.members[i][0].grad for i in unit.active], unit.pick_active(unit.views(g)))
+        for gap in unit.gaps:  # another unit's gradient there would be counted
+            g[gap].zero_()
+        return g
+
+    def _norm(self, flat: Tensor) -> float:
+        return math.hypot(*(float(torch.linalg.vector_norm(flat[s.where])) for s in self.unit.segments()))
 
 
 @dataclass(slots=True)
 class Move:
-    """What happened to one unit: its search if there was one, and the step it stands at."""
+    """The outcome of one unit: its search if there was one, and the step it stands at."""
 
     eta: float
     slope: float
@@ -25,77 +147,93 @@ class Move:
     search: Search | None = None
 
 
-class MiniBatch:
-    """Units, losses and moves of one step.
+class HostBatch:
+    """One mini-batch under search: the current loss, the moves made so far, and how to undo them.
 
-    ``loss`` is f at the current weights (NaN while unknown); ``units`` stand in forward order.
+    ``loss`` is f at the current weights, NaN while it is unknown.
     """
 
-    def __init__(self, losses: Losses, *, momentum: str, keep_directions: bool, seed: str) -> None:
-        self.losses, self.momentum, self.keep_directions, self.seed = losses, momentum, keep_directions, seed
-        self.random = random.Random(seed)
-        self.units: list[Unit] = []
-        self.start = self.loss = math.nan
-        self.grad_scale = 1.0
+    def __init__(
+        self, passes: dict[Unit, Passes], losses: Losses, settings: Settings, start: Tensor, seed: str
+    ) -> None:
+        """Start from f(w_t) = ``start``: snapshot the weights, scale the gradients."""
+        self.passes, self.losses, self.momentum, self.seed = passes, losses, settings.momentum, seed
+        self.units, self.random = list(passes), random.Random(seed)
+        self.start = self.loss = float(start)
+        self.resolution = torch.finfo(start.dtype).eps * abs(self.start) / 2
+        self.gradients = Gradients(self.units)
+        for unit in self.units:
+            passes[unit].snapshot()
+        total = math.hypot(*(passes[unit].weight_norm for unit in self.units))
+        self.weight_rms = total / math.sqrt(max(sum(unit.numel for unit in self.units), 1))
+        self.grad_scale = self._clipping(settings.max_grad_norm)
         self.moves: dict[Unit, Move] = {}
         self.proposed: dict[Unit, Search] = {}  # to be moved together
         self.joint_trials = 0
-        self.committed = False
 
-    def begin(self, scratch: Scratch, units: list[Unit], loss: Tensor, max_grad_norm: float | None) -> None:
-        """Start from f(w_t) = ``loss``: snapshot the weights, scale the gradients."""
-        self.scratch = scratch
-        self.start = self.loss = float(loss)
-        self.resolution = torch.finfo(loss.dtype).eps * abs(self.start) / 2
-        self.gradients = Gradients(units)
-        for unit in units:
-            unit.begin()
-        self.units = units  # only a whole snapshot can be restored
-        total = math.hypot(*(unit.weight_norm for unit in units))
-        self.weight_rms = total / math.sqrt(max(sum(unit.numel for unit in units), 1))
-        if max_grad_norm is not None:
-            norm = math.hypot(*(u.gradient_norm() for u in units))
-            self.grad_scale = min(1.0, max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
+    def _clipping(self, max_grad_norm: float | None) -> float:
+        """min(1, limit / ‖g‖), or 1 if the norm is not finite: the units that it comes from are left out."""
+        if max_grad_norm is None:
+            return 1.0
+        norm = math.hypot(*(p.gradient_norm() for p in self.passes.values()))
+        return min(1.0, max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
 
     def check_replay(self, loss: Tensor) -> None:
         """See whether recorded outputs still give f(w_t), or still do not."""
         if self.losses.replay_outdated(loss):
             self.losses.turn_replays()
 
-    def aim(self, unit: Unit, *, averaged: bool | None = None) -> tuple[float, float, float]:
-        """Write the unit's direction; returns its slope, the largest step to try, and below which steps may hide."""
-        self.gradients.check()
-        tested = self.momentum == "tested" if averaged is None else averaged
-        slope, length = unit.direct(self.scratch, tested, self.grad_scale, own=self.keep_directions)
-        if averaged is None and tested and not slope > 0:
-            slope, length = unit.direct(self.scratch, False, self.grad_scale, own=self.keep_directions)
-        rules, rms = unit.rules, unit.weight_norm / math.sqrt(max(unit.numel, 1))
-        largest = rules["eta_max"]
-        if rules["trust"] is not None and length > 0:
-            largest = min(largest, rules["trust"] * max(rms, self.weight_rms) / length)
-        return slope, float(rules["lr"]) * largest, unit.rounding * rms / length if length > 0 else 0.0
+    def run(self, schedule: Schedule, order: str) -> None:
+        """Make the searches of the schedule."""
+        schedule(self, order)
 
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, if its direction descends."""
-        slope, cap, hidden = self.aim(unit)
+        slope, cap, hidden = self._aim_tested(unit)
         self.moves[unit] = Move(0.0, slope, NOT_DESCENT)
         if 0 < slope < math.inf and cap > 0:
-            drawn = uniform(self.seed, unit.name)
-            self.proposed[unit] = Search(unit.rules, self.loss, slope, cap, drawn, self.resolution, hidden)
+            self.proposed[unit] = Search(
+                unit.rules,
+                loss=self.loss,
+                slope=slope,
+                cap=cap,
+                uniform=uniform(self.seed, unit.name),
+                resolution=self.resolution,
+                hidden=hidden,
+            )
+
+    def _aim_tested(self, unit: Unit) -> tuple[float, float, float]:
+        """Aim along the direction that is tested: the averaged one if it is asked for and descends."""
+        if self.momentum == "tested":
+            slope, cap, hidden = self._aim(unit, averaged=True)
+            if slope > 0:
+                return slope, cap, hidden
+        return self._aim(unit, averaged=False)
+
+    def _aim(self, unit: Unit, *, averaged: bool) -> tuple[float, float, float]:
+        """Write the unit's direction; returns its slope, the largest step to try, and below which steps may hide."""
+        self.gradients.check()
+        rules, passes = unit.rules, self.passes[unit]
+        slope, length = passes.direct(averaged, self.grad_scale)
+        largest = rules["eta_max"]
+        if rules["trust"] is not None and length > 0:
+            largest = min(largest, rules["trust"] * max(passes.weight_rms, self.weight_rms) / length)
+        hidden = unit.rounding * passes.weight_rms / length if length > 0 else 0.0
+        return slope, float(rules["lr"]) * largest, hidden
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""
         self.propose(unit)
         if unit not in self.proposed:
             return
-        search = self.proposed.pop(unit)
+        search, passes = self.proposed.pop(unit), self.passes[unit]
         while search.running:
-            unit.trial(search.eta)
+            passes.trial(search.eta)
             search.judge(float(self.losses.at(unit.name, unit.active_params(), record=record)))
         if put_back or not search.accepted:
-            unit.trial(0.0)
+            passes.trial(0.0)
         elif record:
-            self.losses.keep()
+            self.losses.adopt()
         if put_back and search.accepted:
             self.proposed[unit] = search
         self.loss = self.start if put_back else search.final_loss
@@ -123,14 +261,14 @@ class MiniBatch:
         for _ in range(tries):
             self.joint_trials += 1
             for unit, search in searches.items():
-                unit.trial(factor * search.eta)
+                self.passes[unit].trial(factor * search.eta)
             loss = float(self.losses.at("all units", [p for unit in searches for p in unit.active_params()]))
             if math.isfinite(loss) and loss <= reference - visible(factor * required, self.resolution):
                 self.loss = loss
                 return factor
             factor *= self.units[0].rules["backtrack"]
         for unit in searches:
-            unit.trial(0.0)
+            self.passes[unit].trial(0.0)
         return 0.0
 
     def _note(self, unit: Unit, search: Search, eta: float) -> None:
@@ -139,47 +277,55 @@ class MiniBatch:
 
     def keep(self, unit: Unit) -> None:
         """Move the unit by its remembered step, untested."""
-        slope, cap, _ = self.aim(unit)
+        slope, cap, _ = self._aim_tested(unit)
         eta = min(cap, unit.rules["step_size"]) if 0 < slope < math.inf else 0.0
         self.loss = math.nan if eta else self.loss
         self.moves[unit] = Move(eta, slope, KEPT if eta else NOT_DESCENT)
         if eta:
-            unit.trial(eta)
+            self.passes[unit].trial(eta)
 
     def follow_momentum(self) -> None:
-        """Carry the found steps over to the averaged direction; the new point is not tested."""
+        """Carry the accepted steps over to the averaged direction; the new point is not tested."""
         for unit in self.units:
             move = self.moves[unit]
             if move.eta:
-                self.aim(unit, averaged=True)
-                unit.trial(move.eta)
+                self._aim(unit, averaged=True)
+                self.passes[unit].trial(move.eta)
                 self.loss = math.nan
 
     def commit(self, state: dict) -> None:
-        """Advance moments and memory; the parameters have moved already."""
+        """Advance moments and memory; the parameters have moved already.
+
+        Raises:
+            RuntimeError: a trial changed the gradients.
+        """
         self.gradients.check()
-        for unit in self.units:
+        for unit, passes in self.passes.items():
             move = self.moves[unit]
             if not math.isfinite(move.slope):
                 continue  # a non-finite gradient must not reach the moments
-            if move.eta and unit.low_precision and not self.keep_directions:
-                self.aim(unit, averaged=True if self.momentum == "after" else None)
-            unit.commit(self.scratch, state, self.grad_scale, move.eta)
+            if move.eta and unit.has_masters and not passes.keep_direction:
+                self._aim_moved(unit)
+            passes.commit(state, self.grad_scale, move.eta)
             if move.search is not None:
                 move.search.remember()
                 for group in unit.groups[1:]:  # the groups of a merged unit remember alike
                     group.update({k: unit.rules[k] for k in MEMORY})
 
+    def _aim_moved(self, unit: Unit) -> None:
+        """Write the direction that the unit has moved along once more: other units have used the scratch since."""
+        if self.momentum == "after":
+            self._aim(unit, averaged=True)
+        else:
+            self._aim_tested(unit)
+
     def restore(self) -> None:
         """Put every unit back to w_t, bitwise."""
-        for unit in self.units:
-            unit.trial(0.0)
+        for passes in self.passes.values():
+            passes.trial(0.0)
 
     def report(self) -> StepReport:
-        """What happened, units in forward order."""
-        return StepReport(self.start, self.loss, list(self._unit_reports()), self.joint_trials)
-
-    def _unit_reports(self) -> Iterable[UnitReport]:
-        for unit in self.units:
-            move = self.moves[unit]
-            yield UnitReport(unit.name, move.eta, move.slope, move.trials, move.outcome)
+        """The outcome of every unit, in forward order."""
+        moves = [(unit.name, self.moves[unit]) for unit in self.units]
+        reports = [UnitReport(name, move.eta, move.slope, move.trials, move.outcome) for name, move in moves]
+        return StepReport(self.start, self.loss, reports, self.joint_trials)

@@ -1,4 +1,4 @@
-"""Evaluate the user's closure: once with gradients, then as often as the search asks, always with the same masks."""
+"""The loss of one mini-batch as a function of the weights: the user's closure, always with the same dropout masks."""
 
 import math
 import warnings
@@ -22,24 +22,33 @@ NO_CLOSURE = (
 
 @dataclass
 class Learned:
-    """What earlier steps have found out about the model as it is; a changed module tree is learned anew."""
+    """Facts about the model that earlier steps have established; a changed module tree starts a new one.
 
-    replays: bool = True  # whether recorded outputs alone gave f(w_t) in the last step
+    Attributes:
+        replays: whether recorded outputs alone gave f(w_t) in the last step.
+        verdicts: by ``replays`` and by unit, whether a cached trial of the unit equals a full forward.
+        written: indices of the module buffers that a forward writes.
+    """
+
+    replays: bool = True
     verdicts: dict[bool, dict[str, bool]] = field(default_factory=lambda: {True: {}, False: {}})
-    written: list[int] | None = None  # which module buffers the forward writes
+    written: list[int] | None = None
 
     @property
     def trusted(self) -> dict[str, bool]:
-        """By unit: does its cached trial equal a full forward, where :attr:`replays` is what it is now."""
+        """By unit, whether its cached trial equals a full forward, for the present :attr:`replays`."""
         return self.verdicts[self.replays]
 
 
 class Losses:
-    """The loss of one mini-batch as a function of the weights, always a 0-d tensor.
+    """Evaluates the loss of one mini-batch, always to a 0-d tensor.
 
     The first evaluation draws the dropout masks and records the activations; every later one starts from the
-    same random state. With ``lazy`` nothing waits for the device: the caller looks whether f(w_t) is finite, and
-    which module buffers a forward writes is found out once.
+    same random state. With ``lazy`` nothing waits for the device: the caller checks that f(w_t) is finite, and the
+    module buffers that a forward writes are determined in the first step only.
+
+    Attributes:
+        forwards: full forwards so far, the first one included; a cached trial is a part of one.
     """
 
     def __init__(
@@ -53,31 +62,29 @@ class Losses:
         lazy: bool = False,
     ) -> None:
         self.closure, self.params, self.cache, self.learned, self.lazy = closure, params, cache, learned, lazy
-        self.before: rng.State
-        self.after: rng.State
         self.devices = rng.cuda_devices(params)
         self.grads = [p.grad for p in params]
-        found = list(model.buffers()) if model is not None else []
+        buffers = list(model.buffers()) if model is not None else []
         if lazy and learned.written is not None:
-            found = [found[i] for i in learned.written]
-        self.buffers = [(b, b.clone()) for b in found]
-        self.written: list[tuple[Tensor, Tensor]] = []
+            buffers = [buffers[i] for i in learned.written]
+        self.buffers = [(b, b.clone()) for b in buffers]  # as the step started
+        self.written: list[tuple[Tensor, Tensor]] = []  # as the first forward left them
         self.before = self.after = rng.get_state(self.devices)
-        self.forwards = 1.0  # full forwards so far, the first one included; a cached trial is a part of one
+        self.forwards = 1.0
 
     @property
     def trusted(self) -> dict[str, bool]:
-        """By unit: does its cached trial equal a full forward."""
+        """By unit, whether its cached trial equals a full forward."""
         return self.learned.trusted
 
     def restart(self) -> None:
-        """Start from where generators and module buffers stand now."""
+        """Take the present random state and module buffers as those that the step started with."""
         self.before = self.after = rng.get_state(self.devices)
         for buffer, value in self.buffers:
             value.copy_(buffer)
 
     def put_buffers_back(self, refused: Tensor | None = None) -> None:
-        """Put module buffers back to where the step found them; with ``refused``, if it says so on the device."""
+        """Put module buffers back to their values at the start of the step; if given, only if ``refused`` is true."""
         for buffer, value in self.buffers:
             if refused is not None:
                 buffer.copy_(torch.where(refused, value, buffer))
@@ -85,7 +92,7 @@ class Losses:
                 buffer.copy_(value)
 
     def verify(self, unit: str, params: Sequence[Tensor]) -> None:
-        """Compare a cached trial of the unit with a full forward, at weights a little off; they are put back."""
+        """Compare a cached trial of the unit with a full forward at slightly changed weights, which are put back."""
         plain = [p.detach() for p in params]
         old = [p.clone() for p in plain]
         try:
@@ -115,19 +122,19 @@ class Losses:
         return loss.detach()
 
     def given(self, loss: Tensor | float) -> Tensor:
-        """f(w_t) where the caller has put the gradients in place already; ``loss`` is the caller's value of it."""
+        """f(w_t), with the caller's gradients in ``p.grad``; ``loss`` is the value that the caller computed."""
         with self._recording():
-            own = self._checked(self._evaluate_quietly())
-        self._refuse_non_finite(own)
+            start = self._checked(self._evaluate_quietly())
+        self._refuse_non_finite(start)
         self._note_written()
         drew = not torch.equal(rng.get_state(())[0], self.before[0]) or bool(self.devices)
-        if not self.lazy and not drew and abs(float(loss) - float(own)) > 1e-2 * (1 + abs(float(own))):
+        if not self.lazy and not drew and abs(float(loss) - float(start)) > 1e-2 * (1 + abs(float(start))):
             raise ValueError(
-                f"loss={float(loss):.6g} is not what the closure returns ({float(own):.6g}): the closure must evaluate "
-                "the very loss whose gradients are in place (same batch, same scaling over micro-batches)"
+                f"loss={float(loss):.6g} is not what the closure returns ({float(start):.6g}): the closure must "
+                "evaluate the very loss whose gradients are in place (same batch, same scaling over micro-batches)"
             )
         rng.set_state(self.after)
-        return own
+        return start
 
     def check_repeatable(self, loss: float) -> None:
         """Refuse a closure that gives another loss for the same weights and random state."""
@@ -141,36 +148,44 @@ class Losses:
             )
 
     def replay_outdated(self, loss: Tensor) -> Tensor:
-        """Whether :attr:`Learned.replays` no longer holds: recorded outputs alone give f(w_t) = ``loss``, or not.
+        """Whether :attr:`Learned.replays` no longer holds, as a 0-d bool on the loss's device; nothing waits for it.
 
-        Next to nothing is computed for it. A loss that has come to read something else than outputs (attentions, router
-        logits) shows here, in the very step; after :meth:`turn_replays` the units are compared with full forwards anew.
-        The answer is a 0-d bool on the loss's device, and nothing waits for it here.
+        All boundary calls are replayed, so this costs almost nothing; the result is compared with f(w_t) = ``loss``.
+        It changes in the step in which the loss starts to read something besides the outputs (attentions, router
+        logits). After :meth:`turn_replays` the units are compared with full forwards anew.
         """
         if self.cache is None or not any(self.cache.passes):
             return torch.zeros_like(loss, dtype=torch.bool)
         counted = self.forwards
         again = self._replayed([len(calls) for calls in self.cache.passes])
         self.forwards = counted
-        if not isinstance(again, Tensor):  # the host knows
+        if not isinstance(again, Tensor):
             self.learned.replays = False
             return torch.zeros_like(loss, dtype=torch.bool)
         return _same(again, loss) != self.learned.replays
 
     def turn_replays(self) -> None:
-        """Take note that :attr:`Learned.replays` no longer holds."""
+        """Correct :attr:`Learned.replays`, which no longer holds."""
         self.learned.replays = not self.learned.replays
 
     def at(self, unit: str, params: Sequence[Tensor], *, record: bool = False) -> Tensor:
-        """The loss at the current weights, of which only ``params`` differ from the recorded ones."""
+        """The loss at the current weights, of which only ``params`` differ from the recorded ones.
+
+        A unit's first cached trial is compared with a full forward. With ``record`` the activations can be
+        :meth:`adopt`-ed afterwards.
+        """
         if self.cache is None or self.trusted.get(unit) is False:
             return self._run([], record)
         start = self.cache.start(params)
-        if unit in self.trusted:
-            try:
-                return self._run(start, record)
-            except StaleRecordError as error:
-                return self._distrust(unit, str(error), record)
+        if unit not in self.trusted:
+            return self._compared(unit, start, record)
+        try:
+            return self._run(start, record)
+        except StaleRecordError as error:
+            return self._distrust(unit, str(error), record)
+
+    def _compared(self, unit: str, start: list[int], record: bool) -> Tensor:
+        """The loss of the unit's first cached trial, if a full forward gives the same; else that of a full forward."""
         full, loss = self._run([]), self._replayed(start, record)
         if not isinstance(loss, Tensor):
             return self._distrust(unit, f"{type(loss).__name__}: {loss}", record)
@@ -179,20 +194,25 @@ class Losses:
         self.trusted[unit] = True
         return loss
 
-    def keep(self) -> None:
-        """Replay what the last recorded evaluation computed from now on."""
+    def _distrust(self, unit: str, reason: str, record: bool) -> Tensor:
+        self.trusted[unit] = False
+        warnings.warn(f"fastals: trials of unit {unit!r} run without the activation cache: {reason}", stacklevel=2)
+        return self._run([], record)
+
+    def adopt(self) -> None:
+        """From now on replay the activations that the last recorded evaluation computed."""
         if self.cache is not None:
             self.cache.adopt()
 
     def finish(self) -> None:
-        """Leave the generators where a plain forward and backward leaves them."""
+        """Leave the generators in the state in which a plain forward and backward leaves them."""
         rng.set_state(self.after)
         torch.clear_autocast_cache()  # casts of the last trial's weights are stale
         if self.cache is not None:
             self.cache.clear()
 
     def undo(self) -> None:
-        """Put generators, gradients and module buffers back to where the step found them."""
+        """Put generators, gradients and module buffers back to their state at the start of the step."""
         rng.set_state(self.before)
         torch.clear_autocast_cache()  # casts of the last trial's weights are stale
         for p, grad in zip(self.params, self.grads, strict=True):
@@ -214,9 +234,10 @@ class Losses:
                 buffer.copy_(value)
 
     def _replayed(self, start: list[int], record: bool = False) -> Tensor | Exception:
-        """The loss with recorded outputs, or the error of a closure that misses what is not in them.
+        """The loss with recorded outputs, or the error of a closure that needs more than these outputs.
 
-        Such an error comes twice, and not in the whole forward in between; any other is raised.
+        Such an error is raised again by a second replay, and not by the full forward in between. Any other error is
+        the closure's own and is raised here.
         """
         try:
             return self._run(start, record)
@@ -240,15 +261,10 @@ class Losses:
     def _recording(self):  # noqa: ANN202
         return self.cache.recording() if self.cache is not None else nullcontext()
 
-    def _distrust(self, unit: str, reason: str, record: bool) -> Tensor:
-        self.trusted[unit] = False
-        warnings.warn(f"fastals: trials of unit {unit!r} run without the activation cache: {reason}", stacklevel=2)
-        return self._run([], record)
-
     def _note_written(self) -> None:
-        """Module buffers that the first forward wrote are put back after every trial.
+        """Note the module buffers that the first forward wrote: they are put back after every trial.
 
-        By value: batch norm updates its running statistics behind the version counter.
+        They are compared by value: batch norm updates its running statistics behind the version counter.
         """
         if not self.lazy:
             self.written = [(b, b.clone()) for b, value in self.buffers if not torch.equal(b, value)]
@@ -276,11 +292,11 @@ class Losses:
 
 
 class OutdatedError(Exception):
-    """A look at the device says that :attr:`Learned.replays` no longer holds; a trial may have relied on it."""
+    """A flag of the device says that :attr:`Learned.replays` no longer holds; a trial may have relied on it."""
 
 
 def non_finite(loss: float) -> FloatingPointError:
-    """The error for a loss that is not finite where a step would start."""
+    """The error for a loss that is not finite at the start of a step."""
     return FloatingPointError(
         f"the loss at the current weights is {loss}: the step was refused and nothing moved. Look at "
         "this mini-batch and at the weights (a padded row without labels, an overflow in half precision)"
@@ -288,6 +304,6 @@ def non_finite(loss: float) -> FloatingPointError:
 
 
 def _same(cached: Tensor, full: Tensor) -> Tensor:
-    """Bitwise on the CPU; elsewhere up to a few roundings, since kernels may be chosen by address."""
+    """Whether two losses are equal: bitwise on the CPU; elsewhere addresses choose kernels, so up to some roundings."""
     rounding = 0.0 if full.device.type == "cpu" else 1e-6
     return torch.isclose(cached.to(full.dtype), full, rtol=rounding, atol=rounding, equal_nan=True)

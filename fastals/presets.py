@@ -1,6 +1,6 @@
 """Published settings: each function returns what a paper, or its authors' code, sets.
 
-The keyword arguments are those of :class:`fastals.ALS`; ``by`` says how :func:`fastals.partition` cuts the model::
+The keyword arguments are those of :class:`fastals.ALS`; ``by`` says how :func:`fastals.units` cuts the model::
 
     preset = fastals.presets.plasls()
     opt = fastals.ALS(fastals.units(model, by=preset.pop("by")), model=model, **preset)

@@ -49,14 +49,20 @@ KEPT_REPORTS = 64
 
 
 class Reports:
-    """The reports of the last steps; those of a step on the device are read when somebody asks."""
+    """The reports of the last steps; that of a step on the device is read at the first look.
+
+    Attributes:
+        forwards: forward passes of the last step.
+    """
 
     def __init__(self) -> None:
+        self.forwards = 0.0
         self._last: deque[StepReport | Callable[[], StepReport]] = deque(maxlen=KEPT_REPORTS)
 
-    def add(self, report: StepReport | Callable[[], StepReport]) -> None:
+    def add(self, report: StepReport | Callable[[], StepReport], forwards: float) -> None:
         """Enter a step; a function is called at the first look."""
         self._last.append(report)
+        self.forwards = forwards
 
     def read(self) -> list[StepReport]:
         """All of them, the oldest first."""

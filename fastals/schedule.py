@@ -1,23 +1,37 @@
 """Which units are searched in one step, and how their steps are put together.
 
-A schedule is written in the verbs of a mini-batch and never looks at a loss or a step size, so that the same lines
-drive searches on the host and on the device.
+A schedule is written in the verbs of a :class:`Batch` and never looks at a loss or a step size, so that the same lines
+drive searches on the host, on the device and while a step is recorded.
 """
 
 import random
 from collections.abc import Callable
 from typing import Protocol
 
+from torch import Tensor
+
 from fastals.buffers import Unit
+from fastals.losses import Losses
+from fastals.report import StepReport
 
 ORDERS = ("top_down", "bottom_up", "random")
 
 
-class Searches(Protocol):
-    """A mini-batch as a schedule sees it; ``units`` stand in forward order."""
+class Batch(Protocol):
+    """A mini-batch under search: the verbs of the schedules and those of the step around them.
 
+    Attributes:
+        losses: evaluates the loss of this mini-batch.
+        units: those that have a gradient, in forward order.
+        random: draws the order of the searches.
+    """
+
+    losses: Losses
     units: list[Unit]
     random: random.Random
+
+    def run(self, schedule: "Schedule", order: str) -> None:
+        """Make the searches of the schedule."""
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen.
@@ -38,9 +52,27 @@ class Searches(Protocol):
     def keep(self, unit: Unit) -> None:
         """Move the unit by its remembered step, untested."""
 
+    def follow_momentum(self) -> None:
+        """Carry the accepted steps over to the averaged direction; the new point is not tested."""
 
-def sweep(batch: Searches, order: str) -> None:
-    """Search every unit in turn, each from where the ones before it stand now."""
+    def check_replay(self, loss: Tensor) -> None:
+        """See whether recorded outputs alone still give f(w_t) = ``loss``, or still do not."""
+
+    def commit(self, state: dict) -> None:
+        """Advance moments and memory and enter them in the optimizer's state; the parameters have moved already."""
+
+    def restore(self) -> None:
+        """Put every unit back to w_t, bitwise."""
+
+    def report(self) -> StepReport | Callable[[], StepReport]:
+        """The outcome of the step, or a function that waits for the device and reads it."""
+
+
+Schedule = Callable[[Batch, str], None]
+
+
+def sweep(batch: Batch, order: str) -> None:
+    """Search every unit in turn; a search starts from the weights that the searches before it have left."""
     left = _in_order(batch, order)
     while left:
         unit = left.pop(0)
@@ -48,14 +80,14 @@ def sweep(batch: Searches, order: str) -> None:
         batch.search(unit, record=above)
 
 
-def independent(batch: Searches, order: str) -> None:
+def independent(batch: Batch, order: str) -> None:
     """Search every unit from w_t with the others at w_t, then move all by one common, jointly tested factor."""
     for unit in _in_order(batch, order):
         batch.search(unit, put_back=True)
     batch.move_together(once=False)
 
 
-def cycle(batch: Searches, order: str) -> None:
+def cycle(batch: Batch, order: str) -> None:
     """Search one unit per step and move the others by their remembered steps, untested (PLASLS)."""
     if _first_step(batch):
         sweep(batch, order)
@@ -67,7 +99,7 @@ def cycle(batch: Searches, order: str) -> None:
             batch.keep(unit)
 
 
-def joint(batch: Searches, order: str) -> None:
+def joint(batch: Batch, order: str) -> None:
     """Try all remembered steps at once; sweep only if that fails."""
     if not _first_step(batch):
         for unit in batch.units:
@@ -77,22 +109,22 @@ def joint(batch: Searches, order: str) -> None:
     sweep(batch, order)
 
 
-def keep(batch: Searches) -> None:
-    """Move every unit by its remembered step without a trial."""
+def keep_all(batch: Batch, order: str) -> None:
+    """Move every unit by its remembered step, untested; a step that does not search."""
+    del order
     for unit in batch.units:
         batch.keep(unit)
 
 
-def _in_order(batch: Searches, order: str) -> list[Unit]:
+def _in_order(batch: Batch, order: str) -> list[Unit]:
     """The units in the order of their searches; ``random`` draws a new one every step."""
     if order == "random":
         return batch.random.sample(batch.units, len(batch.units))
     return batch.units[::-1] if order == "top_down" else list(batch.units)
 
 
-def _first_step(batch: Searches) -> bool:
+def _first_step(batch: Batch) -> bool:
     return any(not unit.rules["count"] for unit in batch.units)
 
 
-Schedule = Callable[[Searches, str], None]
 SCHEDULES: dict[str, Schedule] = {"sweep": sweep, "independent": independent, "cycle": cycle, "joint": joint}

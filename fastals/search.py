@@ -1,26 +1,62 @@
 """Armijo backtracking on scalars: it sees losses, slopes and step sizes, never weights.
 
-A search starts at ``eta`` and judges one trial loss after another; η is accepted iff
+A search starts at ``eta`` and judges one trial loss after another; η is accepted if and only if
 
     f(w − η d) ≤ R − c η s
 
-and multiplied by ``backtrack`` otherwise. Where rounding hides a decrease of c η s, in the loss or in parameters of low
-precision, R is asked for alone: such a step is taken unless the loss rises (in the spirit of the approximate test of
-Hager and Zhang, SIAM J. Optim. 16, 2005). What a unit remembers between mini-batches lies in its
-parameter group (:data:`MEMORY`) and is written by :meth:`Search.remember` alone.
+and multiplied by ``backtrack`` otherwise. If rounding hides a decrease of c η s, in the loss or in parameters of low
+precision, the test asks for f ≤ R only: such a step is taken unless the loss rises (in the spirit of the approximate
+test of Hager and Zhang, SIAM J. Optim. 16, 2005). The memory of a unit lies in its parameter group (:data:`MEMORY`);
+:meth:`Search.remember` and :func:`schedule_next_search` write it.
 """
 
 import math
 import random
-from collections.abc import MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, MutableMapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, NamedTuple
 
 from fastals.report import ACCEPTED, EXHAUSTED
 
 INITIALS = ("warm", "reset", "polyak", "random")
 REFERENCES = ("monotone", "nonmonotone", "smoothed")
 
-#: What a unit remembers; all scalars, all in its parameter group, 0 until the first search.
+
+class Range(NamedTuple):
+    """The values that make sense for a constant, as a test and in words."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+BETWEEN_0_AND_1 = Range(lambda x: 0 < x < 1, "between 0 and 1, both excluded")
+POSITIVE = Range(lambda x: 0 < x < math.inf, "greater than 0")
+POSITIVE_OR_NONE = Range(lambda x: x is None or 0 < x < math.inf, "greater than 0, or None")
+
+
+def one_of(names: tuple[str, ...]) -> Range:
+    """The range of a constant that is a name."""
+    return Range(lambda x: x in names, f"one of {', '.join(names)}")
+
+
+#: The constants of a search, arguments of :class:`fastals.ALS` and entries of each unit's parameter group.
+RANGES: dict[str, Range] = {
+    "c": BETWEEN_0_AND_1,
+    "backtrack": BETWEEN_0_AND_1,
+    "growth": Range(lambda x: 1 <= x < math.inf, "1 or more"),
+    "max_trials": Range(lambda x: isinstance(x, int) and x >= 1, "an integer of at least 1"),
+    "trust": POSITIVE_OR_NONE,
+    "initial": one_of(INITIALS),
+    "eta_init": POSITIVE_OR_NONE,
+    "eta_min": POSITIVE,
+    "eta_max": Range(lambda x: 0 < x < math.inf, "at least eta_min, and finite"),
+    "reference": one_of(REFERENCES),
+    "polyak_c": POSITIVE,
+    "nonmonotone_weight": Range(lambda x: 0 <= x <= 1, "from 0 to 1"),
+    "smoothing": Range(lambda x: 0 <= x < 1, "from 0 up to 1, 1 excluded"),
+}
+
+#: The memory of a unit, all scalars, 0 until the first search.
 MEMORY: dict[str, float | int] = {
     "step_size": 0.0,  # last accepted step
     "backtracks": 0,  # PoNoS: backtracks carried to the next Polyak step
@@ -36,7 +72,7 @@ MEMORY: dict[str, float | int] = {
 
 
 def plain_memory(group: MutableMapping) -> dict[str, float | int]:
-    """What the group remembers as numbers of the host; on the fused path they lie on the device."""
+    """The group's memory as numbers of the host; fused searches keep it on the device."""
     return {k: type(initial)(group[k]) for k, initial in MEMORY.items()}
 
 
@@ -45,19 +81,20 @@ class Search:
     """Backtracking of one unit on one mini-batch.
 
     Args:
-        rules: the unit's parameter group: the constants of the search and what it remembers.
-        loss: f where this search starts.
+        rules: the unit's parameter group, with the constants of the search and the unit's memory.
+        loss: f at the start of this search.
         slope: s = ⟨g, d⟩ > 0.
         cap: largest step that may be tried.
         uniform: a number in [0, 1) for ``initial="random"``.
         resolution: smallest difference the loss can show.
-        hidden: steps below this may vanish in the rounding of the parameters, of which only the masters move.
+        hidden: steps below this may vanish in the rounding of the parameters, so that only the masters move.
     """
 
     rules: MutableMapping
     loss: float
     slope: float
     cap: float
+    _: KW_ONLY
     uniform: float = 0.5
     resolution: float = 0.0
     hidden: float = 0.0
@@ -71,7 +108,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self.eta = self.start = min(self.cap, initial_step(self.rules, self.loss, self.slope, self.cap, self.uniform))
-        self.reference, self.required_slope = reference(self.rules, self.loss, self.slope)
+        self.reference, self.required_slope = reference_and_slope(self.rules, self.loss, self.slope)
         self.final_loss = self.loss
 
     @property
@@ -81,12 +118,12 @@ class Search:
 
     @property
     def accepted(self) -> bool:
-        """Whether the search has found a step."""
+        """Whether a step was accepted."""
         return self.outcome == ACCEPTED
 
     @property
     def required(self) -> float:
-        """Decrease that the test asks for: c η s, or 0 where it could not be seen."""
+        """The decrease that the test asks for: c η s, or 0 if rounding would hide it."""
         decrease = self.rules["c"] * self.eta * self.required_slope
         return 0.0 if self.eta < self.hidden else visible(decrease, self.resolution)
 
@@ -101,11 +138,11 @@ class Search:
             self.outcome, self.eta = EXHAUSTED, 0.0
 
     def accept(self, loss: float) -> None:
-        """End the search at the current step, where the loss is ``loss``."""
+        """End the search at the current step, which gave ``loss``."""
         self.outcome, self.final_loss = ACCEPTED, loss
 
     def remember(self) -> None:
-        """Write what the next search of this unit needs. A failure moves the remembered step by one notch only."""
+        """Write the unit's memory. A failed search shrinks the remembered step once, not once a trial."""
         r = self.rules
         r["average"], r["average_weight"] = zhang_hager(r, self.loss)
         if self.accepted:
@@ -120,29 +157,29 @@ class Search:
 
 
 def visible(decrease: float, resolution: float) -> float:
-    """The decrease that a test may ask for: 0 where the loss could not show it."""
+    """The decrease that a test may ask for: 0 if it is smaller than the loss can show."""
     return 0.0 if decrease < resolution else decrease
 
 
 def uniform(seed: str, unit: str) -> float:
-    """The number in [0, 1) that a unit's random first step is drawn with, in one mini-batch."""
+    """The number in [0, 1) that draws a unit's random first step in one mini-batch."""
     return random.Random(f"{seed}-{unit}").random()
 
 
 def initial_step(rules: MutableMapping, loss: float, slope: float, cap: float, uniform: float) -> float:
     """First step to try: ``warm`` γ · last, ``reset`` the cap, ``polyak`` f/(c_p s) βˡ, ``random`` log-uniform."""
-    kind = rules["initial"]
-    if kind == "polyak":
+    rule = rules["initial"]
+    if rule == "polyak":
         return max(loss, 0.0) / (rules["polyak_c"] * slope) * rules["backtrack"] ** rules["backtracks"] or cap
-    if kind == "random":
+    if rule == "random":
         low = min(max(rules["eta_min"], cap * 1e-4), cap)
         return low * (cap / low) ** uniform
-    if kind == "warm" and rules["step_size"]:  # a collapsed memory restarts where a search from the cap would end
+    if rule == "warm" and rules["step_size"]:  # a collapsed step restarts at the last trial of a search from the cap
         return max(rules["growth"] * rules["step_size"], cap * rules["backtrack"] ** (rules["max_trials"] - 1))
-    return rules["eta_init"] if kind == "warm" and rules["eta_init"] else cap
+    return rules["eta_init"] if rule == "warm" and rules["eta_init"] else cap
 
 
-def reference(rules: MutableMapping, loss: float, slope: float) -> tuple[float, float]:
+def reference_and_slope(rules: MutableMapping, loss: float, slope: float) -> tuple[float, float]:
     """R and the slope of the test.
 
     ``monotone``: f and s. ``nonmonotone``: max(C, f) and s, C the Zhang-Hager average. ``smoothed``: the
@@ -163,18 +200,18 @@ def zhang_hager(rules: MutableMapping, loss: float) -> tuple[float, float]:
 
 
 def schedule_next_search(rules: MutableMapping, every: int | str) -> None:
-    """After a searched step, with ``count`` moved on, set the step that searches next.
+    """Set the count at which the unit searches next; called after a step that has searched, ``count`` increased.
 
-    That is every N-th, or by SaLSA's rule, rarely while the steps do not change: with fast and slow means of
-    the step size (weights 0.9 and 0.99) and r the larger over the smaller, the next search comes after
-    ⌊1 / (r - 1)⌋ steps, at least 1 and at most 10.
+    An integer N searches in every N-th step. ``"auto"`` is SaLSA's rule, which searches rarely while the steps do not
+    change: with fast and slow means of the step size (weights 0.9 and 0.99) and r the larger over the smaller, the
+    next search comes after ⌊1 / (r - 1)⌋ steps, at least 1 and at most 10.
     """
     if every != "auto":
         rules["next_search"] = rules["count"] + int(every) - 1
         return
-    step, seen = float(rules["step_size"]), rules["mean_step_slow"] > 0
-    rules["mean_step_fast"] = _mean(rules["mean_step_fast"], step, 0.9) if seen else step
-    rules["mean_step_slow"] = _mean(rules["mean_step_slow"], step, 0.99) if seen else step
+    step, has_means = float(rules["step_size"]), rules["mean_step_slow"] > 0
+    rules["mean_step_fast"] = _mean(rules["mean_step_fast"], step, 0.9) if has_means else step
+    rules["mean_step_slow"] = _mean(rules["mean_step_slow"], step, 0.99) if has_means else step
     low, high = sorted((rules["mean_step_fast"], rules["mean_step_slow"]))
     change = high / low - 1 if low > 0 else math.inf
     rules["next_search"] = rules["count"] - 1 + (10 if change <= 0.1 else max(1, int(1 / change)))

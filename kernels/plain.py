@@ -10,19 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ADAM, SGD = "adam", "sgd"
-
 
 def direction(
-    kind: str,
-    averaged: bool,
     g: Tensor,  # [n] gradient
     m: Tensor,  # [n] first moment before this mini-batch (empty if nothing is averaged)
     v: Tensor,  # [n] second moment before this mini-batch (empty for SGD)
     w: Tensor,  # [n] weights
+    *,
     out: Tensor,  # [n] direction d, written
     scratch: Tensor,  # [n] overwritten
-    *,
+    adam: bool,
+    averaged: bool,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
@@ -37,7 +35,7 @@ def direction(
     """
     beta1, beta2 = betas
     torch.mul(g, grad_scale, out=out)
-    if kind == ADAM:
+    if adam:
         torch.mul(v, beta2, out=scratch).addcmul_(out, out, value=1 - beta2)
         scratch.sqrt_().div_(math.sqrt(1 - beta2**count)).add_(eps)
         if averaged:
@@ -50,11 +48,11 @@ def direction(
 
 
 def advance(
-    kind: str,
     g: Tensor,
     m: Tensor,
     v: Tensor,
     *,
+    adam: bool,
     betas: tuple[float, float],
     grad_scale: float = 1.0,
 ) -> None:
@@ -64,10 +62,10 @@ def advance(
     """
     beta1, beta2 = betas
     g.mul_(grad_scale)
-    if kind == ADAM:
+    if adam:
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     if m.numel():
-        m.mul_(beta1).add_(g, alpha=1 - beta1 if kind == ADAM else 1.0)
+        m.mul_(beta1).add_(g, alpha=1 - beta1 if adam else 1.0)
 
 
 def rounding(params: Sequence[Tensor]) -> float:

@@ -82,7 +82,7 @@ def main(arch):
                 print(json.dumps({"step": number, "dtype": str(dtype)}))
                 opt.step(lambda model=model, batch=batch: model(**batch))
                 if not number:
-                    armijo.restore(opt._device.arena)
+                    armijo.restore(opt.engine.partition.arena)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_exact_trial_and_triangular_number_of_block_forwards(name, checkpointing
         (enable or model.gradient_checkpointing_enable)()
     opt = fastals.ALS(model, c=0.1, trust=0.01)
     opt.step(closure)  # compares a cached trial of every unit with a full forward, bitwise; a difference warns
-    assert opt._learned.trusted == {u.name: True for u in opt.report.units}
+    assert opt.engine.learned.trusted == {u.name: True for u in opt.report.units}
     counts = count_forwards(model)
     with torch.no_grad():
         closure()

@@ -36,9 +36,9 @@ def second_step(model, closure):
     """An optimizer after two exact steps, and the block forwards of the second: the first one verifies."""
     opt = fastals.ALS(model)
     step_exactly(opt, closure)
-    opt._cache.forwards.clear()
+    opt.engine.cache.forwards.clear()
     step_exactly(opt, closure)
-    return opt, dict(opt._cache.forwards)
+    return opt, dict(opt.engine.cache.forwards)
 
 
 def footprint(model):
@@ -82,7 +82,7 @@ def test_the_users_own_forward_and_hooks_stay_and_fire():
     step_exactly(opt, closure)
     assert model.blocks[2].forward is mine
     assert len(seen) > 3
-    assert all(opt._learned.trusted.values())
+    assert all(opt.engine.learned.trusted.values())
     handle.remove()
 
 
@@ -92,7 +92,7 @@ def test_accepted_units_update_what_is_replayed(order):
     opt = fastals.ALS(model, order=order)
     for _ in range(5):
         step_exactly(opt, closure)
-    assert all(opt._learned.trusted.values())
+    assert all(opt.engine.learned.trusted.values())
 
 
 def test_micro_batches_are_cached_in_each_pass():
@@ -148,7 +148,7 @@ def test_autocast_never_reuses_casts_of_other_weights(where):
             assert float(inside()) == opt.report.loss_after
         torch.set_rng_state(after)
     assert any(u.step_size for u in opt.report.units)
-    assert all(opt._learned.trusted.values())
+    assert all(opt.engine.learned.trusted.values())
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at activations
@@ -163,8 +163,8 @@ def test_compiled_blocks(how):
     opt = fastals.ALS(model)
     for _ in range(2):
         step_exactly(opt, closure)
-    assert all(opt._learned.trusted.values())
-    assert sum(opt._cache.forwards.values()) < 3 * sum(u.trials + 3 for u in opt.report.units) * 2
+    assert all(opt.engine.learned.trusted.values())
+    assert sum(opt.engine.cache.forwards.values()) < 3 * sum(u.trials + 3 for u in opt.report.units) * 2
     assert (model.blocks[0]._compiled_call_impl is not None) == (how == "block.compile()")
 
 
@@ -175,7 +175,7 @@ def test_a_model_compiled_as_a_whole_runs_without_the_cache():
     batch = next(tiny_batches(1))
     opt = fastals.ALS(whole)
     step_exactly(opt, lambda: whole(**batch))
-    assert not opt._cache.boundaries
+    assert not opt.engine.cache.boundaries
 
 
 class Overwriting(nn.Module):
@@ -199,7 +199,7 @@ def test_an_output_that_is_overwritten_is_found():
     opt = fastals.ALS(model)
     with pytest.warns(UserWarning, match=r"unit 'head' run without the activation cache: .* changed in place"):
         step_exactly(opt, lambda: model(x))
-    assert opt._learned.trusted["head"] is False
+    assert opt.engine.learned.trusted["head"] is False
     step_exactly(opt, lambda: model(x))
 
 
@@ -237,8 +237,10 @@ def test_a_model_that_cheats_is_found_and_runs_uncached():
     opt = fastals.ALS(model)
     with pytest.warns(UserWarning, match=r"unit 'head' run without the activation cache: a cached trial gave"):
         step_exactly(opt, lambda: model(x))
-    assert opt._learned.trusted["head"] is False
-    assert opt._learned.trusted["embeddings" if "embeddings" in opt._learned.trusted else "blocks.0"] is True
+    assert opt.engine.learned.trusted["head"] is False
+    assert (
+        opt.engine.learned.trusted["embeddings" if "embeddings" in opt.engine.learned.trusted else "blocks.0"] is True
+    )
     step_exactly(opt, lambda: model(x))
 
 
@@ -252,7 +254,7 @@ def test_layerdrop_and_other_draws_between_blocks_are_replayed():
     opt = fastals.ALS(model)
     for _ in range(4):
         step_exactly(opt, lambda: model(input_ids=ids, labels=ids).loss)
-    assert all(opt._learned.trusted.values())
+    assert all(opt.engine.learned.trusted.values())
 
 
 def test_masks_are_held_within_a_step_and_differ_between_steps():
@@ -290,10 +292,10 @@ def test_joint_trials_start_at_the_lowest_trained_unit():
     opt = fastals.ALS(model, schedule="joint")
     for _ in range(3):
         opt.step(closure)
-    opt._cache.forwards.clear()
+    opt.engine.cache.forwards.clear()
     step_exactly(opt, closure)
     assert opt.report.joint_trials == 1
-    assert opt._cache.forwards["blocks.0"] == 1
+    assert opt.engine.cache.forwards["blocks.0"] == 1
 
 
 def test_tied_weights_start_at_their_first_user():
@@ -308,18 +310,18 @@ def test_a_changed_module_tree_is_verified_anew():
     model, closure = tiny()
     opt = fastals.ALS(model)
     opt.step(closure)
-    first = opt._cache
+    first = opt.engine.cache
     model.extra = nn.Identity()
     opt.step(closure)
-    assert opt._cache is not first
-    assert set(opt._learned.trusted) == {"embeddings", "blocks.0", "blocks.1", "blocks.2", "head"}
+    assert opt.engine.cache is not first
+    assert set(opt.engine.learned.trusted) == {"embeddings", "blocks.0", "blocks.1", "blocks.2", "head"}
 
 
 def test_the_cache_lets_go_of_the_activations():
     model, closure = tiny()
     opt = fastals.ALS(model)
     opt.step(closure)
-    assert opt._cache.passes == []
+    assert opt.engine.cache.passes == []
 
 
 def test_head_registered_first_is_still_the_head():
@@ -426,7 +428,7 @@ def test_a_step_that_keeps_notices_too_that_the_loss_reads_inside_the_blocks(fus
     opt = fastals.ALS(model, fused=fused, every=2)
     for inside in (False, True, False, True):
         opt.step(closure)
-        assert opt._learned.replays is not inside
+        assert opt.engine.learned.replays is not inside
 
 
 ATTENDED = {"input_ids": torch.arange(24).view(2, 12), "labels": torch.tensor([0, 1])}

@@ -32,7 +32,7 @@ import fastals
 from fastals import kernels, rng
 from fastals.graphs import graphed
 from fastals.graphs.graphed import GraphedStep
-from fastals.graphs.program import Always, Loop, Run, SkipIfAccepted
+from fastals.graphs.program import EndSkip, Loop, Run, SkipIfAccepted
 from fastals.kernels import arena, armijo, moments, table
 from fastals.kernels import trial as trials
 
@@ -328,10 +328,10 @@ class Traced:
         model, self.batch = make()
         self.opt = fastals.ALS(fastals.units(model), model=model, fused=True, **options)
         with torch.no_grad():
-            units = self.opt._built_units()
-        self.opt._current_cache()
-        self.opt._learned.trusted.update(dict.fromkeys([*(u.name for u in units), "all units"], True))
-        self.opt._learned.written = list(range(len(list(model.buffers())))) if make is normed else []
+            units = self.opt.engine.partition.units
+        self.opt.engine._refresh_cache()
+        self.opt.engine.learned.trusted.update(dict.fromkeys([*(u.name for u in units), "all units"], True))
+        self.opt.engine.learned.written = list(range(len(list(model.buffers())))) if make is normed else []
         for group in self.opt.param_groups:
             group["count"] = graphed.WARMUP
 
@@ -348,11 +348,13 @@ class Traced:
     def take(self, signature="signature"):
         """Capture what is missing and replay, as ``GraphedStep.__call__`` does."""
         with self.watch:
-            captured, tail, due = self.step._captured(signature, self.leaves, self.spec)
+            captured = self.step._captured(signature, self.leaves, self.spec)
+            search = self.opt.engine.is_due(captured.program.units)
+            tail = self.step._tail(captured.program, search)
             before = self.watch.reads
-            self.step._replay(captured, tail, self.leaves, due)
+            self.step._replay(captured, tail, self.leaves, searched=search)
         assert self.watch.reads == before, "a replayed step waits for the device only where it looks"
-        return captured.program, tail, due
+        return captured.program, tail, search
 
 
 CASES = [
@@ -407,11 +409,11 @@ def memory_is_held(watch, program):
 
 def test_the_tails_of_all_turns_of_a_cycle(watch):
     traced = Traced(watch, tiny, schedule="cycle")
-    for seed, _ in enumerate(traced.opt._units):
+    for seed, _ in enumerate(traced.opt.engine.partition.units):
         watch.generator.state = torch.tensor([seed, 0])  # torch.manual_seed between two captures
         program, _, due = traced.take()
         assert due
-    assert len(program.tails) == len(traced.opt._units)
+    assert len(program.tails) == len(traced.opt.engine.partition.units)
     memory_is_held(watch, program)
 
 
@@ -419,7 +421,7 @@ def test_every_program_has_a_table_of_its_own(watch):
     """The addresses of one program's gradients are not those of another, nor of an eager step."""
     traced = Traced(watch, tiny)
     programs = [traced.take(signature)[0] for signature in "ab"]
-    tables = [traced.opt._device.table, *(program.device.table for program in programs)]
+    tables = [traced.opt.engine.partition.table, *(program.device.table for program in programs)]
     written = [t for own in tables for k in own.kinds.values() for t in (k.param, k.gradient)]
     assert len({StorageWeakRef(t.untyped_storage()).cdata for t in written}) == len(written) > len(tables)
 
@@ -464,7 +466,7 @@ def test_an_accepted_joint_trial_leaves_out_the_sweep_and_nothing_else(momentum,
 
 def split(operations, kinds):
     """What comes before a sweep that may be left out, the sweep, and what comes after it."""
-    start, end = kinds.index(SkipIfAccepted), kinds.index(Always)
+    start, end = kinds.index(SkipIfAccepted), kinds.index(EndSkip)
     return operations[:start], operations[start:end], operations[end:]
 
 
@@ -547,7 +549,7 @@ def test_a_look_within_a_piece_is_caught(watch):
 
 def test_a_launch_with_a_wrong_argument_is_caught(watch):
     traced = Traced(watch, tiny)
-    arena = traced.opt._device.arena
+    arena = traced.opt.engine.partition.arena
     with pytest.raises(AssertionError, match=r"judge_kernel is compiled for unit: i32 and launched with 0\.0"):
         armijo.judge(arena, 0.0, torch.zeros((), device="meta"))
     arena.flags = arena.flags.float()

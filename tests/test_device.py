@@ -151,7 +151,7 @@ def test_a_flag_that_never_says_stop_ends_in_an_error_and_not_in_a_loop(schedule
         calls.append(None)
         return model(**data[2])
 
-    monkeypatch.setattr(device_module.Immediately, "look", lambda *_: [1, 0, 0, 0])
+    monkeypatch.setattr(device_module, "read_flags", lambda flags: [1, 0, 0, 0])
     with pytest.raises(RuntimeError, match="goes on after 5 trials, more than max_trials"):
         opt.step(closure)
     assert len(calls) == 2 + 5, "the gradient's forward, the check of the recorded outputs, the trials"
@@ -227,8 +227,8 @@ def test_memory_over_the_weights_is_that_of_adamw():
     for momentum, numbers in (("none", 2), ("after", 3)):
         model, opt = build(momentum=momentum)
         train(model, opt, batches(1))
-        flat = sum(u.size for u in opt._units)
-        arena = opt._device.arena
+        flat = sum(u.size for u in opt.engine.partition.units)
+        arena = opt.engine.partition.arena
         assert sum(b.numel() for b in (arena.m, arena.v, arena.w)) == numbers * flat
         rest = [t for t in vars(arena).values() if isinstance(t, torch.Tensor)]
         assert len({t.untyped_storage().data_ptr() for t in rest if t.numel() > flat / 2}) <= numbers + 1
@@ -238,7 +238,7 @@ def test_memory_over_the_weights_is_that_of_adamw():
 def launches(monkeypatch):
     """Counts the launches of every kernel, compiled or interpreted, and the looks of the host at a flag."""
     counted = Counter()
-    kernel_class, plain_look = type(trial_kernel), device_module.Immediately.look
+    kernel_class, plain_look = type(trial_kernel), device_module.read_flags
     plain_run = kernel_class.run
 
     def run(kernel, *args, **kwargs):
@@ -250,7 +250,7 @@ def launches(monkeypatch):
         return plain_look(*args)
 
     monkeypatch.setattr(kernel_class, "run", run)
-    monkeypatch.setattr(device_module.Immediately, "look", look)
+    monkeypatch.setattr(device_module, "read_flags", look)
     return counted
 
 
@@ -263,9 +263,9 @@ def test_launches_of_each_phase(launches, dtypes):
     opt = fastals.ALS(groups, fused=True)
     for p in groups[0]["params"]:
         p.grad = torch.ones_like(p)
-    (unit,) = opt._built_units()
+    (unit,) = opt.engine.partition.units
     unit.find_active()
-    device, arena, kinds = opt._device, opt._device.arena, len(dtypes)
+    device, arena, kinds = opt.engine.partition, opt.engine.partition.arena, len(dtypes)
     phases = {
         "begin": (lambda: armijo.begin(arena, torch.ones((), device=CUDA)), {"begin": 1}),
         "survey": (
@@ -277,7 +277,8 @@ def test_launches_of_each_phase(launches, dtypes):
         "advance": (lambda: advance(device.table, arena), {"advance": kinds}),
         "remember": (lambda: armijo.remember(arena), {"remember": 1}),
     }  # fmt: skip
-    device.refresh("0", Gradients([unit]))
+    device.refresh_rules("0")
+    device.refresh_table(Gradients([unit]))
     for phase, (run, expected) in phases.items():
         launches.clear()
         run()
@@ -292,7 +293,7 @@ def test_launches_and_looks_of_a_sweep(launches, options):
     train(model, opt, data[:2])
     launches.clear()
     train(model, opt, data[2:])
-    units, trials = len(opt._units), opt.report.trials
+    units, trials = len(opt.engine.partition.units), opt.report.trials
     put_back = sum(u.outcome != "accepted" for u in opt.report.units)
     assert put_back or not options
     assert launches == {
@@ -576,7 +577,7 @@ def test_a_unit_that_does_not_descend_says_nothing_about_its_cache():
         model.head.weight.register_hook(lambda g: g * math.nan)
         opt = optimizer(kind, model)
         train(model, opt, batches(1))
-        assert set(opt._learned.trusted) == {"embeddings", "blocks.0"}, kind
+        assert set(opt.engine.learned.trusted) == {"embeddings", "blocks.0"}, kind
 
 
 @pytest.mark.filterwarnings("ignore:fastals")
@@ -600,8 +601,8 @@ def test_a_loss_that_comes_to_need_what_hooks_collect_is_noticed_in_that_step(ki
     opt, (batch,) = optimizer(kind, model, schedule=schedule), batches(1)
     for inside in (False, False, True, True, False, False):
         opt.step(closure)
-        assert opt._learned.replays is not inside
-    assert set(opt._learned.verdicts[True].values()) == {True}, "what was trusted before still is"
+        assert opt.engine.learned.replays is not inside
+    assert set(opt.engine.learned.verdicts[True].values()) == {True}, "what was trusted before still is"
 
 
 def misjudge(monkeypatch):
@@ -763,18 +764,18 @@ def test_a_step_has_no_hidden_synchronization():
     model, opt = build()
     data = batches(4)
     train(model, opt, data[:3])
-    batch, look = data[3], device_module.Immediately.look
+    batch, look = data[3], device_module.read_flags
 
-    def allowed(self, arena, row):
+    def allowed(flags):
         torch.cuda.set_sync_debug_mode("default")
-        found = look(self, arena, row)
+        read = look(flags)
         torch.cuda.set_sync_debug_mode("error")
-        return found
+        return read
 
-    device_module.Immediately.look = allowed
+    device_module.read_flags = allowed
     try:
         torch.cuda.set_sync_debug_mode("error")
         opt.step(lambda: model(**batch))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        device_module.Immediately.look = look
+        device_module.read_flags = look

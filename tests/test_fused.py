@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-from fastals.buffers import Gradients, Scratch, Unit
-from fastals.device import Device
+from helpers.units import device_units, passes
+
+from fastals.buffers import Gradients, Unit
 from fastals.kernels import armijo
 from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
 from fastals.kernels.arena import OUTCOMES, SPLIT, STATE, SUMS
@@ -64,7 +65,8 @@ def gradients_of(device):
 
 
 def refresh(device, seed="0"):
-    device.refresh(seed, gradients_of(device))
+    device.refresh_rules(seed)
+    device.refresh_table(gradients_of(device))
 
 
 def moved(device):
@@ -101,8 +103,8 @@ RTOL = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 def test_survey_trial_and_advance_do_what_the_plain_versions_do(partition, kind, averages, decay, seed):
     groups, state = make_groups(partition, seed, weight_decay=decay)
     twin_groups, twin_state = copies(groups, state)
-    device = Device(groups, [[g] for g in groups], kind, averages, state)
-    units = [Unit([g], kind, twin_state, averages=averages) for g in twin_groups]
+    device = device_units(groups, kind, averages, state, several=True)
+    units = [Unit([g], twin_state, adam=kind == "adam", averages=averages) for g in twin_groups]
     arena, table = device.arena, device.table
     arena.grad_scale.fill_(0.7)
     arena.partials.fill_(math.nan)
@@ -116,10 +118,10 @@ def test_survey_trial_and_advance_do_what_the_plain_versions_do(partition, kind,
         if not unit.find_active():
             assert not any(found.values())
             continue
-        scratch = Scratch(unit.size, unit.dtype, unit.device)
-        unit.begin()
+        twin = passes(unit)
+        twin.snapshot()
         for averaged in (False, True) if averages else (False,):
-            slope, length = unit.direct(scratch, averaged, 0.7)
+            slope, length = twin.direct(averaged, 0.7)
             names = ("averaged_slope", "averaged_direction") if averaged else ("slope", "direction")
             g = torch.cat([p.grad.double().flatten() for p in unit.active_params()])
             moving = max(int((g != 0).sum()), 1)
@@ -128,21 +130,21 @@ def test_survey_trial_and_advance_do_what_the_plain_versions_do(partition, kind,
             size = math.sqrt(moving) * length * float(g.norm())
             assert found[names[0]] == pytest.approx(slope, abs=1e-5 * size)
             assert math.sqrt(found[names[1]]) == pytest.approx(length * math.sqrt(moving), rel=1e-5)
-        assert math.sqrt(found["weights"]) == pytest.approx(unit.weight_norm, rel=1e-5)
+        assert math.sqrt(found["weights"]) == pytest.approx(twin.weight_norm, rel=1e-5)
         eta, averaged = 0.25 / (row + 1), averages
         arena.state[row, STATE.index("averaged")] = float(averaged)
-        unit.direct(scratch, averaged, 0.7)
-        unit.trial(eta)
+        twin.direct(averaged, 0.7)
+        twin.trial(eta)
         put(device, row, eta)
         for p, q, old in zip(groups[row]["params"], twin_groups[row]["params"], before[row], strict=True):
             near(p, q, RTOL[p.dtype], old)
-        unit.commit(scratch, twin_state | {p: twin_state.get(p, {}) for p in twin_groups[row]["params"]}, 0.7, eta)
+        twin.commit(twin_state | {p: twin_state.get(p, {}) for p in twin_groups[row]["params"]}, 0.7, eta)
     arena.state[:, STATE.index("slope")] = 1.0
     advance(table, arena)
     for fused, plain, olds in zip(device.units, units, before, strict=True):
         for name in ("m", "v", "w"):
             mine, theirs = getattr(fused, name), getattr(plain, name)
-            moved = fused.low_precision or name != "w"  # the snapshot of a float32 parameter is taken anew
+            moved = fused.has_masters or name != "w"  # the snapshot of a float32 parameter is taken anew
             if len(mine) and moved:
                 for i in plain.active:
                     terms = {"m": [plain.members[i][0].grad], "v": [], "w": [olds[i]]}[name]
@@ -174,7 +176,7 @@ def test_a_step_of_zero_restores_bitwise_whatever_the_direction_holds(dtype, bad
         p[0] = -0.0
     p.grad[5] = bad
     before = [q.detach().clone() for q in groups[0]["params"]]
-    device = Device(groups, [groups], "adam", False, state)
+    device = device_units(groups, "adam", False, state)
     refresh(device)
     survey(device.table, device.arena)
     put(device, 0, 0.5)
@@ -203,7 +205,7 @@ def test_survey_trial_and_advance_against_float64(size, dtype, kind, averages):
     mean = new_m / (1 - beta1**3) if kind == "adam" else new_m
     plain, averaged = g * scale + 0.1 * w, mean * scale + 0.1 * w
     d = averaged if averages else plain
-    device = Device(groups, [groups], kind, averages, state)
+    device = device_units(groups, kind, averages, state)
     arena = device.arena
     arena.partials.fill_(math.nan)
     refresh(device)
@@ -232,7 +234,7 @@ def test_survey_trial_and_advance_against_float64(size, dtype, kind, averages):
 
 def test_the_same_inputs_give_the_same_bits():
     groups, state = make_groups([[(3 * BLOCK + 7, torch.float32, True, 1)]], seed=1)
-    device = Device(groups, [groups], "adam", True, state)
+    device = device_units(groups, "adam", True, state)
     refresh(device)
     seen = []
     for _ in range(2):
@@ -283,7 +285,7 @@ def test_the_armijo_kernels_search_like_the_search_on_the_host(rules, memory, lo
     losses = [start.item() if i % 3 == 1 else x for i, x in enumerate(losses)]  # what rounding hides looks like this
     groups, state = make_groups([[(1000, dtype, True, 0)]], seed, **rules)
     groups[0].update(memory)
-    device = Device(groups, [groups], "adam", False, state)
+    device = device_units(groups, "adam", False, state)
     twin = groups[0] | {k: float(groups[0][k]) for k in DEVICE_MEMORY}
     arena = device.arena
     refresh(device, "7")
@@ -298,7 +300,7 @@ def test_the_armijo_kernels_search_like_the_search_on_the_host(rules, memory, lo
     cap = min(twin["eta_max"], limit) * rules["lr"]
     resolution = torch.finfo(precision).eps * start.item() / 2
     hidden = rounding(groups[0]["params"]) * math.sqrt(sums["weights"] / sums["elements"]) / length
-    search = Search(twin, start.item(), sums["slope"], cap, drawn, resolution, hidden)
+    search = Search(twin, start.item(), sums["slope"], cap, uniform=drawn, resolution=resolution, hidden=hidden)
     assert row["eta"] == pytest.approx(search.eta, rel=1e-12)
     left = iter(losses)
     while search.running:
@@ -331,7 +333,7 @@ def test_elements_are_counted_in_64_bits():
     found = []
     for shift in (0, 2**20 + 3):  # in blocks
         groups, state = make_groups([[(3000, torch.float32, True, 2), (65, torch.float32, True, 0)]], 3)
-        device = Device(groups, [groups], "adam", True, state)
+        device = device_units(groups, "adam", True, state)
         table, arena = device.table, device.arena
         refresh(device)
         elements = shift * BLOCK
@@ -352,7 +354,7 @@ def test_elements_are_counted_in_64_bits():
 
 def test_a_start_that_is_not_finite_is_refused_and_teaches_nothing():
     groups, state = make_groups([[(65, torch.float32, True, 1)]], 0)
-    device = Device(groups, [groups], "adam", False, state)
+    device = device_units(groups, "adam", False, state)
     arena, before = device.arena, device.arena.memory.clone()
     moments = arena.v.clone()
     refresh(device)
@@ -368,7 +370,7 @@ def test_a_start_that_is_not_finite_is_refused_and_teaches_nothing():
 
 def test_the_table_follows_tensors_that_move():
     groups, state = make_groups([[(100, torch.float32, True, 0), (70, torch.float32, True, 0)]], 0)
-    device = Device(groups, [groups], "sgd", False, state)
+    device = device_units(groups, "sgd", False, state)
     p, q = groups[0]["params"]
     refresh(device)
     assert not moved(device)
@@ -390,7 +392,7 @@ def test_the_table_follows_tensors_that_move():
 
 def test_the_table_follows_a_gradient_that_another_parameter_takes_over():
     groups, state = make_groups([[(65, torch.float32, True, 0), (65, torch.float32, False, 0)]], 0)
-    device = Device(groups, [groups], "sgd", False, state)
+    device = device_units(groups, "sgd", False, state)
     p, q = groups[0]["params"]
     refresh(device)
     p.grad, q.grad = None, p.grad
@@ -408,7 +410,7 @@ def test_a_parameter_that_changes_where_it_lies_is_refused(change):
     groups, state = make_groups([[(64, torch.bfloat16, False, 0)]], 0)
     p, gradient = groups[0]["params"][0], torch.ones(8, 8, dtype=torch.bfloat16, device=CUDA)
     p.data, p.grad = p.data.view(8, 8), gradient
-    device = Device(groups, [groups], "sgd", False, state)
+    device = device_units(groups, "sgd", False, state)
     refresh(device)
     assert not moved(device)
     p.grad = None
@@ -423,7 +425,7 @@ def test_a_gradient_that_is_transposed_where_it_lies_is_refused():
     p = torch.nn.Parameter(torch.ones(8, 8, device=CUDA))
     gradient = p.grad = numbers(64, torch.float32, 0).view(8, 8)
     groups = [RULES | MEMORY | {"name": "g", "params": [p]}]
-    device = Device(groups, [groups], "sgd", False, {})
+    device = device_units(groups, "sgd", False, {})
     refresh(device)
     p.grad = gradient.t()
     with pytest.raises(RuntimeError, match="not contiguous"):
@@ -437,7 +439,7 @@ def test_a_gradient_that_is_converted_where_it_lies_is_read_as_what_it_is():
     p.grad_dtype = None
     p.grad = numbers(64, torch.float32, 0)
     groups = [RULES | MEMORY | {"name": "g", "params": [p]}]
-    device = Device(groups, [groups], "sgd", False, {})
+    device = device_units(groups, "sgd", False, {})
     refresh(device)
     converted = p.grad.view(torch.bfloat16)[:64].nan_to_num_(1.0).clamp_(-4, 4)
     p.grad = converted
@@ -450,7 +452,7 @@ def test_a_gradient_that_is_converted_where_it_lies_is_read_as_what_it_is():
 def test_parameters_without_a_gradient_may_be_anything():
     groups, state = make_groups([[(65, torch.float32, True, 0), (65, torch.float32, False, 0)]], 0)
     p, q = groups[0]["params"]
-    device = Device(groups, [groups], "sgd", False, state)
+    device = device_units(groups, "sgd", False, state)
     q.data = q.data.double()[:3]
     refresh(device)
     survey(device.table, device.arena)
@@ -468,7 +470,7 @@ def test_unaligned_tensors_are_read_right():
         p.copy_(numbers(3 * BLOCK, torch.float32, 1))
     p.grad = numbers(3 * BLOCK, torch.float32, 2)
     groups = [RULES | MEMORY | {"name": "g", "params": [p]}]
-    device = Device(groups, [groups], "sgd", False, {})
+    device = device_units(groups, "sgd", False, {})
     refresh(device)
     (kind,) = device.table.kinds.values()
     assert not kind.aligned

@@ -23,7 +23,7 @@ import fastals
 from fastals import rng
 from fastals.graphs import cuda, graphed
 from fastals.graphs.graphed import WARMUP, GraphedStep, GraphMode, pad
-from fastals.graphs.program import Always, Loop, Run, SkipIfAccepted
+from fastals.graphs.program import EndSkip, Loop, Run, SkipIfAccepted
 from fastals.partition import blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -270,9 +270,9 @@ def test_a_resumed_optimizer_replays_with_its_cache(schedule):
     weights = [p.detach().clone() for p in twin.parameters()]
     for batch in batches:
         again(batch)
-    assert all(resumed._learned.trusted.get(u.name) for u in resumed._units)
+    assert all(resumed.engine.learned.trusted.get(u.name) for u in resumed.engine.partition.units)
     (captured,) = again._programs.values()
-    assert all(captured.program.losses.trusted[u.name] for u in resumed._units)
+    assert all(captured.program.losses.trusted[u.name] for u in resumed.engine.partition.units)
     assert not all(torch.equal(p, q) for p, q in zip(twin.parameters(), weights, strict=True))
 
 
@@ -432,7 +432,7 @@ def test_a_replayed_step_is_finished_and_counted_before_an_interrupt(linked):
     interrupted["now"] = True
     with pytest.raises(KeyboardInterrupt):
         step(batches[-1])
-    assert opt.param_groups[0]["count"] == int(opt._device.arena.step) == len(opt.reports) == len(batches)
+    assert opt.param_groups[0]["count"] == int(opt.engine.partition.arena.step) == len(opt.reports) == len(batches)
 
 
 @interpreted
@@ -580,7 +580,7 @@ def test_schedules_differ_in_how_pieces_are_strung_together():
             step(batch)
         (captured,) = step._programs.values()
         (tail, *_) = captured.program.tails.values()
-        signs = {Run: "-", Loop: "o", SkipIfAccepted: "<", Always: ">"}
+        signs = {Run: "-", Loop: "o", SkipIfAccepted: "<", EndSkip: ">"}
         shapes[schedule] = "".join(signs[type(operation)] for operation in tail.operations)
     assert shapes == {"sweep": "-o-o-o-", "independent": "-o-o-o-o-<>-", "cycle": "-o-", "joint": "-o-<-o-o-o->-"}
 
@@ -668,7 +668,7 @@ def test_a_tail_becomes_one_graph_of_child_graphs_and_while_nodes(monkeypatch, m
     backend.stream = type("Stream", (), {"cuda_stream": 5})()
     piece = type("Piece", (), {"raw_cuda_graph": lambda self: "raw"})()
     flags = torch.zeros(3, 3, dtype=torch.int32)
-    launch = backend.link([Run(piece), Loop(piece, 1), SkipIfAccepted(), Run(piece), Always()], flags)
+    launch = backend.link([Run(piece), Loop(piece, 1), SkipIfAccepted(), Run(piece), EndSkip()], flags)
     made = [(name, args[0]) for name, args in bindings.nodes if name.startswith(("cudaGraphAdd", "cuGraphAdd"))]
     assert made == [
         ("cudaGraphAddChildGraphNode", "cudaGraphCreate"), ("cuGraphAddKernelNode", "cudaGraphCreate"),
@@ -1024,7 +1024,7 @@ def test_searches_without_a_step_and_refused_steps_leave_the_weights_bitwise():
         return model(**batch) * factor + shift
 
     opt = fastals.ALS(fastals.units(model), model=model, fused=True, max_trials=3)
-    opt._repeatable = True  # it is not, which the first step would refuse
+    opt.engine._repeatable = True  # it is not, which the first step would refuse
     step = opt.graphed(loss_fn)
     batch = {k: v.cuda() for k, v in next(tiny_batches(1)).items()}
     weights = [p.detach().clone() for p in model.parameters()]

@@ -15,7 +15,7 @@ from helpers.tiny import TinyTransformer, assert_same, tiny_batches
 from torch import nn
 
 import fastals
-from fastals import buffers
+from fastals.kernels import plain
 
 # Apart from the defaults; steps so large that trials are rejected and searches exhausted.
 HARD = {
@@ -151,7 +151,7 @@ def test_transactional_step_where_a_kernel_runs_out_of_memory(monkeypatch, sched
     """At every call of the kernel up to the commit."""
     model, opt = build(schedule=schedule, momentum="after")
     train(model, opt, 3)
-    batch, original, real_commit = list(tiny_batches(4))[-1], getattr(buffers.kernels, kernel), opt._commit
+    batch, original, real_commit = list(tiny_batches(4))[-1], getattr(plain, kernel), opt.engine._commit
     before, calls, limit = snapshot(model, opt), 0, 0
 
     def limited(*args, **kwargs):
@@ -166,8 +166,8 @@ def test_transactional_step_where_a_kernel_runs_out_of_memory(monkeypatch, sched
         limit = math.inf
         real_commit(*args, **kwargs)
 
-    monkeypatch.setattr(buffers.kernels, kernel, limited)
-    monkeypatch.setattr(opt, "_commit", unlimited_commit)
+    monkeypatch.setattr(plain, kernel, limited)
+    monkeypatch.setattr(opt.engine, "_commit", unlimited_commit)
     failures = 0
     while limit < math.inf:
         calls, limit = 0, failures + 1
@@ -230,14 +230,14 @@ def test_ctrl_c_during_the_commit_comes_after_it(monkeypatch, call):
     twin, twin_opt = build()
     train(model, opt, 2)
     train(twin, twin_opt, 3)
-    calls, advance = iter(range(1, 100)), buffers.kernels.advance
+    calls, advance = iter(range(1, 100)), plain.advance
 
     def interrupted(*args, **kwargs):
         if next(calls) == call:
             os.kill(os.getpid(), signal.SIGINT)
         advance(*args, **kwargs)
 
-    monkeypatch.setattr(buffers.kernels, "advance", interrupted)
+    monkeypatch.setattr(plain, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(model, opt, 3, first=2)
     assert next(calls) > call

@@ -114,7 +114,7 @@ def test_polyak(loss, slope, backtracks, p):
 @given(uniform=st.floats(0, 1, exclude_max=True), cap=st.floats(1e-8, 1e3), least=st.floats(1e-9, 1e-2))
 def test_random_is_log_uniform_within_its_range(uniform, cap, least):
     r = rules(initial="random", eta_min=least)
-    eta, low = Search(r, 1.0, 1.0, cap, uniform).eta, min(max(least, 1e-4 * cap), cap)
+    eta, low = Search(r, 1.0, 1.0, cap, uniform=uniform).eta, min(max(least, 1e-4 * cap), cap)
     assert low * (1 - 1e-12) <= eta <= cap
     if low < cap:
         assert math.log(eta / low) == pytest.approx(uniform * math.log(cap / low), abs=1e-9)

@@ -1,1 +1,1 @@
-"""Captured steps: what :meth:`fastals.ALS.graphed` returns, its programs, and CUDA graphs."""
+"""Captured steps: the function that :meth:`fastals.ALS.graphed` returns, its programs, and CUDA graphs."""

@@ -1,13 +1,13 @@
 """CUDA graphs as the back end of a captured step.
 
 Pieces are ordinary ``torch.cuda.CUDAGraph`` objects on one stream and in one memory pool. To run a whole tail by one
-launch they are put, as child graphs, into a graph of their own in which every loop is a conditional WHILE node: its
-condition is set, before it and at the end of its body, by a kernel of one thread that reads the loop's flag. Where that
-cannot be built the same pieces are replayed by the host.
+launch, they become child graphs of one larger graph in which every loop is a conditional WHILE node. A kernel of one
+thread reads the loop's flag and sets the node's condition, before the node and at the end of its body. If such a graph
+cannot be built, the host replays the same pieces.
 
 WHILE nodes: CUDA programming guide, "Conditional graph nodes". They need the package cuda-bindings and a driver
-of CUDA 12.4 or newer. From torch 2.12 on the generator's state is filled into a graph by its own replay only, so that a
-captured piece with dropout has to be replayed by the host.
+of CUDA 12.4 or newer. From torch 2.12 on, only a graph's own replay fills in the generator's state, so the host has to
+replay pieces with dropout.
 """
 
 import ctypes
@@ -71,7 +71,7 @@ class CudaGraphs:
 
     Args:
         device: the CUDA device.
-        stream: where everything is captured and replayed; warm up on it.
+        stream: captures and replays run on it; warm up on it too.
         draws: whether the forward draws random numbers (dropout).
     """
 
@@ -80,11 +80,11 @@ class CudaGraphs:
         self.generator = torch.cuda.default_generators[device.index or 0]
         self.pool = torch.cuda.graph_pool_handle()
         self._read = torch.cuda.Event()
-        self._flags: Tensor | None = None  # pinned, where the host reads
+        self._flags: Tensor | None = None  # pinned memory that the host reads
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Captures with cuBLAS workspaces of this pool, which no other program's captures come to use."""
+        """Surrounds captures: their cuBLAS workspaces belong to this pool, and no other program uses them."""
         gc.collect()  # nothing that a cycle holds is freed within a capture
         torch._C._cuda_clearCublasWorkspaces()
         try:
@@ -119,20 +119,20 @@ class CudaGraphs:
         return graph
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a failed capture; a clean one after it, while the failed graph lives, takes the generator out of it."""
+        """End a failed capture. An empty capture after it, while the failed graph lives, frees the generator."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The CUDA Graph is empty")
             try:
                 graph.capture_end()
             except RuntimeError:
-                _failed.append(graph)  # the host's allocator may go on asking it
+                _failed.append(graph)  # torch's pinned allocator may go on asking it
                 self._stop_allocating()
                 clean = torch.cuda.CUDAGraph()
                 clean.capture_begin(capture_error_mode=MODE)
                 clean.capture_end()
 
     def _stop_allocating(self) -> None:
-        """Take the allocator out of a capture that could not be ended, as torch before 2.12 does not."""
+        """End the allocator's part in a capture that could not be ended: torch before 2.12 leaves it in."""
         index = self.device.index or 0
         try:
             torch._C._cuda_endAllocateToPool(index, self.pool)
@@ -181,23 +181,25 @@ class CudaGraphs:
             raise RuntimeError(f"the driver knows CUDA {version // 1000}.{version % 1000 // 10}; loops need 12.4")
         if self.draws and TORCH >= (2, 12):
             raise RuntimeError("the forward draws random numbers, which torch 2.12 and newer cannot replay in a loop")
-        graph = self._own(checked(runtime.cudaGraphCreate(0)), runtime.cudaGraphDestroy)
+        graph = self._destroy_with_self(checked(runtime.cudaGraphCreate(0)), runtime.cudaGraphDestroy)
         last: list[Any] = []
         for operation in operations:
             if isinstance(operation, Run):
                 last = [_child(graph, last, operation.piece)]
             elif isinstance(operation, Loop):
                 last = [self._while(graph, last, operation, flags)]
-        executable = self._own(checked(runtime.cudaGraphInstantiate(graph, 0)), runtime.cudaGraphExecDestroy)
+        executable = self._destroy_with_self(
+            checked(runtime.cudaGraphInstantiate(graph, 0)), runtime.cudaGraphExecDestroy
+        )
         return lambda: checked(runtime.cudaGraphLaunch(executable, self.stream.cuda_stream))
 
-    def _own(self, made: Any, destroy: Callable[[Any], object]) -> Any:
-        """What the driver has made for this object goes with it; one that still runs is freed when it has finished."""
+    def _destroy_with_self(self, made: Any, destroy: Callable[[Any], object]) -> Any:
+        """Destroy an object of the driver with this one; the driver frees a graph that still runs when it is done."""
         weakref.finalize(self, destroy, made).atexit = False  # at exit the context goes first
         return made
 
     def _while(self, graph: Any, after: list[Any], loop: Loop, flags: Tensor) -> Any:
-        """While (flag) { piece }; the flag is 0 until the kernel before the node has read it."""
+        """Add the node of while (flag) { piece }, and before it the kernel that sets its condition."""
         handle = checked(runtime.cudaGraphConditionalHandleCreate(graph, 0, 1))  # 1: assign the default at every launch
         flag = flags[loop.row].data_ptr()
         ready = self._set_condition(graph, after, handle, flag)
@@ -224,7 +226,7 @@ class CudaGraphs:
 
 @functools.cache
 def set_condition(device: torch.device) -> Any:
-    """The kernel of :data:`SET_CONDITION`, loaded once a device: graphs that run it may outlive who built them."""
+    """The kernel of :data:`SET_CONDITION`, loaded once a device: graphs that run it may outlive their back end."""
     module = checked(driver.cuModuleLoadData(SET_CONDITION))
     return checked(driver.cuModuleGetFunction(module, b"set_condition"))
 
@@ -248,7 +250,7 @@ def checked(returned: tuple) -> Any:
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Run on the stream, after what the current one has been given and before what it will be given."""
+    """Run on the stream, behind the work given to the current stream and ahead of the work that it is given later."""
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     try:

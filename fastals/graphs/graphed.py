@@ -5,30 +5,35 @@ import math
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_is_leaf, tree_map_only, tree_unflatten
 
 from fastals import rng
+from fastals.engine import Engine
+from fastals.graphs.program import Backend, Program, Tail
 from fastals.interrupt import uninterrupted
 from fastals.kernels.arena import FLAGS
-from fastals.losses import Losses, non_finite
-from fastals.schedule import SCHEDULES, keep
-
-if TYPE_CHECKING:
-    from fastals.device import DeviceBatch
-    from fastals.graphs.program import Backend, Program, Tail
-    from fastals.optimizer import ALS
+from fastals.losses import Closure, non_finite
 
 WARMUP = 3  # eager steps of each signature: compilation, workspaces, verification of the cache
 MOST_SEEN = 1024  # signatures whose steps are counted
 MOST_NOTED = 64  # steps that the host may be ahead of the device
-Batch = Any
+Inputs = Any  # a batch as the user has it: any nest of tensors and constants
+
+
+class Stepper(Protocol):
+    """An optimizer whose steps an engine makes: :class:`fastals.ALS`."""
+
+    engine: Engine
+
+    def step(self, closure: Closure) -> Tensor:
+        """Make one step; hooks and schedulers of torch attach to this method."""
 
 
 class GraphMode(NamedTuple):
@@ -41,7 +46,7 @@ class GraphMode(NamedTuple):
 class Captured(NamedTuple):
     """A program with the static inputs that its graphs read."""
 
-    program: "Program"
+    program: Program
     inputs: list[Any]
 
 
@@ -51,17 +56,17 @@ class GraphedStep:
     The first steps of a signature run eagerly, as steps that count; then forward, backward, trials and updates are
     captured as CUDA graphs and replayed. The step sizes are those of the eager path. Dropout masks differ
     from step to step and are the same in all trials of a step. ``p.grad`` is not kept: gradients live in the graphs'
-    memory. Hooks of the optimizer run in eager steps only. Where graphs cannot be used, or a capture fails, steps run
+    memory. Hooks of the optimizer run in eager steps only. If graphs cannot be used, or a capture fails, steps run
     eagerly and :attr:`mode` says why.
 
     Args:
         optimizer: the :class:`fastals.ALS`.
-        loss_fn: loss of a batch, a scalar tensor. It must not wait for the device (``.item()``, prints of values,
-            branches on them) nor draw random numbers on the host to be captured. It is captured as it is: numbers
-            that it takes from elsewhere (the weight of a term, an epoch) keep the value of the capture, unless they
-            are in the batch, and tensors have to stay where they are. Its tensors come to the device of the
-            parameters. A mapping of another class, such as a ``BatchEncoding``, reaches it as a plain ``dict``:
-            ``batch["labels"]`` works, ``batch.labels`` does not.
+        loss_fn: loss of a batch, a scalar tensor. To be captured it must not wait for the device (``.item()``, prints
+            of values, branches on them) and must not draw random numbers on the host. Numbers that it reads from
+            outside the batch (the weight of a term, an epoch) keep their value at the capture, and tensors outside
+            the batch must keep their address. The tensors of the batch are moved to the device of the parameters. A
+            mapping of another class, such as a ``BatchEncoding``, becomes a plain ``dict``: ``batch["labels"]``
+            works, ``batch.labels`` does not.
         pad_to_multiple_of: pad text batches (mappings with ``input_ids`` and ``attention_mask``) on the right to a
             multiple of this length, so that there are few signatures; labels are padded with -100.
         max_signatures: programs kept; the one used least recently goes first, with its memory.
@@ -70,18 +75,18 @@ class GraphedStep:
         mode: :class:`GraphMode`, how steps run and why.
 
     Raises:
-        FloatingPointError: the loss is not finite at the current weights; nothing has moved. In mode ``while`` nobody
-            waits for the loss, and the error comes with a later step.
+        FloatingPointError: the loss is not finite at the current weights; nothing has moved. In mode ``while`` the
+            host does not wait for the loss, and the error comes with a later step.
     """
 
     def __init__(
         self,
-        optimizer: "ALS",
-        loss_fn: Callable[[Batch], Tensor],
+        optimizer: Stepper,
+        loss_fn: Callable[[Inputs], Tensor],
         *,
         pad_to_multiple_of: int | None = None,
         max_signatures: int = 8,
-        backend: Callable[..., "Backend"] | None = None,
+        backend: Callable[..., Backend] | None = None,
     ) -> None:
         if max_signatures < 1 or (pad_to_multiple_of is not None and pad_to_multiple_of < 1):
             raise ValueError("max_signatures and pad_to_multiple_of must be at least 1")
@@ -92,16 +97,21 @@ class GraphedStep:
         self._programs: OrderedDict[Hashable, Captured] = OrderedDict()
         self._identity: Hashable = None
         self._draws = False
-        self._give_up = why_not_graphed(optimizer) if backend is None else why_not_recorded(optimizer)
+        self._give_up = why_not_graphed(self.engine) if backend is None else why_not_recorded(self.engine)
         if self._give_up:
             self.mode = GraphMode("eager", self._give_up)
-        self._device = optimizer.param_groups[0]["params"][0].device
+        self._device = self.engine.params()[0].device
         captures = self._device.type == "cuda" and not self._give_up
         self._stream = torch.cuda.Stream(self._device) if captures else None
         self._notes = Notes()
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """One step; returns f(w_t) before it, on the device."""
+    @property
+    def engine(self) -> Engine:
+        """The engine of the optimizer, which a loaded state renews."""
+        return self.optimizer.engine
+
+    def __call__(self, batch: Inputs) -> Tensor:
+        """Make one step; returns f(w_t) before it, on the device."""
         if isinstance(batch, Mapping) and tree_is_leaf(batch):
             batch = dict(batch)
         if self.pad_to_multiple_of is not None:
@@ -119,22 +129,24 @@ class GraphedStep:
         if self._forget_if_changed(modules) or self._seen.get(signature, 0) < WARMUP:
             return self._warm_up(signature, batch)
         try:
-            captured, tail, due = self._captured(signature, leaves, spec)
+            captured = self._captured(signature, leaves, spec)
+            search = self.engine.is_due(captured.program.units)
+            tail = self._tail(captured.program, search)
         except Exception as error:
             self._drop_captures()
             loss = self._eagerly(batch)  # an error of the loss itself is raised here as in any eager step
             self._run_eagerly(f"the capture failed: {type(error).__name__}: {error}")
             warnings.warn(f"fastals: steps run eagerly, because {self._give_up}", stacklevel=2)
             return loss
-        with uninterrupted():  # what is under way on the device is finished and counted before a Ctrl-C
-            return self._replay(captured, tail, leaves, due)
+        with uninterrupted():  # the work under way on the device is finished and counted before a Ctrl-C
+            return self._replay(captured, tail, leaves, searched=search)
 
     @property
     def pool_bytes(self) -> int:
         """Device memory in bytes that the captured programs hold."""
         return sum(captured.program.backend.held_bytes() for captured in self._programs.values())
 
-    def _warm_up(self, signature: Hashable, batch: Batch) -> Tensor:
+    def _warm_up(self, signature: Hashable, batch: Inputs) -> Tensor:
         if not self._seen:
             gc.collect()  # programs and models in cycles would hold their device memory beside the new ones
         loss = self._eagerly(batch)
@@ -149,8 +161,8 @@ class GraphedStep:
             self.mode = GraphMode("eager", reason)
         return loss
 
-    def _eagerly(self, batch: Batch) -> Tensor:
-        generators = rng.get_state(rng.cuda_devices(self.optimizer._parameters()))
+    def _eagerly(self, batch: Inputs) -> Tensor:
+        generators = rng.get_state(rng.cuda_devices(self.engine.params()))
         with self._on_stream():
             moved = tree_map_only(Tensor, lambda t: t.to(self._device, non_blocking=True), batch)
             loss = self.optimizer.step(lambda: self.loss_fn(moved))
@@ -158,7 +170,7 @@ class GraphedStep:
         return loss
 
     def _note_draws(self, host: Tensor, devices: dict[int, Tensor]) -> None:
-        """Note whether the forward has drawn random numbers since, and where."""
+        """Note whether the forward has drawn random numbers since these states, and on which side."""
         drawn = not torch.equal(host, torch.get_rng_state())
         if self._device.type == "cpu":
             self._draws |= drawn
@@ -167,107 +179,73 @@ class GraphedStep:
         if drawn and not self._give_up:
             self._run_eagerly("the loss draws random numbers on the host, which graphs would repeat in every step")
 
-    def _on_stream(self) -> Any:
+    def _on_stream(self) -> AbstractContextManager[None]:
         if self._stream is None:
             return nullcontext()
         from fastals.graphs.cuda import on_stream
 
         return on_stream(self._stream)
 
-    def _captured(self, signature: Hashable, leaves: list[Any], spec: TreeSpec) -> "tuple[Captured, Tail, bool]":
-        """The program of the signature, its tail for this step, and whether the step searches."""
-        opt = self.optimizer
+    def _captured(self, signature: Hashable, leaves: list[Any], spec: TreeSpec) -> Captured:
+        """The program of the signature; a new one may take the place of the one used least recently."""
         if signature not in self._programs:
             while len(self._programs) >= self.max_signatures:
                 self._programs.popitem(last=False)
             self._programs[signature] = self._capture(leaves, spec)
         self._programs.move_to_end(signature)
-        captured = self._programs[signature]
-        units = captured.program.units
-        due = opt._search_is_due(units)
-        turn = units[0].rules["count"] % len(units) if opt.settings.schedule == "cycle" else 0
-        kind = turn if due else "keep"
-        tail = captured.program.tails.get(kind)
-        if tail is None:
-            with self._on_stream():
-                tail = captured.program.tail(kind, partial(self._record, due), opt._device_batch)
-            # a forward may give the model other buffers, which the graph then owns
-            self._identity = self._standing(self._modules())
-        name = "while" if tail.launch is not None else "host"
-        self.mode = GraphMode(name, tail.reason or "loops are nodes of the graph")
-        return captured, tail, due
-
-    def _record(self, due: bool, batch: "DeviceBatch") -> None:
-        """The schedule of one step, as :meth:`fastals.ALS.step` runs it."""
-        opt = self.optimizer
-        if due:
-            SCHEDULES[opt.settings.schedule](batch, opt.settings.order)
-        else:
-            keep(batch)
-        batch.executor.always()
-        if opt.settings.momentum == "after":
-            batch.follow_momentum()
+        return self._programs[signature]
 
     def _capture(self, leaves: list[Any], spec: TreeSpec) -> Captured:
-        from fastals.graphs.program import Program
-
-        opt, params = self.optimizer, self.optimizer._parameters()
         inputs = [leaf.to(self._device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         batch = tree_unflatten(inputs, spec)
         backend = self._make_backend(self._device, self._stream, draws=self._draws)
-        opt._built_units()
         with self._on_stream():
-            self._verify(lambda: self.loss_fn(batch))
-            cache = opt._new_cache()
-            program = Program(
-                opt._device, lambda: self.loss_fn(batch), params, opt.model, cache, opt._learned, backend,
-                opt.settings.max_grad_norm,
-            )  # fmt: skip
+            self.engine.verify_cache(lambda: self.loss_fn(batch))
+            program = Program(self.engine, lambda: self.loss_fn(batch), backend)
         return Captured(program, inputs)
 
-    def _verify(self, closure: Callable[[], Tensor]) -> None:
-        """Find out whether the cache can be trusted for the units that have made no trial with it yet."""
-        opt = self.optimizer
-        unknown = [u for u in opt._built_units() if u.name not in opt._learned.trusted]
-        if opt._cache is None or not unknown:
-            return
-        losses = Losses(closure, opt._parameters(), opt.model, opt._cache, opt._learned, lazy=True)
-        try:
-            losses.differentiate()
-            for unit in unknown:
-                if unit.find_active():
-                    losses.verify(unit.name, unit.active_params())
-        finally:
-            losses.undo()
+    def _tail(self, program: Program, search: bool) -> Tail:
+        """The program's tail for this step, captured at its first use."""
+        units = program.units
+        turn = units[0].rules["count"] % len(units) if self.engine.settings.schedule == "cycle" else 0
+        key = turn if search else "keep"
+        if key not in program.tails:
+            with self._on_stream():
+                program.capture_tail(key, partial(self.engine.move, search=search), self.engine.seed)
+            self._identity = self._standing(self._modules())  # a captured forward may have given the model new buffers
+        tail = program.tails[key]
+        self.mode = GraphMode(
+            "while" if tail.launch is not None else "host", tail.reason or "loops are nodes of the graph"
+        )
+        return tail
 
-    def _replay(self, captured: Captured, tail: "Tail", leaves: list[Any], due: bool) -> Tensor:
-        opt, program = self.optimizer, captured.program
+    def _replay(self, captured: Captured, tail: Tail, leaves: list[Any], *, searched: bool) -> Tensor:
+        engine, program = self.engine, captured.program
         with self._on_stream():
             for static, leaf in zip(captured.inputs, leaves, strict=True):
                 if isinstance(static, Tensor):
                     static.copy_(leaf, non_blocking=True)
-            program.device.refresh_rules(opt._seed())
+            program.device.refresh_rules(engine.seed)
             program.run(tail)
             loss = program.loss.clone()
             self._notes.add(program.device.arena.flags[-1])
         program.device.arena.steps += 1
-        opt._count(tail.batch, searched=due)
-        opt.last_forwards = math.nan
+        engine.count(tail.batch.report(), math.nan, searched=searched)
         return loss
 
     def _modules(self) -> list[torch.nn.Module]:
         """All modules of the model, in less than half the time of ``model.modules()``: every replayed step asks."""
-        found: dict[int, torch.nn.Module] = {}
-        waiting = [self.optimizer.model]
+        modules: dict[int, torch.nn.Module] = {}
+        waiting = [self.engine.model]
         while waiting:
             module = waiting.pop()
-            if module is not None and id(module) not in found:
-                found[id(module)] = module
+            if module is not None and id(module) not in modules:
+                modules[id(module)] = module
                 waiting += module._modules.values()
-        return list(found.values())
+        return list(modules.values())
 
     def _forget_if_changed(self, modules: list[torch.nn.Module]) -> bool:
-        """Capture anew where what the graphs hold fast has changed; whether it has."""
+        """Forget all programs if anything has changed that they are made for; whether it has."""
         standing = self._standing(modules)
         changed = standing != self._identity
         if changed:
@@ -277,18 +255,17 @@ class GraphedStep:
         return changed
 
     def _standing(self, modules: list[torch.nn.Module]) -> Hashable:
-        """Where the tensors of optimizer and model lie, which of them are trained, and the modules that there are."""
-        opt, tensors = self.optimizer, self.optimizer._parameters()
+        """The addresses of optimizer's and model's tensors, which are trained, the modules, and the arena."""
+        tensors = self.engine.params()
         for module in modules:
             tensors += [t for t in module._parameters.values() if t is not None]
             tensors += [t for t in module._buffers.values() if t is not None]
         trained = tuple(map(attrgetter("requires_grad"), tensors))
-        arena = opt._device and id(opt._device.arena)
-        return tuple(map(Tensor.data_ptr, tensors)), trained, tuple(map(id, modules)), arena
+        return tuple(map(Tensor.data_ptr, tensors)), trained, tuple(map(id, modules)), self.engine.built
 
     def _drop_captures(self) -> None:
         self._programs.clear()
-        for p in self.optimizer._parameters():
+        for p in self.engine.params():
             p.grad = None
 
     def _run_eagerly(self, reason: str) -> None:
@@ -297,7 +274,7 @@ class GraphedStep:
 
 
 class Notes:
-    """The flags of replayed steps on their way to the host, which does not wait for them."""
+    """The flags of replayed steps, copied to the host, which does not wait for them."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
@@ -316,7 +293,7 @@ class Notes:
             oldest.synchronize()
 
     def raise_if_refused(self) -> None:
-        """Say that an earlier step was refused, if one was and its flags have arrived.
+        """Raise if an earlier step was refused and its flags have arrived.
 
         Raises:
             FloatingPointError: f(w_t) was not finite in that step.
@@ -328,25 +305,25 @@ class Notes:
             raise non_finite(math.nan)
 
 
-def why_not_recorded(optimizer: "ALS") -> str:
-    """Why the steps of this optimizer cannot be a fixed sequence of pieces; empty if they can."""
-    settings = optimizer.settings
+def why_not_recorded(engine: Engine) -> str:
+    """Why steps cannot be a fixed sequence of pieces; empty if they can."""
+    settings = engine.settings
     if settings.order == "random":
         return "order='random' draws another sequence of searches in every step"
     if settings.merge_below is not None:
         return "merge_below looks at the step sizes after every step"
-    return "" if optimizer._is_fused() else "the optimizer does not run its fused kernels (fused=True says why)"
+    return "" if engine.fused else "the optimizer does not run its fused kernels (fused=True says why)"
 
 
-def why_not_graphed(optimizer: "ALS") -> str:
+def why_not_graphed(engine: Engine) -> str:
     """Why steps cannot be CUDA graphs; empty if they can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    return why_not_recorded(optimizer)
+    return why_not_recorded(engine)
 
 
-def pad(batch: Batch, multiple: int) -> Batch:
-    """Pad the tensors that are as long as ``input_ids`` on the right; what is padded is masked.
+def pad(batch: Inputs, multiple: int) -> Inputs:
+    """Pad the tensors that are as long as ``input_ids`` on the right; the mask excludes the padding.
 
     Raises:
         TypeError: the batch is no mapping with ``input_ids`` and ``attention_mask``.
@@ -375,7 +352,7 @@ def _signature(leaves: list[Any], spec: TreeSpec, modules: list[torch.nn.Module]
     return signature
 
 
-def _cuda_graphs(device: torch.device, stream: torch.cuda.Stream | None, *, draws: bool) -> "Backend":
+def _cuda_graphs(device: torch.device, stream: torch.cuda.Stream | None, *, draws: bool) -> Backend:
     from fastals.graphs.cuda import CudaGraphs
 
     assert stream is not None

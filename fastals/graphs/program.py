@@ -1,8 +1,8 @@
-"""A step as captured pieces: the head (forward and backward) and, for each kind of step, a tail of runs and loops.
+"""A step as captured pieces: the head (forward and backward) and, for each sequence of searches, a tail.
 
-Recording walks through the very schedules that the eager path runs. Between two loops everything is a straight line of
-device work and becomes one piece; the body of a loop is a piece of its own, repeated while its flag says so. A back end
-captures and replays pieces (:class:`fastals.graphs.cuda.CudaGraphs`).
+The engine makes its moves on a mini-batch that records them. The actions between two loops become one piece; the body
+of a loop is a piece of its own, repeated while its flag is set. A back end captures and replays pieces
+(:class:`fastals.graphs.cuda.CudaGraphs`).
 """
 
 import copy
@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from fastals import rng
-from fastals.cache import ActivationCache
-from fastals.device import Device, DeviceBatch, Immediately
+from fastals.device import Action, DeviceBatch, DeviceUnits, EagerExecutor
+from fastals.engine import Engine, in_forward_order
 from fastals.kernels import armijo
 from fastals.kernels.arena import FLAGS, Arena
 from fastals.kernels.table import Table
 from fastals.kernels.trial import trial
-from fastals.losses import Learned, Losses
-
-Action = Callable[[], object]
+from fastals.losses import Closure, Learned, Losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +42,23 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class SkipIfAccepted:
-    """Up to the next :class:`Always` nothing is left to do where the loop before has accepted."""
+    """Skip the operations up to the next :class:`EndSkip` if the loop before has accepted."""
 
 
 @dataclass(frozen=True, slots=True)
-class Always:
-    """End of what may be skipped."""
+class EndSkip:
+    """End of the operations that may be skipped."""
 
 
-Operation = Run | Loop | SkipIfAccepted | Always
+Operation = Run | Loop | SkipIfAccepted | EndSkip
 
 
 class Backend(Protocol):
     """Captures device work once and replays it.
 
-    ``draws`` says whether the forward draws random numbers: then the head is replayed by itself, since only a replay
-    of its own gives a graph its random state.
+    Attributes:
+        draws: whether the forward draws random numbers; if so, the head is replayed alone, since only its own replay
+            gives a graph its random state.
     """
 
     draws: bool
@@ -96,35 +95,35 @@ class Backend(Protocol):
         """
 
 
-class Recorder(Immediately):
-    """Takes the actions of a mini-batch down as operations instead of running them."""
+class Recorder:
+    """The executor that records the actions of a mini-batch as operations instead of carrying them out."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.operations, self._line = backend, list[Operation](), list[Action]()
         self._skipping = False
 
     def do(self, action: Action) -> None:
-        """Append to the straight line under way."""
+        """Append to the actions since the last loop."""
         self._line.append(action)
 
-    def repeat(self, arena: Arena, row: int, attempt: Action) -> bool | None:
-        """Record a loop; what it will say is not known."""
+    def repeat(self, arena: Arena, row: int, attempt: Action, *, look_first: bool) -> None:
+        """Record a loop; whether it will accept is not known."""
         del arena
+        assert not look_first, "a cache is verified before the capture"
         self._end_line()
         self.operations.append(Loop(self.backend.capture(attempt), row))
-        return None
 
     def skip_rest_if_accepted(self) -> None:
-        """Mark the start of what may be skipped."""
+        """Mark the start of the operations that may be skipped."""
         self._end_line()
         self.operations.append(SkipIfAccepted())
         self._skipping = True
 
-    def always(self) -> None:
-        """Mark its end, if it was marked."""
+    def end_skip(self) -> None:
+        """Mark their end, if their start was marked."""
         if self._skipping:
             self._end_line()
-            self.operations.append(Always())
+            self.operations.append(EndSkip())
             self._skipping = False
 
     def finish(self) -> list[Operation]:
@@ -143,22 +142,14 @@ def _run_all(actions: Sequence[Action]) -> None:
         action()
 
 
-class Watching(Immediately):
-    """Repeats a piece and looks at its flag through the back end."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-
-    def look(self, arena: Arena, row: int) -> list[int]:
-        """Wait for the device and read the row's flags."""
-        return self.backend.look(arena.flags[row])
-
-
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """What follows the head in one kind of step, and its one launch where that is possible.
+    """The operations that follow the head for one sequence of searches.
 
-    ``whole`` says that the launch does the head as well.
+    Attributes:
+        launch: runs all of them at once, if that is possible.
+        whole: whether the launch runs the head as well.
+        reason: why there is no launch.
     """
 
     operations: list[Operation]
@@ -171,62 +162,48 @@ class Tail:
 class Program:
     """A captured step for one signature of inputs.
 
+    It has a table of its own, since its gradients lie in the graphs' memory; the arena is that of the engine's units.
+
     Args:
-        device: tables and arena of the optimizer's units; the program has its own table, since its gradients lie in
-            the graphs' memory.
+        engine: of the optimizer; its searches run on the device, and its cache is verified.
         closure: evaluates the loss of the static inputs.
-        params: all parameters of the optimizer.
-        model: the module whose buffers a forward may write, or None.
-        cache: of the model's activations, or None.
-        learned: what eager steps have found out about the model.
+        backend: captures and replays.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        closure: Callable[[], Tensor],
-        params: Sequence[Tensor],
-        model: torch.nn.Module | None,
-        cache: ActivationCache | None,
-        learned: Learned,
-        backend: Backend,
-        max_grad_norm: float | None,
-    ) -> None:
-        self.backend, self.params, self.max_grad_norm = backend, params, max_grad_norm
-        _drop_gradients(params)
-        trusted = {name: learned.trusted.get(name, False) for name in [*(u.name for u in device.units), "all units"]}
-        known = Learned(learned.replays, {learned.replays: trusted}, learned.written)
-        self.losses = Losses(closure, params, model, cache, known, lazy=True)
+    def __init__(self, engine: Engine, closure: Closure, backend: Backend) -> None:
+        self.backend, self.params = backend, engine.params()
+        assert isinstance(engine.partition, DeviceUnits)
+        units, cache = engine.partition.units, engine.new_cache()
+        _drop_gradients(self.params)
+        self.losses = Losses(
+            closure, self.params, engine.model, cache, _settled(engine.learned, [u.name for u in units]), lazy=True
+        )
         self.generators = rng.get_state(self.losses.devices)
         with self._capturing():
             self.head, self.loss = backend.capture_head(self._differentiate)
-        self.grads = [p.grad for p in params]
-        self.units = [u for u in device.units if u.find_active()]
-        if cache is not None:
-            self.units.sort(key=lambda u: cache.start(u.active_params()))
-        self.device = copy.copy(device)
-        self.device.table = Table(device.table.entries)
+        self.grads = [p.grad for p in self.params]
+        self.units = in_forward_order(units, cache)
+        self.device = copy.copy(engine.partition)
+        self.device.table = Table(engine.partition.table.entries)
         self.tails: dict[object, Tail] = {}
-        _drop_gradients(params)
+        _drop_gradients(self.params)
 
     def _differentiate(self) -> Tensor:
         self.losses.restart()
         return self.losses.differentiate()
 
-    def tail(self, kind: object, record: Callable[[DeviceBatch], None], batch: Callable[..., DeviceBatch]) -> Tail:
-        """The tail of this kind of step; ``record`` runs its schedule on a mini-batch from ``batch``."""
-        if kind not in self.tails:
-            with self._gradients_in_place(), self._capturing():
-                for unit in self.units:
-                    unit.find_active()
-                self.tails[kind] = self._capture_tail(record, batch)
-        return self.tails[kind]
+    def capture_tail(self, key: object, move: Callable[[DeviceBatch], None], seed: str) -> None:
+        """Capture the tail that ``move`` makes of a mini-batch, as ``tails[key]``."""
+        with self._gradients_in_place(), self._capturing():
+            for unit in self.units:
+                unit.find_active()
+            self.tails[key] = self._recorded(move, seed)
 
-    def _capture_tail(self, record: Callable[[DeviceBatch], None], make_batch: Callable[..., DeviceBatch]) -> Tail:
+    def _recorded(self, move: Callable[[DeviceBatch], None], seed: str) -> Tail:
         recorder = Recorder(self.backend)
-        batch = make_batch(self.losses, executor=recorder)
-        batch.begin(self.device, self.units, self.loss, self.max_grad_norm)
-        record(batch)
+        batch = self.device.begin(self.losses, self.units, self.loss, seed, recorder)
+        move(batch)
+        recorder.end_skip()
         if self.losses.buffers:
             batch.do(self._put_buffers_back_if_refused)
         batch.learn()
@@ -234,7 +211,7 @@ class Program:
         linked = [Run(self.head), *operations] if whole else operations
         try:
             return Tail(operations, batch, self.backend.link(linked, self.device.arena.flags), whole, "")
-        except Exception as error:  # the bindings raise what they like
+        except Exception as error:  # the bindings raise errors of any class
             named = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
             return Tail(operations, batch, None, False, f"{named}{error}")
 
@@ -243,7 +220,7 @@ class Program:
 
     @contextmanager
     def _capturing(self) -> Iterator[None]:
-        """Hold the generators, whose seed may not change between captures, and keep no cast in the graphs' memory."""
+        """Hold the generators: their seed may not change between captures. Keep no cast in the graphs' memory."""
         try:
             with rng.standing_at(self.generators), self.backend.session():
                 yield
@@ -252,7 +229,7 @@ class Program:
 
     @contextmanager
     def _gradients_in_place(self) -> Iterator[None]:
-        """Show the captured gradients to the kernels' tables for as long as a tail is recorded."""
+        """Put the captured gradients into ``p.grad`` while a tail is recorded: the kernels' table reads them there."""
         others = [p.grad for p in self.params]
         for p, g in zip(self.params, self.grads, strict=True):
             p.grad = g
@@ -263,7 +240,7 @@ class Program:
                 p.grad = g
 
     def run(self, tail: Tail) -> None:
-        """Replay the head and the tail; whatever is raised, weights, module buffers and generator are as before.
+        """Replay the head and the tail; if anything is raised, weights, module buffers and generator are as before.
 
         Raises:
             FloatingPointError: f(w_t) is not finite, and the host has waited for it.
@@ -297,7 +274,7 @@ class Program:
     def _run_on_host(self, operations: Sequence[Operation], rng_state: Any) -> None:
         skipping = accepted = False
         for operation in operations:
-            if isinstance(operation, Always):
+            if isinstance(operation, EndSkip):
                 skipping = False
             elif skipping:
                 continue
@@ -314,10 +291,17 @@ class Program:
             self.backend.set_rng_state(rng_state)  # the masks of the head, in every trial
             self.backend.replay(loop.piece)
 
-        return bool(Watching(self.backend).repeat(self.device.arena, loop.row, attempt))
+        executor = EagerExecutor(self.backend.look)
+        return executor.repeat(self.device.arena, loop.row, attempt, look_first=False)
+
+
+def _settled(learned: Learned, units: Sequence[str]) -> Learned:
+    """The same facts with a verdict on every unit, so that no capture verifies the cache: unverified is untrusted."""
+    trusted = {name: learned.trusted.get(name, False) for name in [*units, "all units"]}
+    return Learned(learned.replays, {learned.replays: trusted}, learned.written)
 
 
 def _drop_gradients(params: Sequence[Tensor]) -> None:
-    """Let go of the gradients and of the memory that they lie in."""
+    """Drop the gradients and with them their memory."""
     for p in params:
         p.grad = None

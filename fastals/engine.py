@@ -1,0 +1,254 @@
+"""One step from start to commit, on the host and on the device; captured steps use its parts.
+
+:meth:`Engine.step` reads as the algorithm.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastals import kernels, rng
+from fastals.buffers import Unit
+from fastals.cache import ActivationCache
+from fastals.host import HostUnits
+from fastals.interrupt import uninterrupted
+from fastals.losses import Closure, Learned, Losses
+from fastals.partition import observed
+from fastals.report import Reports, StepReport
+from fastals.schedule import SCHEDULES, Batch, keep_all
+from fastals.search import MEMORY, plain_memory, schedule_next_search
+from fastals.settings import Settings, check_coverage, warn_of_processes
+
+
+class Partition(Protocol):
+    """The units of a model with the buffers of their searches, on the host or on the device.
+
+    Attributes:
+        fused: whether searches run on the device.
+    """
+
+    fused: bool
+    units: list[Unit]
+
+    def begin(self, losses: Losses, units: list[Unit], start: Tensor, seed: str) -> Batch:
+        """Start a mini-batch at f(w_t) = ``start`` with the units that have gradients, in forward order."""
+
+
+class Engine:
+    """Makes the steps of one optimizer from its groups, its state and its model.
+
+    Everything else in it (buffers, cache) is built from these: a new engine goes on with the same steps.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        state: the optimizer's state.
+        model: the module whose activations are cached, or None.
+        settings: the settings that all units share.
+        reports: takes the report of every step.
+        observe: whether the first forward may correct which unit a parameter belongs to.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        state: dict,
+        model: nn.Module | None,
+        settings: Settings,
+        reports: Reports,
+        *,
+        observe: bool,
+    ) -> None:
+        self.groups, self.state, self.model, self.settings, self.reports = groups, state, model, settings, reports
+        self.observe = observe
+        self.cache: ActivationCache | None = None
+        self.learned = Learned()
+        self._partition: Partition | None = None
+        self._frozen: list[Tensor] | None = None
+        self._repeatable = False
+
+    def step(self, closure: Closure, loss: Tensor | float | None = None) -> Tensor:
+        """Make one step and return f(w_t); whatever is raised, everything is as before.
+
+        Arguments and errors are those of :meth:`fastals.ALS.step`.
+        """
+        losses = self._losses(closure)
+        with torch.cuda.device_of(losses.params[0]), ExitStack() as undo:  # kernels go to the current device
+            undo.callback(uninterrupted()(losses.undo))
+            start = losses.differentiate() if loss is None else losses.given(loss)
+            batch = self._begin(losses, start)
+            undo.callback(uninterrupted()(batch.restore))
+            searched = self.is_due(batch.units)
+            self.move(batch, search=searched)
+            with uninterrupted():
+                self._commit(batch, searched=searched)
+                undo.pop_all()
+        return start
+
+    def _losses(self, closure: Closure) -> Losses:
+        self._refresh_cache()
+        self._refuse_unfrozen()
+        return Losses(closure, self.params(), self.model, self.cache, self.learned, lazy=self.fused)
+
+    def _begin(self, losses: Losses, start: Tensor) -> Batch:
+        """Start the mini-batch with the units that have gradients, in forward order."""
+        self._observe(losses.cache)
+        units = in_forward_order(self.partition.units, losses.cache)
+        batch = self.partition.begin(losses, units, start, self.seed)
+        batch.check_replay(start)
+        if not self._repeatable:
+            warn_of_processes()
+            losses.check_repeatable(float(start))
+            self._repeatable = True
+        return batch
+
+    @staticmethod
+    def is_due(units: Sequence[Unit]) -> bool:
+        """Whether this step searches; otherwise it repeats the remembered steps."""
+        return any(u.rules["count"] >= u.rules["next_search"] or not u.rules["count"] for u in units)
+
+    def move(self, batch: Batch, *, search: bool) -> None:
+        """Move the weights: by the searches of the schedule, or by the remembered steps."""
+        batch.run(SCHEDULES[self.settings.schedule] if search else keep_all, self.settings.order)
+        if self.settings.momentum == "after":
+            batch.follow_momentum()
+
+    def _commit(self, batch: Batch, *, searched: bool) -> None:
+        batch.commit(self.state)
+        self.count(batch.report(), batch.losses.forwards, searched=searched)
+        if self.settings.merge_below is not None:
+            self._merge(self.settings.merge_below)
+        batch.losses.finish()
+
+    def count(self, report: StepReport | Callable[[], StepReport], forwards: float, *, searched: bool) -> None:
+        """Count a step that was made, set when the units search next, and report the step."""
+        for group in self.groups:
+            group["count"] += 1
+            if searched:
+                schedule_next_search(group, self.settings.every)
+        self.reports.add(report, forwards)
+
+    def make_state(self) -> None:
+        """Make the state of all parameters and move nothing."""
+        for unit in self.partition.units:
+            unit.show(self.state)
+
+    @property
+    def seed(self) -> str:
+        """Of the random numbers of this step."""
+        return f"{self.settings.seed}-{self.groups[0]['count']}"
+
+    def params(self) -> list[Tensor]:
+        """All parameters."""
+        return [p for g in self.groups for p in g["params"]]
+
+    @property
+    def partition(self) -> Partition:
+        """The units and their buffers, built at the first use."""
+        if self._partition is None:
+            for group in self.groups:
+                group.update(plain_memory(group))
+            self._partition = self._build()
+        return self._partition
+
+    @property
+    def built(self) -> Partition | None:
+        """The units and buffers that steps use now, None before the first; captured steps are made for these."""
+        return self._partition
+
+    def _build(self) -> Partition:
+        if not self.fused:
+            return HostUnits(self.groups, self.settings, self.state)
+        from fastals.device import DeviceUnits  # needs Triton
+
+        return DeviceUnits(self.groups, self.settings, self.state)
+
+    @property
+    def fused(self) -> bool:
+        """Whether searches run on the device.
+
+        Raises:
+            ValueError: ``fused=True`` is not possible.
+        """
+        if self._partition is not None:
+            return self._partition.fused
+        params, wanted = self.params(), self.settings.fused
+        if wanted is False or (wanted == "auto" and any(p.device.type != "cuda" for p in params)):
+            return False
+        reason = kernels.why_not_fused(params)
+        if reason and wanted is True:
+            raise ValueError(
+                f"fused=True is not possible here: {reason}. With fused='auto' the plain path runs instead"
+            )
+        return not reason
+
+    def new_cache(self) -> ActivationCache | None:
+        """A cache of the model as it is now, or None."""
+        if self.model is None or not self.settings.cache:
+            return None
+        return ActivationCache(self.model, rng.cuda_devices(self.params()))
+
+    def _refresh_cache(self) -> None:
+        """Start a new cache if the module tree has changed, and forget the facts about the old tree."""
+        if self.cache is None or self.cache.outdated():
+            self.cache, self._frozen = self.new_cache(), None
+            if self.cache is not None:
+                self.learned = Learned()
+
+    def verify_cache(self, closure: Closure) -> None:
+        """Compare a cached trial with a full forward for every unit that has made no cached trial yet."""
+        unverified = [u for u in self.partition.units if u.name not in self.learned.trusted]
+        if self.cache is None or not unverified:
+            return
+        losses = Losses(closure, self.params(), self.model, self.cache, self.learned, lazy=True)
+        try:
+            losses.differentiate()
+            for unit in unverified:
+                if unit.find_active():
+                    losses.verify(unit.name, unit.active_params())
+        finally:
+            losses.undo()
+
+    def _refuse_unfrozen(self) -> None:
+        """Refuse parameters that were frozen at first and would not be trained."""
+        if self._frozen is None:
+            in_units = set(map(id, self.params()))
+            parameters = self.model.parameters() if self.model is not None else []
+            self._frozen = [p for p in parameters if id(p) not in in_units]
+        if any(p.requires_grad for p in self._frozen):
+            check_coverage(self.groups, self.model)
+
+    def _observe(self, cache: ActivationCache | None) -> None:
+        """Before the first step, deal the parameters to the units in which the forward has used them."""
+        if self.observe and cache is not None and not self.groups[0]["count"]:
+            self.regroup(observed(self.groups, cache.position))
+
+    def regroup(self, names: list[list[str]]) -> None:
+        """Deal the same parameters to the groups by name."""
+        by_name = {n: p for g in self.groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        for group, members in zip(self.groups, names, strict=True):
+            if members != group["param_names"]:
+                group["param_names"], group["params"] = members, [by_name[n] for n in members]
+                self._partition = None
+
+    def _merge(self, threshold: float) -> None:
+        """Merge the unit of smallest step, if it is under the threshold, with the next smallest."""
+        units = sorted(self.partition.units, key=lambda u: float(u.rules["step_size"]))
+        if len(units) <= 2 or not 0 < units[0].rules["step_size"] < threshold:
+            return
+        low, high = units[:2]
+        groups = low.groups + high.groups
+        memory = {k: low.rules[k] for k in MEMORY}
+        memory["step_size"] = (low.rules["step_size"] + high.rules["step_size"]) / 2
+        index = min(g["unit"] for g in groups)
+        for group in groups:
+            group.update(memory, unit=index)
+        self._partition = None
+
+
+def in_forward_order(units: Sequence[Unit], cache: ActivationCache | None) -> list[Unit]:
+    """The units that have a gradient, sorted by the first recorded call that they can change."""
+    active = [u for u in units if u.find_active()]
+    return active if cache is None else sorted(active, key=lambda u: cache.start(u.active_params()))
