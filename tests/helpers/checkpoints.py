@@ -1,7 +1,7 @@
 """A checkpoint with the steps that followed it: how the file is recorded, and how a run is continued from it.
 
-``tests/data/first_checkpoint.pt.gz`` is of the first public state, commit c9996ea. With that commit's fastals installed,
-and this folder of tests on the path, it was written by::
+``tests/data/first_checkpoint.pt.gz`` is from the first public state, commit c9996ea. With that commit's fastals
+installed, and this folder of tests on the path, it was written by::
 
     PYTHONPATH=tests python -P -m helpers.checkpoints first_checkpoint.pt.gz
 """
