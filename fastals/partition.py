@@ -41,7 +41,7 @@ def units(model: nn.Module, by: str | int | Sequence[str] = "block") -> Groups:
 
 
 def _unit_names(model: nn.Module, trainable: Mapping[str, Tensor], by: str | int | Sequence[str]) -> dict[str, str]:
-    """The unit of every parameter, by name; units come in forward order."""
+    """The unit of every parameter, by name; parameter groups follow the order of the units here."""
     if by == "block":
         return _by_block(model)
     if by == "model":
@@ -75,21 +75,26 @@ def named(group: dict, model: nn.Module) -> dict:
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost repeated modules, by name, in registration order."""
-    return dict(_stacks(model, ""))
+    return dict(_stacked(model, ""))
 
 
-def _stacks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _stacked(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of the blocks below ``module``; nothing inside a block is a block."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if _is_stack(module, root=not prefix):
             if any(True for _ in child.parameters()):
                 yield path, child
         else:
-            yield from _stacks(child, f"{path}.")
+            yield from _stacked(child, f"{path}.")
 
 
 def _is_stack(module: nn.Module, root: bool) -> bool:
-    """Whether this is a list of composite modules, a sequence of composite modules of one type, or a root ``Sequential``."""
+    """Whether the children are blocks.
+
+    They are in a list of composite modules, in a sequence of composite modules of one type, and in a ``Sequential``
+    that is the whole model.
+    """
     children = [c for c in module.children() if any(True for _ in c.parameters())]
     composite = bool(children) and all(any(True for _ in c.children()) for c in children)
     if isinstance(module, nn.ModuleList):

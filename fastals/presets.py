@@ -1,6 +1,6 @@
 """Published settings: each function returns the settings of a paper or of its authors' code.
 
-The keyword arguments are those of :class:`fastals.ALS`; ``by`` says how :func:`fastals.units` cuts the model into units::
+The keyword arguments are those of :class:`fastals.ALS`; ``by`` is that of :func:`fastals.units`::
 
     preset = fastals.presets.plasls()
     opt = fastals.ALS(fastals.units(model, by=preset.pop("by")), model=model, **preset)
@@ -44,14 +44,14 @@ def adamsls() -> Preset:
 
 
 def salsa() -> Preset:
-    """SaLSA: exponential averages of decrease and slope in the test, with few searches while the step sizes hardly change.
+    """SaLSA: exponential averages of decrease and slope in the test, few searches while step sizes hardly change.
 
     Kenneweg, Kenneweg, Fumagalli, Hammer, *No learning rates needed: Introducing SALSA*, IJCNN 2024, arXiv 2407.20650.
     c = 0.5 is from the README, smoothing 0.99 from the scripts, the rest as in :func:`adamsls`, its starting point.
 
     Not verified in the paper's text: smoothing, β and γ; the later package ``SaLSa-Optimizer`` sets 0.9, 0.8 and 1.1.
-    Deviations: the package searches in each of its first nine steps and moves without momentum in steps that search; here
-    every move has momentum.
+    Deviations: the package searches in each of its first nine steps and moves without momentum in steps that
+    search; here every move has momentum.
     """
     return _kenneweg() | {"by": "model", "c": 0.5, "reference": "smoothed", "smoothing": 0.99, "every": "auto"}
 
@@ -60,9 +60,9 @@ def ponos() -> Preset:
     """PoNoS: Polyak's first step, a nonmonotone reference, and backtracks carried to the next search.
 
     Galli, Rauhut, Schmidt, *Don't be so Monotone: Relaxing Stochastic Line Search in Over-Parameterized Models*,
-    NeurIPS 2023, arXiv 2306.12747. All values are the defaults of the authors' ``PoNoS.py``; the code assumes f* = 0, as ALS does.
+    NeurIPS 2023, arXiv 2306.12747. All values are the defaults of the authors' ``PoNoS.py``, which also takes f* = 0.
 
-    Deviation: a search ends below the smallest step, 1e-6; the code only starts at no less and then goes below it.
+    Deviation: a search ends below the smallest step, 1e-6; the code may start at it and go on below it.
     """
     return {
         "by": "model", "direction": "sgd", "momentum": "none", "schedule": "sweep", "every": 1, "trust": None,
@@ -78,7 +78,7 @@ def sls(batches_per_epoch: int = 500) -> Preset:
     Line-Search, and Convergence Rates*, NeurIPS 2019, arXiv 1905.09997. Values: the defaults of the authors' ``Sls``.
 
     Args:
-        batches_per_epoch: n / b for n examples and mini-batches of b; the step size grows by 2^(b/n) between mini-batches.
+        batches_per_epoch: n / b for n examples in mini-batches of b; the step size grows by 2^(b/n) between them.
     """
     return {
         "by": "model", "direction": "sgd", "momentum": "none", "schedule": "sweep", "every": 1, "trust": None,
