@@ -184,7 +184,7 @@ class EagerALS(torch.optim.Optimizer):
         return self._largest_step(part, length)
 
     def _smallest_visible_step(self, part: Part, length: float) -> float:
-        """The step size below which a parameter under float32 may round back to where it was; 0 if all are float32."""
+        """The step size below which a move may round to nothing in parameters under float32; else 0."""
         dtypes = [p.dtype for g in part.groups for p in g["params"]]
         eps = max(torch.finfo(t).eps if t.itemsize < 4 else 0.0 for t in dtypes)
         return eps / 2 * _rms(part.weights) / length if length > 0 else 0.0
@@ -219,7 +219,7 @@ class EagerALS(torch.optim.Optimizer):
         return float(self.closure())
 
     def _propose(self, part: Part) -> bool:
-        """Start a search from the current loss if the direction descends; whether it does."""
+        """Start a search from the current loss if the direction descends; returns whether it does."""
         cap = self._aim_tested(part)
         part.search, part.eta, part.trials, part.outcome = None, 0.0, 0, NOT_DESCENT
         if 0 < part.slope < math.inf and cap > 0:
@@ -244,15 +244,18 @@ class EagerALS(torch.optim.Optimizer):
         self.loss = search.final_loss
 
     def _in_order(self) -> list[Part]:
+        """The units in the order of their searches."""
         if self.settings.order == "random":
             return self.random.sample(self.parts, len(self.parts))
         return self.parts[::-1] if self.settings.order == "top_down" else self.parts
 
     def _sweep(self) -> None:
+        """Search every unit in turn, from the loss at which the search before it ended."""
         for part in self._in_order():
             self._search(part)
 
     def _independent(self) -> None:
+        """Search every unit from w_t alone, then move them together."""
         start = self.loss
         for part in self._in_order():
             self._search(part)
@@ -285,6 +288,7 @@ class EagerALS(torch.optim.Optimizer):
         return 0.0
 
     def _cycle(self) -> None:
+        """Search one unit per step and keep the remembered steps of the others."""
         if not all(part.rules["count"] for part in self.parts):
             self._sweep()
             return
@@ -293,6 +297,7 @@ class EagerALS(torch.optim.Optimizer):
         self._keep([part for part in self.parts if part is not turn])
 
     def _joint(self) -> None:
+        """Try the first steps of all units at once; sweep if that fails."""
         if not all(part.rules["count"] for part in self.parts):
             self._sweep()
             return

@@ -53,9 +53,9 @@ def _unit_names(model: nn.Module, trainable: Mapping[str, Tensor], by: str | int
     raise ValueError(f"by must be 'block', 'model', an integer or a list of patterns, not {by!r}")
 
 
-def group(name: str, named: Sequence[tuple[str, Tensor]]) -> dict:
+def group(name: str, members: Sequence[tuple[str, Tensor]]) -> dict:
     """One parameter group as :func:`units` returns it, from pairs of name and parameter."""
-    return {"name": name, "params": [p for _, p in named], "param_names": [n for n, _ in named]}
+    return {"name": name, "params": [p for _, p in members], "param_names": [n for n, _ in members]}
 
 
 def named(group: dict, model: nn.Module) -> dict:
