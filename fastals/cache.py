@@ -1,10 +1,10 @@
-"""Activation cache: a trial of one unit recomputes only the part of the forward that the unit can change.
+"""Activation cache: a trial of one unit recomputes only the part of the forward pass that the unit can change.
 
-A forward pass is a run of calls of *boundary* modules (the blocks and the modules beside them), glued
-together by the code of their parents. While a forward is recorded, the output of every boundary call and the
-random state behind it are kept. A trial of unit u replays the calls before u's *start*, the first call of
-a boundary that owns one of its parameters, and runs the rest; the glue always runs. Tied and shared
-weights need no special case: a unit that owns them starts at the first of their users.
+A forward pass calls *boundary* modules (the blocks and the modules beside them) one after the other; the code of
+their parents connects the calls. Recording keeps the output of every boundary call and the random state after it.
+A trial of unit u *starts* at the first call of a boundary that holds one of u's parameters: it replays the calls
+before its start and computes the others. The code of the parents always runs. Tied and shared weights need no
+special case: their unit starts at their first user.
 """
 
 import functools
@@ -20,16 +20,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fastals import rng
 from fastals.partition import blocks, boundaries
 
-Start = list[int]
+Start = list[int]  # of each pass of the model, the index of the first call to compute
 
 
 class StaleRecordError(RuntimeError):
-    """The forward took another path than the recorded one, or wrote into a recorded output."""
+    """The forward pass made other calls than the recorded one, or wrote into a recorded output."""
 
 
 @dataclass(slots=True)
 class Call:
-    """One recorded boundary call."""
+    """One recorded boundary call: its output, the versions of the output's tensors, and the random state after it."""
 
     module: nn.Module
     output: Any
@@ -40,17 +40,21 @@ class Call:
 class ActivationCache:
     """Records and replays the boundary calls of ``model``.
 
-    Calls are counted within each call of the model, so a closure that runs several micro-batches is
-    cached in each of them. ``forwards`` counts the block calls that were computed, by block name; ``share`` is
-    the part of the last forward's block calls that was.
+    Each call of the model is a pass, and each pass has a list of its boundary calls; a closure with several
+    micro-batches makes several passes.
+
+    Attributes:
+        forwards: computed (not replayed) calls of each block, by its name.
+        share: computed calls over all calls of blocks, in the last run of the closure.
+        passes: the recorded calls, pass by pass.
     """
 
     def __init__(self, model: nn.Module, devices: tuple[int, ...]) -> None:
         self.model = model
         self.devices = devices
         self.fingerprint = self._fingerprint()
-        hidden = _below_compiled(model)
-        self.boundaries = [b for b in boundaries(model) if id(b) not in hidden]
+        unseen = _below_compiled(model)
+        self.boundaries = [b for b in boundaries(model) if id(b) not in unseen]
         self.owners = _owners(model, self.boundaries)
         self.names = {id(m): n for n, m in blocks(model).items()}
         self.forwards: Counter[str] = Counter()
@@ -73,7 +77,7 @@ class ActivationCache:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Run a whole forward and keep its boundary calls."""
+        """Compute every boundary call of the closure that runs inside, and keep the outputs."""
         self.clear()
         with self._running(start=[], fresh=[]):
             yield
@@ -81,39 +85,41 @@ class ActivationCache:
 
     @contextmanager
     def replaying(self, start: Start, *, record: bool = False) -> Iterator[None]:
-        """Run a forward that replays the calls before ``start``; with ``record``, :meth:`adopt` can keep it."""
+        """Replay the calls before ``start`` in the closure that runs inside; ``record`` its calls for :meth:`adopt`."""
         with self._running(start, [] if record else None):
             yield
 
     def adopt(self) -> None:
-        """Make the forward that was recorded last the one that is replayed."""
+        """Replay the calls recorded last from now on."""
         if self._fresh is not None:
             self.passes, self._fresh = self._fresh, None
 
     def start(self, params: Iterable[Tensor]) -> Start:
-        """First call, in each pass, that the parameters can change; 0 where it is not known."""
-        needed = [self.owners.get(id(p)) for p in params]
-        return [min((_first(calls, owners) for owners in needed), default=0) for calls in self.passes]
+        """Index of the first call in each pass that the parameters can change; 0 if it is unknown."""
+        users = [self.owners.get(id(p)) for p in params]
+        return [min((_first(calls, owners) for owners in users), default=0) for calls in self.passes]
 
     def position(self, param: Tensor) -> str:
-        """Which part of the model uses ``param`` first: ``embeddings``, ``head``, or the block called there or next.
+        """Unit of the first call that uses ``param``: its block, the next block, ``embeddings`` or ``head``.
 
-        Empty where no call of a block was seen, as in a model that is compiled as a whole.
+        Before the first block it is ``embeddings``, after the last one ``head``. Empty if no block was called from
+        Python, as in a model that is compiled as a whole.
         """
         calls, owners = self.passes[0] if self.passes else [], self.owners.get(id(param))
         first = next((i for i, call in enumerate(calls) if owners and call.module in owners), 0)
-        at = [i for i, call in enumerate(calls) if id(call.module) in self.names]
-        if not at:
+        block_calls = [i for i, call in enumerate(calls) if id(call.module) in self.names]
+        if not block_calls:
             return ""
-        following = next((i for i in at if i >= first), None)
+        following = next((i for i in block_calls if i >= first), None)
         if following is None:
             return "head"
-        before_all = following == at[0] and first < at[0]
-        return "embeddings" if before_all or not owners else self.names[id(calls[following].module)]
+        before_blocks = following == block_calls[0] and first < block_calls[0]
+        return "embeddings" if before_blocks or not owners else self.names[id(calls[following].module)]
 
     @contextmanager
     def _running(self, start: Start, fresh: list[list[Call]] | None) -> Iterator[None]:
-        self._start, self._fresh, self._pass, self._clock, self._inside = start, fresh, -1, 0, False
+        """Intercept the calls inside: replay those before ``start``, and append all to ``fresh`` if given."""
+        self._start, self._fresh, self._pass, self._next_call, self._inside = start, fresh, -1, 0, False
         self._computed_blocks = self._replayed_blocks = 0
         with _patched([self.model], self._new_pass), _patched(self.boundaries, self._call):
             yield
@@ -126,16 +132,16 @@ class ActivationCache:
         return forward(*args, **kwargs)
 
     def _open_pass(self) -> None:
-        self._pass, self._clock = self._pass + 1, 0
+        self._pass, self._next_call = self._pass + 1, 0
         if self._fresh is not None:
             self._fresh.append([])
 
     def _call(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        if self._inside:  # a boundary within another one's call
+        if self._inside:  # a boundary inside another one belongs to the outer call
             return forward(*args, **kwargs)
-        if self._pass < 0:  # the closure calls parts of the model, not the model
+        if self._pass < 0:  # the closure calls parts of the model and never the model itself
             self._open_pass()
-        index, self._clock = self._clock, self._clock + 1
+        index, self._next_call = self._next_call, self._next_call + 1
         if self._pass < len(self._start) and index < self._start[self._pass]:
             call = self._recorded(module, index)
             rng.set_state(call.state)
@@ -149,6 +155,7 @@ class ActivationCache:
         return output
 
     def _recorded(self, module: nn.Module, index: int) -> Call:
+        """The recorded call at this index, if it is one of the same module and its output is unchanged."""
         calls = self.passes[self._pass]
         if index >= len(calls) or calls[index].module is not module:
             raise StaleRecordError("the forward called its modules in another order than the recorded one")
@@ -170,8 +177,8 @@ class ActivationCache:
 
 
 def _record(module: nn.Module, output: Any, state: rng.State) -> Call:
-    kept = tree_map_only(Tensor, Tensor.detach, output)
-    return Call(module, kept, _versions(kept), state)
+    detached = tree_map_only(Tensor, Tensor.detach, output)
+    return Call(module, detached, _versions(detached), state)
 
 
 def _versions(output: Any) -> list[int]:
@@ -184,24 +191,24 @@ def _first(calls: Sequence[Call], owners: list[nn.Module] | None) -> int:
 
 
 def _owners(model: nn.Module, boundary_list: Sequence[nn.Module]) -> dict[int, list[nn.Module]]:
-    """By parameter id, the boundaries that hold it; empty if a module outside of all boundaries holds it too."""
+    """The boundaries that hold each parameter, by its id; none if a module outside all boundaries holds it too."""
     inside = {id(m): b for b in boundary_list for m in b.modules()}
     holders: dict[int, list[nn.Module | None]] = {}
     for module in model.modules():
         for p in module.parameters(recurse=False):
             holders.setdefault(id(p), []).append(inside.get(id(module)))
-    return {p: [] if None in found else [b for b in found if b is not None] for p, found in holders.items()}
+    return {p: [] if None in held_by else [b for b in held_by if b is not None] for p, held_by in holders.items()}
 
 
 def _below_compiled(model: nn.Module) -> set[int]:
-    """Ids of the modules inside a compiled one: their calls are not seen from Python."""
+    """Ids of the modules inside a compiled one, whose calls Python does not see."""
     compiled = [m for m in model.modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None]
     return {id(inner) for m in compiled for inner in m.modules() if inner is not m}
 
 
 @contextmanager
 def _patched(modules: Iterable[nn.Module], intercept: Callable) -> Iterator[None]:
-    """Route the calls of the modules through ``intercept`` and leave no trace behind."""
+    """Route the calls of the modules through ``intercept`` inside the ``with`` block, and restore them after it."""
     saved: list[tuple[nn.Module, str, Any]] = []
     try:
         for module in modules:

@@ -1,10 +1,10 @@
 """The eager baseline: the same line search with nothing made fast.
 
-It does plainly what scripts for this method do: copies of all parameters in every step, a loop over
-tensors for every direction and every trial, a full forward and a host read per trial, the random state put
-back before each. What the host needs of a unit it reads once, not once a tensor. No cache, no flat buffers, no undo
-after an error. It shares the scalar rules (:mod:`fastals.search`) with :class:`fastals.ALS` and nothing else, so that
-tests and timings can hold one against the other.
+It works like plain scripts of this method: every step copies all parameters, every direction and every trial loops
+over tensors, and every trial restores the random state, runs a full forward pass and reads the loss on the host. A
+unit's norms and slope are read once per unit, not once per tensor. There is no cache, no flat buffer and no undo after
+an error. It shares the scalar rules (:mod:`fastals.search`) with :class:`fastals.ALS` and none of the fast path, so
+tests and timings can compare the two.
 """
 
 import inspect
@@ -27,7 +27,11 @@ from fastals.settings import check_coverage, sort_arguments, warn_of_small_lr
 
 @dataclass(eq=False)
 class Part:
-    """One unit in one step: copies of its weights, moments with this mini-batch in, outcome of its search."""
+    """One unit in one step: copies of its weights, its updated moments, its direction and its search.
+
+    The lists run over the parameters that have a gradient. ``means``, ``squares`` and ``counts`` are the moments and
+    step counts with this mini-batch in; they go to the optimizer's state at the end of the step.
+    """
 
     groups: list[dict]
     params: list[Tensor] = field(default_factory=list)
@@ -39,24 +43,24 @@ class Part:
     counts: list[int] = field(default_factory=list)
     direction: list[Tensor] = field(default_factory=list)
     slope: float = 0.0
-    hidden: float = 0.0  # steps below this may vanish in the rounding of the parameters
+    hidden: float = 0.0  # smaller step sizes may vanish in the rounding of the parameters
     eta: float = 0.0
     trials: int = 0
     outcome: str = ""
-    search: Any = None  # the Search, where there was one
+    search: Search | None = None
 
     @property
     def name(self) -> str:
-        """Names of its groups."""
+        """The names of its groups, joined by +."""
         return "+".join(g["name"] for g in self.groups)
 
     @property
     def rules(self) -> dict:
-        """The group that holds constants and memory."""
+        """The first group; the constants and the memory of the unit's searches are read there."""
         return self.groups[0]
 
     def move(self, eta: float) -> None:
-        """Put w − η d into the parameters, or w where η is 0."""
+        """Set the parameters to w − η d, or to w itself if η is 0."""
         for p, w, d in zip(self.params, self.weights, self.direction, strict=True):
             p.copy_(w - eta * d if eta else w)
 
@@ -64,22 +68,21 @@ class Part:
 class EagerALS(torch.optim.Optimizer):
     """The slow twin of :class:`fastals.ALS`: same arguments, same ``step``, same ``report``, same step sizes.
 
-    Units are searched in the order of the parameter groups, which have to stand in forward order. ``model`` and
-    ``cache`` are accepted and mean nothing here.
+    The parameter groups must be in forward order, because the order of the searches follows from it. ``cache`` and
+    ``fused`` are accepted and ignored; ``model`` only serves to check the units.
 
     Attributes:
-        margins: loss of every trial of the last step minus the largest that its test would have accepted.
+        margins: of every trial in the last step, its loss minus the largest loss that its test accepts.
     """
 
     def __init__(self, params: nn.Module | Iterable, *args: Any, **options: Any) -> None:
         bound = inspect.signature(ALS).bind(params, *args, **options)
         bound.apply_defaults()
-        values = {k: v for k, v in bound.arguments.items() if k not in ("params", "model")}
-        self.settings, values = sort_arguments(values)
-        warn_of_small_lr(values["lr"])
+        self.settings, defaults = sort_arguments(bound.arguments)
+        warn_of_small_lr(defaults["lr"])
         self.report: StepReport | None = None
         self.margins: list[float] = []
-        super().__init__(units(params) if isinstance(params, nn.Module) else params, values | MEMORY)
+        super().__init__(units(params) if isinstance(params, nn.Module) else params, defaults | MEMORY)
         check_coverage(self.param_groups, params if isinstance(params, nn.Module) else bound.arguments["model"])
         for i, group in enumerate(self.param_groups):
             group.setdefault("name", f"group{i}")
@@ -87,7 +90,7 @@ class EagerALS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor], loss: Tensor | float | None = None) -> Tensor:  # type: ignore[override]
-        """One mini-batch, as :meth:`fastals.ALS.step`."""
+        """Take one step on a mini-batch, as :meth:`fastals.ALS.step` does. Returns f(w_t)."""
         self.closure = closure
         self.devices = rng.cuda_devices(p for g in self.param_groups for p in g["params"])
         self.before = rng.get_state(self.devices)
@@ -106,6 +109,7 @@ class EagerALS(torch.optim.Optimizer):
         return start
 
     def _differentiate(self) -> Tensor:
+        """Compute the loss and leave the gradients in ``p.grad``."""
         self.zero_grad()
         with torch.enable_grad():
             loss = self.closure()
@@ -113,42 +117,52 @@ class EagerALS(torch.optim.Optimizer):
         return loss.detach()
 
     def _begin(self, start: float, eps: float) -> None:
-        """Copy weights and take the gradients into copies of the moments."""
+        """Copy the weights and add the gradients to copies of the moments."""
         self.loss, self.resolution, self.joint_trials = start, eps * abs(start) / 2, 0
         self.margins, self.seed = [], f"{self.settings.seed}-{self.param_groups[0]['count']}"
         self.random = random.Random(self.seed)
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        limit, self.scale = self.settings.max_grad_norm, 1.0
-        if limit is not None and math.isfinite(norm := _norm(grads)):
-            self.scale = min(1.0, limit / (norm + 1e-6))
+        self.scale = self._clipping_factor()
         self.parts = [part for part in map(self._part, self._unit_groups()) if part.params]
         self.weight_rms = _rms([w for part in self.parts for w in part.weights])
 
+    def _clipping_factor(self) -> float:
+        """The factor that brings the norm of all gradients down to ``max_grad_norm``; 1 if the norm is not finite."""
+        limit = self.settings.max_grad_norm
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if limit is not None and math.isfinite(norm := _norm(grads)):
+            return min(1.0, limit / (norm + 1e-6))
+        return 1.0
+
     def _unit_groups(self) -> list[list[dict]]:
+        """The parameter groups of every unit; merged units have several."""
         indices = dict.fromkeys(g["unit"] for g in self.param_groups)
         return [[g for g in self.param_groups if g["unit"] == i] for i in indices]
 
     def _part(self, groups: list[dict]) -> Part:
+        """Copies of a unit's weights, gradients and moments, of the parameters that have a gradient."""
         part = Part(groups)
         for group in groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                exact = torch.promote_types(p.dtype, torch.float32)
-                state, clipped = self.state[p], p.grad.to(exact) * self.scale
-                master = state.get("master")  # of a parameter below float32, unless someone else wrote it since
-                keeps = master is not None and torch.equal(master.to(p.dtype), p)
-                part.params.append(p)
-                part.owners.append(group)
-                part.weights.append(master.clone() if keeps else p.detach().to(exact, copy=True))
-                part.grads.append(p.grad.to(exact, copy=True))
-                part.means.append(self._mean(state.get("exp_avg"), clipped, group["betas"][0]))
-                part.squares.append(self._square(state.get("exp_avg_sq"), clipped, group["betas"][1]))
-                part.counts.append(int(state.get("step", 0)) + 1)
+                if p.grad is not None:
+                    self._add(part, group, p)
         return part
 
+    def _add(self, part: Part, group: dict, p: Tensor) -> None:
+        """Append one parameter to a unit, in float32 at least."""
+        assert p.grad is not None
+        precise = torch.promote_types(p.dtype, torch.float32)
+        state, grad = self.state[p], p.grad.to(precise, copy=True)
+        clipped = grad * self.scale
+        part.params.append(p)
+        part.owners.append(group)
+        part.weights.append(_weight(p, state.get("master"), precise))
+        part.grads.append(grad)
+        part.means.append(self._mean(state.get("exp_avg"), clipped, group["betas"][0]))
+        part.squares.append(self._square(state.get("exp_avg_sq"), clipped, group["betas"][1]))
+        part.counts.append(int(state.get("step", 0)) + 1)
+
     def _mean(self, m: Tensor | None, g: Tensor, beta: float) -> Tensor | None:
-        """The first moment with this gradient in, where something reads it."""
+        """The first moment with this gradient in; None without momentum."""
         if self.settings.momentum == "none":
             return None
         if self.settings.direction == "adam":
@@ -156,24 +170,33 @@ class EagerALS(torch.optim.Optimizer):
         return g if m is None else beta * m + g
 
     def _square(self, v: Tensor | None, g: Tensor, beta: float) -> Tensor | None:
-        """The second moment with this gradient in; SGD has none."""
+        """The second moment with this gradient in; None for SGD."""
         return _average(v, g**2, beta) if self.settings.direction == "adam" else None
 
     def _aim(self, part: Part, averaged: bool) -> float:
-        """Compute the direction and slope of a unit; returns the largest step it may try."""
+        """Compute the direction and slope of a unit; returns the largest step size it may try."""
         part.direction = [self._direction(part, i, averaged) for i in range(len(part.params))]
         part.slope = float(sum((g * d).sum().double() for g, d in zip(part.grads, part.direction, strict=True)))
-        largest, trust = part.rules["eta_max"], part.rules["trust"]
         moving = int(sum(torch.count_nonzero(g) for g in part.grads))
-        length = _norm(part.direction) / math.sqrt(max(moving, 1))
+        length = _norm(part.direction) / math.sqrt(max(moving, 1))  # RMS of d over the entries with a gradient
+        part.hidden = self._smallest_visible_step(part, length)
+        return self._largest_step(part, length)
+
+    def _smallest_visible_step(self, part: Part, length: float) -> float:
+        """The step size below which a move may round to nothing in parameters under float32; else 0."""
         dtypes = [p.dtype for g in part.groups for p in g["params"]]
-        coarse = max(torch.finfo(t).eps if t.itemsize < 4 else 0.0 for t in dtypes)
-        part.hidden = coarse / 2 * _rms(part.weights) / length if length > 0 else 0.0
+        eps = max(torch.finfo(t).eps if t.itemsize < 4 else 0.0 for t in dtypes)
+        return eps / 2 * _rms(part.weights) / length if length > 0 else 0.0
+
+    def _largest_step(self, part: Part, length: float) -> float:
+        """The cap on the step size: ``eta_max`` and the trust ratio, times ``lr``."""
+        largest, trust = part.rules["eta_max"], part.rules["trust"]
         if trust is not None and length > 0:
             largest = min(largest, trust * max(_rms(part.weights), self.weight_rms) / length)
         return float(part.rules["lr"]) * largest
 
     def _direction(self, part: Part, i: int, averaged: bool) -> Tensor:
+        """The direction d of one parameter, along the first moment if ``averaged``, else along the gradient."""
         group, t = part.owners[i], part.counts[i]
         beta1, beta2 = group["betas"]
         d = part.means[i] if averaged else part.grads[i] * self.scale
@@ -183,38 +206,33 @@ class EagerALS(torch.optim.Optimizer):
         return d + group["weight_decay"] * part.weights[i]
 
     def _aim_tested(self, part: Part) -> float:
-        """The direction that the test is made along: averaged if asked for and if it descends."""
+        """Aim along the direction to test: the averaged one if ``momentum`` is "tested" and it descends."""
         cap = self._aim(part, averaged=self.settings.momentum == "tested")
         if self.settings.momentum == "tested" and not part.slope > 0:
             cap = self._aim(part, averaged=False)
         return cap
 
     def _evaluate(self) -> float:
+        """The loss at the current parameters, under the dropout masks of the gradient."""
         rng.set_state(self.before)
         return float(self.closure())
 
     def _propose(self, part: Part) -> bool:
-        """Start a search from the current loss, if the direction descends."""
+        """Start a search from the current loss if the direction descends; returns whether it does."""
         cap = self._aim_tested(part)
         part.search, part.eta, part.trials, part.outcome = None, 0.0, 0, NOT_DESCENT
         if 0 < part.slope < math.inf and cap > 0:
+            limits = {"resolution": self.resolution, "hidden": part.hidden}
             drawn = uniform(self.seed, part.name)
-            part.search = Search(
-                part.rules,
-                loss=self.loss,
-                slope=part.slope,
-                cap=cap,
-                uniform=drawn,
-                resolution=self.resolution,
-                hidden=part.hidden,
-            )
+            part.search = Search(part.rules, self.loss, part.slope, cap, uniform=drawn, **limits)
         return part.search is not None
 
     def _search(self, part: Part) -> None:
-        """Try steps until one is accepted."""
+        """Search one unit: try smaller and smaller steps until one is accepted or none is left."""
         if not self._propose(part):
             return
         search = part.search
+        assert search is not None
         while not search.outcome:
             part.move(search.eta)
             loss = self._evaluate()
@@ -226,34 +244,37 @@ class EagerALS(torch.optim.Optimizer):
         self.loss = search.final_loss
 
     def _in_order(self) -> list[Part]:
+        """The units in the order of their searches."""
         if self.settings.order == "random":
             return self.random.sample(self.parts, len(self.parts))
         return self.parts[::-1] if self.settings.order == "top_down" else self.parts
 
     def _sweep(self) -> None:
+        """Search every unit in turn, from the loss at which the search before it ended."""
         for part in self._in_order():
             self._search(part)
 
     def _independent(self) -> None:
+        """Search every unit from w_t alone, then move them together."""
         start = self.loss
         for part in self._in_order():
             self._search(part)
             part.move(0.0)
             self.loss = start
-        found = [part for part in self.parts if part.outcome == "accepted"]
-        factor = self._jointly(found, self.parts[0].rules["max_trials"]) if found else 0.0
-        for part in found:
-            part.eta = factor * part.search.eta
+        accepted = {part: part.search for part in self.parts if part.search and part.search.accepted}
+        factor = self._jointly(accepted, self.parts[0].rules["max_trials"]) if accepted else 0.0
+        for part, search in accepted.items():
+            part.eta = factor * search.eta
             part.outcome = part.outcome if factor else EXHAUSTED
 
-    def _jointly(self, parts: list[Part], tries: int) -> float:
-        """The first common factor of the proposed steps under which the loss falls enough; 0 if none does."""
+    def _jointly(self, searches: dict[Part, Search], tries: int) -> float:
+        """Move units together; the first common factor of their steps with a sufficient decrease, 0 if none has it."""
         start, factor = self.loss, 1.0
-        highest = max(part.search.reference for part in parts)
-        required = sum(part.search.required for part in parts)
+        highest = max(search.reference for search in searches.values())
+        required = sum(search.required for search in searches.values())
         for _ in range(tries):
-            for part in parts:
-                part.move(factor * part.search.eta)
+            for part, search in searches.items():
+                part.move(factor * search.eta)
             self.joint_trials += 1
             loss = self._evaluate()
             largest = start + (highest - start) - visible(factor * required, self.resolution)
@@ -262,11 +283,12 @@ class EagerALS(torch.optim.Optimizer):
                 self.loss = loss
                 return factor
             factor *= self.parts[0].rules["backtrack"]
-        for part in parts:
+        for part in searches:
             part.move(0.0)
         return 0.0
 
     def _cycle(self) -> None:
+        """Search one unit per step and keep the remembered steps of the others."""
         if not all(part.rules["count"] for part in self.parts):
             self._sweep()
             return
@@ -275,21 +297,25 @@ class EagerALS(torch.optim.Optimizer):
         self._keep([part for part in self.parts if part is not turn])
 
     def _joint(self) -> None:
+        """Try the first steps of all units at once; sweep if that fails."""
         if not all(part.rules["count"] for part in self.parts):
             self._sweep()
             return
-        start, found = self.loss, [part for part in self.parts if self._propose(part)]
-        if found and not self._jointly(found, tries=1):
+        start = self.loss
+        for part in self.parts:
+            self._propose(part)
+        proposed = {part: part.search for part in self.parts if part.search is not None}
+        if proposed and not self._jointly(proposed, tries=1):
             self._sweep()
             return
-        total = sum(part.search.required for part in found)
-        for part in found:  # each is credited with its share of the decrease
-            share = part.search.required / total if total else 0.0
-            part.search.accept(start - (start - self.loss) * share)
-            part.eta, part.outcome = part.search.eta, part.search.outcome
+        total = sum(search.required for search in proposed.values())
+        for part, search in proposed.items():  # each is credited with its share of the decrease
+            share = search.required / total if total else 0.0
+            search.accept(start - (start - self.loss) * share)
+            part.eta, part.outcome = search.eta, search.outcome
 
     def _keep(self, parts: list[Part]) -> None:
-        """Move by the remembered steps without a trial."""
+        """Move units by their remembered step sizes, without a trial."""
         for part in parts:
             cap = self._aim_tested(part)
             part.eta = min(cap, part.rules["step_size"]) if 0 < part.slope < math.inf else 0.0
@@ -299,7 +325,7 @@ class EagerALS(torch.optim.Optimizer):
                 self.loss = math.nan
 
     def _follow_momentum(self) -> None:
-        """Move from w_t along the averaged directions instead, by the steps found."""
+        """Move from w_t along the averaged directions instead, by the accepted step sizes; slopes stay those tested."""
         for part in self.parts:
             if part.eta:
                 slope = part.slope
@@ -308,8 +334,10 @@ class EagerALS(torch.optim.Optimizer):
                 part.slope, self.loss = slope, math.nan
 
     def _finish(self, start: float, due: bool) -> None:
+        """Store state and memory, count the step, report it and merge units."""
         for part in self.parts:
             if math.isfinite(part.slope):
+                self._store(part)
                 self._remember(part)
         for group in self.param_groups:
             group["count"] += 1
@@ -320,28 +348,40 @@ class EagerALS(torch.optim.Optimizer):
         if self.settings.merge_below is not None:
             self._merge(self.settings.merge_below)
 
-    def _remember(self, part: Part) -> None:
-        """Store moments, counts and what the search learned."""
+    def _store(self, part: Part) -> None:
+        """Store the moments, counts and float32 master weights of a unit's parameters."""
         for i, p in enumerate(part.params):
             moments = {"exp_avg": part.means[i], "exp_avg_sq": part.squares[i]}
             self.state[p] |= {"step": part.counts[i]} | {k: m for k, m in moments.items() if m is not None}
             if p.dtype != part.weights[i].dtype:
                 w = part.weights[i]
                 self.state[p]["master"] = w - part.eta * part.direction[i] if part.eta else w
+
+    def _remember(self, part: Part) -> None:
+        """Write the memory of a unit's search into all its groups."""
         if part.search is not None:
             part.search.remember()
             for group in part.groups[1:]:
                 group.update({k: part.rules[k] for k in MEMORY})
 
     def _merge(self, threshold: float) -> None:
-        found = sorted(self._unit_groups(), key=lambda groups: groups[0]["step_size"])
-        smallest = found[0][0]["step_size"]
-        if len(found) > 2 and 0 < smallest < threshold:
-            memory = {k: found[0][0][k] for k in MEMORY}
-            memory["step_size"] = (smallest + found[1][0]["step_size"]) / 2
-            unit = min(g["unit"] for g in found[0] + found[1])
-            for group in found[0] + found[1]:
-                group.update(memory, unit=unit)
+        """Merge the unit of smallest step, if it is under the threshold, with the next smallest; two units stay."""
+        units_by_step = sorted(self._unit_groups(), key=lambda groups: groups[0]["step_size"])
+        if len(units_by_step) <= 2 or not 0 < units_by_step[0][0]["step_size"] < threshold:
+            return
+        low, high = units_by_step[:2]
+        memory = {k: low[0][k] for k in MEMORY}
+        memory["step_size"] = (low[0]["step_size"] + high[0]["step_size"]) / 2
+        unit = min(g["unit"] for g in low + high)
+        for group in low + high:
+            group.update(memory, unit=unit)
+
+
+def _weight(p: Tensor, master: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A copy of the master weights; of the parameter if it has none, or if other code has written to it since."""
+    if master is not None and torch.equal(master.to(p.dtype), p):
+        return master.clone()
+    return p.detach().to(dtype, copy=True)
 
 
 def _average(old: Tensor | None, new: Tensor, beta: float) -> Tensor:
@@ -349,9 +389,11 @@ def _average(old: Tensor | None, new: Tensor, beta: float) -> Tensor:
 
 
 def _norm(tensors: list[Tensor]) -> float:
+    """The 2-norm of all entries of the tensors together."""
     norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     return float(torch.stack([n.double() for n in norms]).norm())
 
 
 def _rms(tensors: list[Tensor]) -> float:
+    """The root mean square of all entries of the tensors together."""
     return _norm(tensors) / math.sqrt(max(sum(t.numel() for t in tensors), 1))

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 ACCEPTED = "accepted"  # a trial passed the test
-EXHAUSTED = "exhausted"  # no trial passed; the unit stands where it stood
-NOT_DESCENT = "not_descent"  # slope <= 0 or not finite; the unit was not tried
-KEPT = "kept"  # moved by its remembered step, untested
+EXHAUSTED = "exhausted"  # no trial passed; the unit is back at its old weights
+NOT_DESCENT = "not_descent"  # slope <= 0 or not finite; no step was tried
+KEPT = "kept"  # moved by its remembered step without a test
 
 
 @dataclass(frozen=True, slots=True)
 class UnitReport:
-    """One unit in one step; ``step_size`` is 0 where the unit did not move, ``trials`` counts loss evaluations."""
+    """One unit in one step; ``step_size`` is 0 if it did not move, ``trials`` counts its loss evaluations."""
 
     name: str
     step_size: float
@@ -26,8 +26,8 @@ class UnitReport:
 class StepReport:
     """One step on one mini-batch, units in forward order.
 
-    ``loss_after`` is the loss at the new weights under the same dropout masks; NaN where the new weights
-    were never evaluated (steps that were kept or moved along an untested momentum direction).
+    ``loss_after`` is the loss at the new weights under the same dropout masks. It is NaN if no trial was made there:
+    a unit kept its remembered step, or moved along a momentum direction that was not tested.
     """
 
     loss_before: float
@@ -37,7 +37,7 @@ class StepReport:
 
     @property
     def trials(self) -> int:
-        """Loss evaluations of the searches: those of single units and those of all at once."""
+        """Loss evaluations of the step: trials of single units and joint trials."""
         return self.joint_trials + sum(u.trials for u in self.units)
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ KEPT_REPORTS = 64
 
 
 class Reports:
-    """The reports of the last steps; that of a step on the device is read at the first look.
+    """The reports of the last :data:`KEPT_REPORTS` steps; those that lie on the device are read on demand.
 
     Attributes:
         forwards: forward passes of the last step.
@@ -60,15 +60,15 @@ class Reports:
         self._last: deque[StepReport | Callable[[], StepReport]] = deque(maxlen=KEPT_REPORTS)
 
     def add(self, report: StepReport | Callable[[], StepReport], forwards: float) -> None:
-        """Enter a step; a function is called at the first look."""
+        """Append a step's report, or a function that reads it from the device later."""
         self._last.append(report)
         self.forwards = forwards
 
     def read(self) -> list[StepReport]:
-        """All of them, the oldest first."""
-        found = [r if isinstance(r, StepReport) else r() for r in self._last]
-        self._last = deque(found, maxlen=KEPT_REPORTS)
-        return found
+        """All reports, the oldest first."""
+        reports = [r if isinstance(r, StepReport) else r() for r in self._last]
+        self._last = deque(reports, maxlen=KEPT_REPORTS)
+        return reports
 
     def last(self) -> StepReport | None:
         """The last step's report, or None before the first."""

@@ -1,4 +1,4 @@
-"""Save and restore the random generators that a forward pass draws from."""
+"""Save and restore the states of the random generators that a forward pass draws from."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ def cuda_devices(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 
 
 def get_state(devices: tuple[int, ...]) -> State:
-    """States of the CPU generator and of each CUDA device's default generator."""
+    """The state of the CPU's generator, and of the default generator of each CUDA device, by its index."""
     return torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in devices}
 
 
 def set_state(state: State) -> None:
-    """Put the generators back to a saved state."""
+    """Set the generators to a saved state."""
     cpu, cuda = state
     torch.set_rng_state(cpu)
     for index, device_state in cuda.items():
@@ -29,10 +29,10 @@ def set_state(state: State) -> None:
 
 @contextmanager
 def standing_at(state: State) -> Iterator[None]:
-    """Put the generators at a saved state for as long as this lasts, and back afterwards."""
-    present = get_state(tuple(state[1]))
+    """Set the generators to a saved state inside the ``with`` block, and restore them after it."""
+    outside = get_state(tuple(state[1]))
     set_state(state)
     try:
         yield
     finally:
-        set_state(present)
+        set_state(outside)
