@@ -1,9 +1,11 @@
 """Seeds, poisoned memory and visible skips for all tests."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
+from helpers import interpreter
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU, slowly
@@ -20,6 +22,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is here"))
+
+
+@pytest.fixture(autouse=True)
+def fast_interpreter():
+    if torch.cuda.is_available() or not find_spec("triton"):
+        yield
+        return
+    with interpreter.faster():
+        yield
 
 
 @pytest.fixture(autouse=True)
