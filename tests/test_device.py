@@ -28,6 +28,7 @@ from fastals.kernels.moments import advance, survey
 from fastals.kernels.trial import trial, trial_kernel
 from fastals.losses import Losses
 
+pytestmark = pytest.mark.proves(claim="fused-optimizer")
 CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [
     {"schedule": "sweep"}, {"schedule": "sweep", "order": "bottom_up"}, {"schedule": "sweep", "order": "random"},
@@ -64,6 +65,7 @@ def snapshot(model, opt):
     return [p.detach().clone() for p in model.parameters()], saved, torch.get_rng_state()
 
 
+@pytest.mark.proves(claim="fused-steps")
 @pytest.mark.parametrize("options", CASES, ids=values)
 def test_same_steps_as_the_eager_baseline(options):
     options = HARD | options

@@ -36,6 +36,7 @@ def on_gpu(model, opt, count=8):
     return step
 
 
+@pytest.mark.proves(claim="captured-steps")
 @pytest.mark.parametrize("force_host", [False, True], ids=["while", "host"])
 @pytest.mark.parametrize("options", CAPTURED, ids=values)
 def test_graphs_take_the_steps_of_the_eager_path(options, force_host, monkeypatch):

@@ -86,6 +86,7 @@ def one_step(opt, model, batch, backward):
     return opt.step(closure, loss=loss)
 
 
+@pytest.mark.proves(claim="same-answers-for-each-schedule")
 @pytest.mark.parametrize("momentum", ["none", "after", "tested"])
 @pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
 def test_same_answers_for_each_schedule_and_momentum(schedule, momentum):
@@ -187,6 +188,7 @@ def test_same_answers_where_some_parameters_have_no_gradient(schedule):
     assert "accepted" in seen.outcomes
 
 
+@pytest.mark.proves(claim="same-answers-on-bert")
 def test_same_answers_on_bert():
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
