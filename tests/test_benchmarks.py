@@ -197,9 +197,14 @@ def test_ungated(in_turn):
 """
 
 
+def outside():
+    """The environment without the signs of a pytest-xdist worker, in which benchmarks are disabled."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+
+
 def pytest_in(folder, *arguments):
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=outside())
 
 
 @pytest.fixture
@@ -387,7 +392,7 @@ def test_a_digest_names_what_failed_and_ends_with_the_figures(tmp_path, store, c
 def gpu_script(*arguments, **variables):
     return subprocess.run(
         ["bash", BENCH / "gpu.sh", *arguments], capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHON": sys.executable} | variables,
+        env=outside() | {"PYTHON": sys.executable} | variables,
     )  # fmt: skip
 
 
