@@ -26,6 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def fast_interpreter():
+    """The same results as by Triton's own interpreter, which test_interpreter.py compares, in about half the time."""
     if torch.cuda.is_available() or not find_spec("triton"):
         yield
         return
@@ -40,7 +41,7 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Memory that nobody wrote reads as NaN, so that a result that depends on it fails."""
+    """Unwritten memory reads as NaN, so that a result that depends on it fails."""
     plain_empty, plain_like = torch.empty, torch.empty_like
 
     def poison(tensor):
