@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= logical
+PARALLEL = -n $(WORKERS) --maxprocesses 8 --dist worksteal
 OLDEST := $(VENV)-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_PYTHON ?= $(shell for p in python3.12 "$$(pyenv prefix 3.12 2> /dev/null)/bin/python3.12" $(PYTHON); do \
@@ -18,8 +20,8 @@ $(STAMP): requirements.txt pyproject.toml
 demo: $(STAMP)  ## fine-tune MiniLM on BBC News: ALS, the eager baseline and AdamW
 	$(BIN)/fastals finetune --model minilm --dataset bbc-news --compare --name demo
 
-test: $(STAMP)  ## the whole test suite
-	$(BIN)/pytest
+test: $(STAMP)  ## the whole test suite, on all cores or WORKERS=...
+	$(BIN)/pytest $(PARALLEL)
 
 $(OLDEST_STAMP): requirements-oldest.txt pyproject.toml
 	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
@@ -28,7 +30,7 @@ $(OLDEST_STAMP): requirements-oldest.txt pyproject.toml
 	touch $(OLDEST_STAMP)
 
 test-oldest: $(OLDEST_STAMP)  ## the tests with the oldest torch, Triton and transformers, those of CUDA 13; TESTS=... for some
-	$(OLDEST)/bin/pytest -W "ignore:Conversion of an array:DeprecationWarning" $(TESTS)
+	$(OLDEST)/bin/pytest $(PARALLEL) -W "ignore:Conversion of an array:DeprecationWarning" $(TESTS)
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -16,8 +16,8 @@ from shapes import ACCEPTING, REJECTING, Shape, bert
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.exact("tests/test_graph.py::test_graphs_take_the_steps_of_the_eager_path"),
-    pytest.mark.exact("tests/test_benchmarks.py::test_a_captured_adamw_takes_the_steps_of_adamw"),
+    pytest.mark.exact("captured-steps"),
+    pytest.mark.exact("captured-adamw"),
 ]
 
 

@@ -28,7 +28,7 @@ from fastals.kernels.arena import STATE
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.trial import trial
 
-pytestmark = [pytest.mark.exact("tests/test_fused.py"), pytest.mark.exact("tests/test_device.py")]
+pytestmark = [pytest.mark.exact("fused-kernels"), pytest.mark.exact("fused-optimizer")]
 ROUNDS = 5
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,14 +31,12 @@ STAGES = [  # each adds one thing to the one before
     pytest.param("graphed", {"mode": "host"}, id="graphs-host", marks=needs_gpu),
     pytest.param("graphed", {"mode": "while"}, id="graphs-while", marks=needs_gpu),
 ]
-SAME_AS_EAGER = pytest.mark.exact("tests/test_reference.py::test_same_answers_on_bert")
-SAME_SCHEDULES = pytest.mark.exact("tests/test_reference.py::test_same_answers_for_each_schedule_and_momentum")
-EVERY_ARCHITECTURE = pytest.mark.exact("tests/test_architectures.py")
-FUSED_SAME_AS_EAGER = pytest.mark.exact_on_gpu("tests/test_device.py::test_same_steps_as_the_eager_baseline")
-GRAPHS_SAME_AS_EAGER = pytest.mark.exact_on_gpu("tests/test_graph.py::test_graphs_take_the_steps_of_the_eager_path")
-CAPTURED_SAME_AS_ADAMW = pytest.mark.exact_on_gpu(
-    "tests/test_benchmarks.py::test_a_captured_adamw_takes_the_steps_of_adamw"
-)
+SAME_AS_EAGER = pytest.mark.exact("same-answers-on-bert")
+SAME_SCHEDULES = pytest.mark.exact("same-answers-for-each-schedule")
+EVERY_ARCHITECTURE = pytest.mark.exact("every-architecture")
+FUSED_SAME_AS_EAGER = pytest.mark.exact_on_gpu("fused-steps")
+GRAPHS_SAME_AS_EAGER = pytest.mark.exact_on_gpu("captured-steps")
+CAPTURED_SAME_AS_ADAMW = pytest.mark.exact_on_gpu("captured-adamw")
 
 
 def full(names, quick, marks=None):

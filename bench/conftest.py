@@ -15,9 +15,9 @@ from turns import Turns
 ROOT = Path(__file__).parents[1]
 ROUNDS = 5  # of every ratio: ranges of so many lie apart by chance in 1 of 126 comparisons
 PASSED: set[str] = set()
-GATE_SECONDS = 120  # that the tests of one gate may take
-GATES: dict[str, str] = {}  # what each has come to: "passed", "failed", "timed out" or "not run"
-BAD = {"failed": "", "timed out": " timed out"}  # what is said after a test's name
+GATE_SECONDS = 120  # that the tests of one claim may take
+GATES: dict[str, str] = {}  # the outcome of each claim: "passed", "failed", "timed out" or "not run"
+BAD = {"failed": "", "timed out": " timed out"}  # what follows the name of a claim
 
 
 def pytest_addoption(parser):
@@ -33,8 +33,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: belongs to the full profile only")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "exact(node): the tests that show the answers of the case to be exact")
-    config.addinivalue_line("markers", "exact_on_gpu(node): such tests where the case runs on a GPU")
+    config.addinivalue_line("markers", "exact(claim): tests that prove it show the answers of the case to be exact")
+    config.addinivalue_line("markers", "exact_on_gpu(claim): the same, if the case runs on a GPU")
     config.addinivalue_line("filterwarnings", "ignore:Not saving anything, no benchmarks have been run")
 
 
@@ -74,58 +74,58 @@ def stamped(request, made):
 
 @pytest.fixture(autouse=True)
 def gate(request):
-    """Stamp the case with what its exactness tests have come to; it is timed all the same."""
+    """Stamp the case with the outcome of its exactness tests; it is timed all the same."""
     if "benchmark" not in request.fixturenames:
         return
     marks = [*request.node.iter_markers("exact")]
     if torch.cuda.is_available():
         marks += request.node.iter_markers("exact_on_gpu")
-    nodes = [mark.args[0] for mark in marks]
-    for node in nodes:
-        if node not in GATES:
-            GATES[node] = verdict(node, request.config.getoption("--gates"))
-    gates = "passed" if nodes and all(GATES[node] == "passed" for node in nodes) else "not run"
-    if failed := failures(nodes):
+    claims = [mark.args[0] for mark in marks]
+    for claim in claims:
+        if claim not in GATES:
+            GATES[claim] = verdict(claim, request.config.getoption("--gates"))
+    gates = "passed" if claims and all(GATES[claim] == "passed" for claim in claims) else "not run"
+    if failed := failures(claims):
         gates = "failed " + ", ".join(failed)
     request.getfixturevalue("benchmark").extra_info["gates"] = gates
 
 
-def verdict(node: str, gates: str) -> str:
-    """What the tests of a node have come to; ``gates`` is the option."""
+def verdict(claim: str, gates: str) -> str:
+    """The outcome of the tests that prove a claim; ``gates`` is the option."""
     if gates == "run":
-        return run_tests(node)
-    path, *names = node.split("::")
-    dotted = ".".join([path.removesuffix(".py").replace("/", "."), *names])
-    found = set()
-    for name, outcome in [] if gates == "not-run" else read_outcomes(gates):
-        collection_failed = outcome == "failed" and dotted.startswith(f"{name}.")  # the case is the test's whole file
-        if name == dotted or name.startswith(f"{dotted}.") or collection_failed:
-            found.add(outcome)
-    return next((outcome for outcome in ("failed", "passed") if outcome in found), "not run")
+        return run_tests(claim)
+    if gates == "not-run":
+        return "not run"
+    outcomes = {outcome for proved, outcome in read_outcomes(gates) if proved in (claim, None)}
+    named = {"failed": "failed", "passed": "passed", "not collected": "failed"}
+    return next((text for outcome, text in named.items() if outcome in outcomes), "not run")
 
 
-def run_tests(node: str) -> str:
-    """What the tests of a node come to in a process of their own."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "--no-header", node]
+def run_tests(claim: str) -> str:
+    """The outcome of the tests that prove a claim, in a process of their own."""
+    select = ["tests", "-m", f"proves(claim={claim!r})"]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "--no-header", *select]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=GATE_SECONDS)
     except subprocess.TimeoutExpired:
         return "timed out"
+    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise LookupError(f"no test proves {claim!r}")
     if done.returncode == pytest.ExitCode.OK and " passed" in done.stdout:
         return "passed"
     print(done.stdout[-2000:], done.stderr[-2000:])
-    none_ran = (pytest.ExitCode.OK, pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
-    return "not run" if done.returncode in none_ran else "failed"
+    return "not run" if done.returncode in (pytest.ExitCode.OK, pytest.ExitCode.USAGE_ERROR) else "failed"
 
 
 @cache
-def read_outcomes(files: str) -> list[tuple[str, str]]:
-    """Dotted names of the tests in JUnit files, without parameters, each with what it has come to.
+def read_outcomes(files: str) -> list[tuple[str | None, str]]:
+    """Claims in JUnit files, each with the outcome of one test that proves it.
 
-    Of a file that cannot be read no test counts as run. One that pytest wrote when it was interrupted has a case
-    without a name; it does not tell which tests were still to come, so none in it counts as passed.
+    A test file that could not be collected names no claim: it has None, since any claim may be proved in it. No test
+    counts as run if its JUnit file cannot be read. A file of an interrupted run has a case without a name; it does not
+    tell which tests were still to come, so none in it counts as passed.
     """
-    found = []
+    outcomes: list[tuple[str | None, str]] = []
     for file in files.split(","):
         try:
             cases = list(ElementTree.parse(file).iter("testcase"))
@@ -133,18 +133,26 @@ def read_outcomes(files: str) -> list[tuple[str, str]]:
             continue
         interrupted = any(not case.get("name") for case in cases)
         for case in cases:
-            name = ".".join(filter(None, (case.get("classname"), case.get("name", "").partition("[")[0])))
-            tags = {child.tag for child in case}
-            if tags & {"failure", "error"}:
-                found.append((name, "failed"))
-            elif "skipped" not in tags and not interrupted:
-                found.append((name, "passed"))
-    return found
+            outcome = outcome_of(case)
+            if outcome == "not collected":
+                outcomes.append((None, outcome))
+            elif outcome == "failed" or (outcome == "passed" and not interrupted):
+                claims = case.iterfind("properties/property[@name='proves']")
+                outcomes += [(claim.get("value"), outcome) for claim in claims]
+    return outcomes
 
 
-def failures(nodes: Iterable[str]) -> list[str]:
-    """Short names of those that have failed."""
-    return [node.rpartition("/")[2] + BAD[GATES[node]] for node in nodes if GATES[node] in BAD]
+def outcome_of(case: ElementTree.Element) -> str:
+    """Of one case of a JUnit file: "passed", "failed", "skipped" or "not collected"."""
+    tags = {child.tag for child in case}
+    if any(error.get("message") == "collection failure" for error in case.iterfind("error")):
+        return "not collected"
+    return "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
+
+
+def failures(claims: Iterable[str]) -> list[str]:
+    """The claims of which tests have failed."""
+    return [claim + BAD[GATES[claim]] for claim in claims if GATES[claim] in BAD]
 
 
 @pytest.fixture
@@ -193,5 +201,5 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{bench.name}: " + ", ".join(f"{k} {v}" for k, v in info.items()))
     if failed := failures(GATES):
         terminalreporter.write_line(f"gates failed: {', '.join(failed)}")
-    if not_run := [node for node, outcome in GATES.items() if outcome == "not run"]:
+    if not_run := [claim for claim, outcome in GATES.items() if outcome == "not run"]:
         terminalreporter.write_line(f"gates not run: {', '.join(not_run)}")

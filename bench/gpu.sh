@@ -116,7 +116,8 @@ together() {  # calls of functions: make them at once
 	for job in "${jobs[@]}"; do wait "$job" || failed=1; done
 }
 
-graph=tests/test_graph.py
+graph=tests/test_graph_gpu.py
+graphs=(tests/test_graph_*.py tests/test_cuda_bindings.py)
 same=$graph::test_graphs_take_the_steps_of_the_eager_path
 risky=(
 	$graph::test_a_loop_on_the_device_ends_when_its_flag_says_so
@@ -131,7 +132,7 @@ risky=(
 kernel_tests() { tests kernels-tests "$1" tests/test_fused.py; }
 device_tests() { tests device-tests "$1" tests/test_device.py; }
 risky_tests() { tests graph-tests "$1" -x "${risky[@]}"; }
-graph_tests() { tests graph-tests "$1" $graph --deselect $same -k "not hugging_face and not profiled"; }
+graph_tests() { tests graph-tests "$1" "${graphs[@]}" --deselect $same -k "not hugging_face and not profiled"; }
 same_tests() {
 	tests same-tests "$1" $same tests/test_benchmarks.py tests/test_reference.py -k "take_the or takes_the or same_answers"
 }

@@ -1,9 +1,11 @@
 """Seeds, poisoned memory and visible skips for all tests."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
+from helpers import interpreter
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU, slowly
@@ -12,14 +14,24 @@ if not torch.cuda.is_available():
 def pytest_configure(config):
     torch.set_num_threads(1)  # the models are tiny: a second thread only waits
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "proves(claim): a test of a claim that benchmark cases name")
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if "gpu" in item.keywords:
+        item.user_properties += [("proves", mark.kwargs["claim"]) for mark in item.iter_markers("proves")]
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is here"))
+
+
+@pytest.fixture(autouse=True)
+def fast_interpreter():
+    """The same results as by Triton's own interpreter, which test_interpreter.py compares, in about half the time."""
+    if torch.cuda.is_available() or not find_spec("triton"):
+        yield
+        return
+    with interpreter.faster():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +41,7 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Memory that nobody wrote reads as NaN, so that a result that depends on it fails."""
+    """Unwritten memory reads as NaN, so that a result that depends on it fails."""
     plain_empty, plain_like = torch.empty, torch.empty_like
 
     def poison(tensor):

@@ -11,6 +11,7 @@ from torch import nn
 import fastals
 from fastals.partition import blocks
 
+pytestmark = pytest.mark.proves(claim="every-architecture")
 IDS = torch.tensor([[3, 5, 7, 9, 11, 4], [2, 8, 6, 1, 9, 3]])
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 DROP = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}

@@ -1,5 +1,6 @@
 """``fastals bench``: pages of stored results, and which changes count as slower."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -91,6 +92,7 @@ def rows(page):
     return {row[0]: row[1:] for row in cells}
 
 
+@pytest.mark.proves(claim="captured-adamw")
 @pytest.mark.gpu
 def test_a_captured_adamw_takes_the_steps_of_adamw():
     from rivals import RIVALS
@@ -138,13 +140,18 @@ def test_a_case_that_has_failed_or_was_interrupted_stores_no_number(conftest):
 GATE_TESTS = """
 import pytest
 
+pytestmark = pytest.mark.proves(claim="all")
+
+@pytest.mark.proves(claim="right")
 @pytest.mark.parametrize("n", ["a.b", "c"])
 def test_right(n):
     pass
 
+@pytest.mark.proves(claim="right-or-not")
 def test_right_or_not():
     assert False
 
+@pytest.mark.proves(claim="skipped")
 @pytest.mark.skip
 def test_skipped():
     pass
@@ -158,24 +165,20 @@ from rivals import Search
 
 exact = pytest.mark.exact
 
-@exact("tests/test_a.py::test_right")
+@exact("right")
 def test_passed(benchmark):
     benchmark(int)
 
-@exact("tests/test_a.py::test_right")
-@exact("tests/test_a.py::test_right_or_not")
-@exact("tests/test_a.py::test_skipped")
-@exact("tests/test_a.py")
+@exact("right")
+@exact("right-or-not")
+@exact("skipped")
+@exact("all")
 def test_failed(benchmark):
     benchmark(int)
 
-@exact("tests/test_a.py::test_right")
-@exact("tests/test_a.py::test_skipped")
+@exact("right")
+@exact("skipped")
 def test_skipped(benchmark):
-    benchmark(int)
-
-@exact("tests/test_nowhere.py")
-def test_nowhere(benchmark):
     benchmark(int)
 
 class Counted(Search):
@@ -194,19 +197,29 @@ def test_ungated(in_turn):
 """
 
 
+def outside():
+    """The environment without the signs of a pytest-xdist worker, in which benchmarks are disabled."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+
+
 def pytest_in(folder, *arguments):
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=outside())
 
 
 @pytest.fixture
 def gated(tmp_path):
-    """A folder with benchmark cases and the tests that they name."""
+    """A folder with benchmark cases and the tests of the claims that they name."""
     for path, text in (("tests/test_a.py", GATE_TESTS), ("bench/bench_a.py", GATED_CASES)):
         (tmp_path / path).parent.mkdir()
         (tmp_path / path).write_text(text)
-    shutil.copy(BENCH / "conftest.py", tmp_path / "bench")
-    settings = ["addopts = --import-mode=importlib", "python_files = test_*.py bench_*.py", f"pythonpath = {BENCH}"]
+    for folder in ("bench", "tests"):
+        shutil.copy(ROOT / folder / "conftest.py", tmp_path / folder)
+    settings = [
+        "addopts = --import-mode=importlib",
+        "python_files = test_*.py bench_*.py",
+        f"pythonpath = {BENCH} {ROOT / 'tests'}",
+    ]
     (tmp_path / "pytest.ini").write_text("\n".join(["[pytest]", *settings]))
     return tmp_path
 
@@ -215,68 +228,104 @@ def gated(tmp_path):
 def test_a_case_is_timed_whatever_its_exactness_tests_come_to(gated, gates):
     if gates == "file":
         assert pytest_in(gated, "tests", "--junit-xml=a.xml").returncode == pytest.ExitCode.TESTS_FAILED
+    else:  # marks suffice to run the tests, and processes start sooner without it
+        (gated / "tests" / "conftest.py").unlink()
     option = "--gates=a.xml,nowhere.xml" if gates == "file" else f"--gates={gates}"
     done = pytest_in(gated, "bench", option, "--benchmark-max-time=0.01", "--benchmark-json=out.json")
     assert done.returncode == 0, done.stdout
     infos = {charts.full_name(c): c["extra_info"] for c in report.read(gated / "out.json")[0]}
-    outcomes = dict.fromkeys(("passed", "failed", "skipped", "nowhere", "ungated"), "not run")
+    outcomes = dict.fromkeys(("passed", "failed", "skipped", "ungated"), "not run")
     if gates != "not-run":
-        outcomes |= {"passed": "passed", "failed": "failed test_a.py, test_a.py::test_right_or_not"}
+        outcomes |= {"passed": "passed", "failed": "failed all, right-or-not"}
     assert {name: info["gates"] for name, info in infos.items()} == outcomes
-    line = "\ngates failed: test_a.py, test_a.py::test_right_or_not\n"
+    line = "\ngates failed: all, right-or-not\n"
     assert (line in done.stdout) == (gates != "not-run")
     assert "\ngates not run: " in done.stdout
     assert infos["ungated"]["trials_per_unit"] == [5.0, 5.0]  # of the steps 3 to 7
 
 
+PROVING = 'import pytest\n\npytestmark = pytest.mark.proves(claim="it")\n'
+
+
+def test_a_claim_that_no_test_proves_is_an_error(gated):
+    (gated / "bench" / "bench_a.py").write_text(
+        GATED_CASES + '\n@exact("nothing")\ndef test_b(benchmark):\n    benchmark(int)\n'
+    )
+    done = pytest_in(gated, "bench", "-k", "test_b", "--benchmark-max-time=0.01")
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "no test proves 'nothing'" in done.stdout
+
+
+def claims_in(folder, pattern, *marks):
+    """The claims that marks in Python files of a folder name."""
+    calls = (
+        n for path in folder.glob(pattern) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)
+    )
+    return {
+        value.value
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and ast.unparse(call.func).removeprefix("pytest.mark.") in marks
+        for value in (*call.args, *(keyword.value for keyword in call.keywords))
+    }
+
+
+def test_every_claim_of_a_case_is_proved_by_a_test_and_no_other_is():
+    named = claims_in(BENCH, "bench_*.py", "exact", "exact_on_gpu")
+    assert len(named) >= 8
+    assert named == claims_in(ROOT / "tests", "test_*.py", "proves")
+
+
 def test_exactness_tests_that_take_too_long_have_failed(conftest, tmp_path, monkeypatch):
-    (tmp_path / "test_slow.py").write_text("import time\n\ndef test_slow():\n    time.sleep(60)")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_slow.py").write_text(PROVING + "import time\n\ndef test_slow():\n    time.sleep(60)")
     monkeypatch.setattr(conftest, "ROOT", tmp_path)
     monkeypatch.setattr(conftest, "GATE_SECONDS", 0.5)
-    conftest.GATES["tests/test_slow.py"] = conftest.verdict("test_slow.py", "run")
-    assert conftest.failures(conftest.GATES) == ["test_slow.py timed out"]
+    conftest.GATES["it"] = conftest.verdict("it", "run")
+    assert conftest.failures(conftest.GATES) == ["it timed out"]
 
 
 def test_exactness_tests_that_crash_have_failed(conftest, tmp_path, monkeypatch):
-    (tmp_path / "test_crash.py").write_text("import os\n\ndef test_crash():\n    os.abort()")
-    monkeypatch.setattr(conftest, "ROOT", tmp_path)
-    assert conftest.verdict("test_crash.py", "run") == "failed"
-
-
-def test_outcomes_are_those_of_the_tests_that_a_node_names(conftest, tmp_path):
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_a.py").write_text(
-        GATE_TESTS + "\nclass TestA:\n    def test_wrong(self):\n        assert False\n"
-    )
-    (tmp_path / "tests" / "test_broken.py").write_text("import nowhere")
-    (tmp_path / "tests" / "test_cut.py").write_text(
-        "def test_wrong():\n    assert False\n\ndef test_right():\n    pass\n\n"
-        "def test_cut():\n    raise KeyboardInterrupt\n"
-    )
-    own = ["--import-mode=importlib", "-o", "addopts=", f"--rootdir={tmp_path}"]
-    for name in ("a", "broken", "cut"):
-        pytest_in(tmp_path, *own, f"tests/test_{name}.py", f"--junit-xml={tmp_path}/{name}.xml")
-    (tmp_path / "no.xml").write_text("<testsuites>")
-    files = ",".join(f"{tmp_path}/{name}.xml" for name in ("no", "a", "broken", "cut"))
+    (tmp_path / "tests" / "test_crash.py").write_text(PROVING + "import os\n\ndef test_crash():\n    os.abort()")
+    monkeypatch.setattr(conftest, "ROOT", tmp_path)
+    assert conftest.verdict("it", "run") == "failed"
+
+
+def test_outcomes_are_those_of_the_tests_that_prove_a_claim(conftest, gated):
+    wrong = '@pytest.mark.proves(claim="{}")\ndef test_{}():\n    {}\n\n'
+    files = {
+        "a": GATE_TESTS + "\nclass TestA:\n    @pytest.mark.proves(claim='in-a-class')\n"
+        "    def test_wrong(self):\n        assert False\n",
+        "cut": "import pytest\n\n" + wrong.format("wrong-then-cut", "wrong", "assert False")
+        + wrong.format("right-then-cut", "right", "pass") + wrong.format("cut", "cut", "raise KeyboardInterrupt"),
+        "broken": PROVING + "import nowhere\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (gated / "tests" / f"test_{name}.py").write_text(text)
+        pytest_in(gated, f"tests/test_{name}.py", f"--junit-xml={gated}/{name}.xml")
+    (gated / "no.xml").write_text("<testsuites>")
     outcomes = {
-        "tests/test_a.py": "failed",
-        "tests/test_a.py::test_right": "passed",
-        "tests/test_a.py::test_right_or_not": "failed",
-        "tests/test_a.py::test_skipped": "not run",
-        "tests/test_a.py::TestA": "failed",
-        "tests/test_a.py::TestA::test_wrong": "failed",
-        "tests/test_broken.py": "failed",
-        "tests/test_broken.py::test_right": "failed",
-        "tests/test_cut.py": "failed",
-        "tests/test_cut.py::test_wrong": "failed",
-        "tests/test_cut.py::test_right": "not run",
-        "tests/test_cut.py::test_cut": "not run",
+        "all": "failed",
+        "right": "passed",
+        "right-or-not": "failed",
+        "skipped": "not run",
+        "in-a-class": "failed",
+        "wrong-then-cut": "failed",
+        "right-then-cut": "not run",
+        "cut": "not run",
+        "nothing": "not run",
     }
-    assert {node: conftest.verdict(node, files) for node in outcomes} == outcomes
+    read = ",".join(f"{gated}/{name}.xml" for name in ("no", "a", "cut"))
+    assert {claim: conftest.verdict(claim, read) for claim in outcomes} == outcomes
+    assert conftest.verdict("it", read) == "not run"
+    read += f",{gated}/broken.xml"
+    assert conftest.verdict("it", read) == "failed", "its tests may be those that could not be collected"
+    assert conftest.verdict("right", read) == "passed"
+    assert conftest.verdict("right", "not-run") == "not run"
 
 
 def test_the_page_marks_the_cases_whose_exactness_tests_have_not_passed(store, tmp_path):
-    failed = "failed test_fused.py"
+    failed = "failed fused-kernels"
     file = store("step.json", [
         ratio("small", 1.85, 1.69, 2.31), ratio("large", 1.5, 1.4, 1.6, gates=failed),
         ratio("old", 1.5, 1.4, 1.6, test="aged", gates=["tests/test_fused.py"]),
@@ -343,7 +392,7 @@ def test_a_digest_names_what_failed_and_ends_with_the_figures(tmp_path, store, c
 def gpu_script(*arguments, **variables):
     return subprocess.run(
         ["bash", BENCH / "gpu.sh", *arguments], capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHON": sys.executable} | variables,
+        env=outside() | {"PYTHON": sys.executable} | variables,
     )  # fmt: skip
 
 

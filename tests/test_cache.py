@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers as hf
+from helpers.hf import tiny_bert
 from helpers.tiny import TinyTransformer, tiny_batches
 from torch import nn
 
@@ -435,12 +436,8 @@ ATTENDED = {"input_ids": torch.arange(24).view(2, 12), "labels": torch.tensor([0
 
 
 def attending():
-    torch.manual_seed(0)
-    config = hf.BertConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager",
-    )  # fmt: skip
-    return hf.BertForSequenceClassification(config).train()
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return tiny_bert(vocab_size=30, attn_implementation="eager", **no_dropout).train()
 
 
 @pytest.mark.filterwarnings("ignore:fastals")

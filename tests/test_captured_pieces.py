@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 pytest.importorskip("triton")
+from helpers.hf import tiny_bert
 from helpers.tiny import TinyTransformer, tiny_batches
 
 import fastals
@@ -306,13 +307,9 @@ def normed():
 
 
 def bert():
-    hf = pytest.importorskip("transformers")
-    config = hf.BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=2
-    )
     ids = torch.tensor([[3, 5, 7, 9, 11, 4], [2, 8, 6, 1, 9, 3]])
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
-    model = hf.BertForSequenceClassification(config).to("meta").train()
+    model = tiny_bert(vocab_size=40, intermediate_size=24).to("meta").train()
     return model, {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1])}
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from helpers.options import HARD, values
 from helpers.tiny import TinyTransformer, assert_same, tiny_batches
 
 import fastals
@@ -27,8 +28,8 @@ from fastals.kernels.moments import advance, survey
 from fastals.kernels.trial import trial, trial_kernel
 from fastals.losses import Losses
 
+pytestmark = pytest.mark.proves(claim="fused-optimizer")
 CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HARD = {"c": 0.5, "backtrack": 0.5, "growth": 2.0, "trust": 0.2, "max_trials": 4}
 CASES = [
     {"schedule": "sweep"}, {"schedule": "sweep", "order": "bottom_up"}, {"schedule": "sweep", "order": "random"},
     {"schedule": "independent"}, {"schedule": "independent", "momentum": "tested"}, {"schedule": "cycle"},
@@ -64,7 +65,8 @@ def snapshot(model, opt):
     return [p.detach().clone() for p in model.parameters()], saved, torch.get_rng_state()
 
 
-@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.proves(claim="fused-steps")
+@pytest.mark.parametrize("options", CASES, ids=values)
 def test_same_steps_as_the_eager_baseline(options):
     options = HARD | options
     model, opt = build(**options)

@@ -20,6 +20,7 @@ from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH
 from fastals.kernels.trial import trial
 from fastals.search import INITIALS, MEMORY, REFERENCES, Search
 
+pytestmark = pytest.mark.proves(claim="fused-kernels")
 CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [1, 63, 64, 65, 1000, 2 * BLOCK + 5]
 RULES = {

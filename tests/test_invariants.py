@@ -11,24 +11,21 @@ import signal
 
 import pytest
 import torch
+from helpers.hf import tiny_bert
+from helpers.options import HARD_SWEEP
 from helpers.tiny import TinyTransformer, assert_same, tiny_batches
 from torch import nn
 
 import fastals
 from fastals.kernels import plain
 
-# Apart from the defaults; steps so large that trials are rejected and searches exhausted.
-HARD = {
-    "schedule": "sweep", "order": "top_down", "momentum": "none", "initial": "warm", "reference": "monotone",
-    "c": 0.5, "backtrack": 0.5, "growth": 2.0, "trust": 0.2, "max_trials": 4,
-}  # fmt: skip
 SCHEDULES = ["sweep", "independent", "cycle", "joint"]
 
 
 def build(dtype=torch.float32, model=None, **options):
     torch.manual_seed(0)
     model = (TinyTransformer(depth=2) if model is None else model).to(dtype)
-    return model, fastals.ALS(model, **(HARD | options))
+    return model, fastals.ALS(model, **(HARD_SWEEP | options))
 
 
 def train(model, opt, steps, first=0):
@@ -426,16 +423,8 @@ def test_gradients_are_those_of_a_plain_backward():
     assert_same([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
 
 
-def tiny_bert(**options):
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-            num_labels=4, max_position_embeddings=16, **options,
-        )
-    )  # fmt: skip
+def bert():
+    return tiny_bert(vocab_size=32, num_labels=4, max_position_embeddings=16)
 
 
 def tiny_gpt2():
@@ -455,7 +444,7 @@ def five_steps(model, lm=False, **options):
     return opt
 
 
-@pytest.mark.parametrize(("make", "lm"), [(tiny_bert, False), (tiny_gpt2, True)], ids=["bert", "tied gpt2"])
+@pytest.mark.parametrize(("make", "lm"), [(bert, False), (tiny_gpt2, True)], ids=["bert", "tied gpt2"])
 def test_saved_models_reload_bitwise(make, lm, tmp_path):
     import accelerate
     from safetensors.torch import load_model
@@ -485,7 +474,7 @@ def test_saved_adapters_reload_bitwise(tmp_path):
 
     def wrapped():
         config = peft.LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"], lora_dropout=0.1)
-        return peft.get_peft_model(tiny_bert(), config)
+        return peft.get_peft_model(bert(), config)
 
     model = wrapped()
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -495,7 +484,7 @@ def test_saved_adapters_reload_bitwise(tmp_path):
     assert_same({n: p.detach() for n, p in model.named_parameters() if n in frozen}, frozen)
     assert any(torch.count_nonzero(p) for n, p in moved.items() if "lora_B" in n), "adapters start at 0 and must move"
     model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path)
+    again = peft.PeftModel.from_pretrained(bert(), tmp_path)
     loaded = dict(again.named_parameters())
     assert_same({n: loaded[n].detach() for n in moved}, {n: p.detach() for n, p in moved.items()})
 

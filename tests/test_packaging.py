@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from helpers.hf import tiny_bert
+from transformers import Trainer, TrainingArguments
 
 import fastals
 
@@ -33,9 +34,7 @@ def block(containing):
 
 @pytest.fixture
 def bert():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return BertForSequenceClassification(BertConfig(vocab_size=30, num_labels=3, **sizes)).train()
+    return tiny_bert(vocab_size=30, num_labels=3, hidden_size=32, intermediate_size=64).train()
 
 
 def test_the_loops_of_the_readme_train(bert):

@@ -6,19 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.tiny import TinyTransformer, tiny_batches
-from torch import nn
+from helpers.options import HARD_SWEEP
+from helpers.tiny import TinyTransformer, TwoHeads, tiny_batches
 
 import fastals
 from fastals.eager import EagerALS
 from fastals.search import MEMORY
 
 STEPS = 30
-# Apart from the defaults; steps so large that trials are rejected and searches exhausted.
-HARD = {
-    "schedule": "sweep", "order": "top_down", "momentum": "none", "initial": "warm", "reference": "monotone",
-    "c": 0.5, "backtrack": 0.5, "growth": 2.0, "trust": 0.2, "max_trials": 4,
-}  # fmt: skip
 
 
 @dataclass
@@ -91,10 +86,11 @@ def one_step(opt, model, batch, backward):
     return opt.step(closure, loss=loss)
 
 
+@pytest.mark.proves(claim="same-answers-for-each-schedule")
 @pytest.mark.parametrize("momentum", ["none", "after", "tested"])
 @pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
 def test_same_answers_for_each_schedule_and_momentum(schedule, momentum):
-    seen = compare(HARD | {"schedule": schedule, "momentum": momentum})
+    seen = compare(HARD_SWEEP | {"schedule": schedule, "momentum": momentum})
     assert "accepted" in seen.outcomes
     assert seen.rejections > 0
     assert ("kept" in seen.outcomes) == (schedule == "cycle")
@@ -111,7 +107,7 @@ def test_same_answers_in_single_precision_with_the_defaults(schedule, momentum):
 @pytest.mark.parametrize("reference", ["monotone", "nonmonotone", "smoothed"])
 @pytest.mark.parametrize("initial", ["warm", "reset", "polyak", "random"])
 def test_same_answers_for_each_first_step_and_reference(initial, reference):
-    seen = compare(HARD | {"initial": initial, "reference": reference, "trust": 0.5, "max_trials": 6})
+    seen = compare(HARD_SWEEP | {"initial": initial, "reference": reference, "trust": 0.5, "max_trials": 6})
     assert "accepted" in seen.outcomes
     assert seen.rejections > 0
 
@@ -119,27 +115,35 @@ def test_same_answers_for_each_first_step_and_reference(initial, reference):
 @pytest.mark.parametrize("order", ["top_down", "bottom_up", "random"])
 @pytest.mark.parametrize("schedule", ["sweep", "independent"])
 def test_same_answers_for_each_order(schedule, order):
-    assert compare(HARD | {"schedule": schedule, "order": order, "initial": "random", "trust": 2.0}).rejections > 0
+    assert (
+        compare(HARD_SWEEP | {"schedule": schedule, "order": order, "initial": "random", "trust": 2.0}).rejections > 0
+    )
 
 
 @pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
 @pytest.mark.parametrize("every", [3, "auto"])
 def test_same_answers_when_searching_rarely(every, schedule):
-    seen = compare(HARD | {"schedule": schedule, "every": every, "momentum": "after"})
+    seen = compare(HARD_SWEEP | {"schedule": schedule, "every": every, "momentum": "after"})
     assert {"accepted", "kept"} <= seen.outcomes
 
 
 @pytest.mark.parametrize("momentum", ["none", "after", "tested"])
 @pytest.mark.parametrize("schedule", ["sweep", "joint"])
 def test_same_answers_along_the_gradient(schedule, momentum):
-    options = HARD | {"direction": "sgd", "schedule": schedule, "momentum": momentum, "trust": None, "eta_max": 2.0}
+    options = HARD_SWEEP | {
+        "direction": "sgd",
+        "schedule": schedule,
+        "momentum": momentum,
+        "trust": None,
+        "eta_max": 2.0,
+    }
     assert compare(options | {"max_trials": 5}).rejections > 0
 
 
 @pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
 @pytest.mark.parametrize("momentum", ["none", "after"])
 def test_same_answers_with_weight_decay_and_clipping(schedule, momentum):
-    options = HARD | {"weight_decay": 0.1, "max_grad_norm": 0.5, "schedule": schedule, "momentum": momentum}
+    options = HARD_SWEEP | {"weight_decay": 0.1, "max_grad_norm": 0.5, "schedule": schedule, "momentum": momentum}
     assert compare(options).rejections > 0
 
 
@@ -148,7 +152,7 @@ def test_same_answers_with_weight_decay_and_clipping(schedule, momentum):
 def test_same_answers_while_units_merge(schedule, every):
     torch.manual_seed(0)
     model = TinyTransformer(depth=4).double()
-    compare(HARD | {"schedule": schedule, "every": every, "merge_below": 1e-2, "trust": 0.05}, model=model)
+    compare(HARD_SWEEP | {"schedule": schedule, "every": every, "merge_below": 1e-2, "trust": 0.05}, model=model)
 
 
 def test_units_merge_down_to_two():
@@ -166,39 +170,25 @@ def test_units_merge_down_to_two():
 
 @pytest.mark.parametrize("schedule", ["sweep", "independent"])
 def test_same_answers_with_gradients_already_there(schedule):
-    assert compare(HARD | {"schedule": schedule}, backward=True).rejections > 0
+    assert compare(HARD_SWEEP | {"schedule": schedule}, backward=True).rejections > 0
 
 
 def test_same_answers_in_bfloat16_with_master_weights():
     torch.manual_seed(0)
     model = TinyTransformer(depth=2, dropout=0.0).bfloat16()
     # One rounding to bfloat16 that falls the other way changes a weight by 0.4 %, so each step is compared for itself.
-    seen = compare(HARD | {"momentum": "after", "weight_decay": 0.1}, model=model, resync=True)
+    seen = compare(HARD_SWEEP | {"momentum": "after", "weight_decay": 0.1}, model=model, resync=True)
     assert seen.rejections > 0
-
-
-class TwoHeads(nn.Module):
-    """Each batch goes through one of two heads, so the other one has no gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = TinyTransformer(depth=2)
-        self.other = nn.Linear(16, 4)
-
-    def forward(self, tokens, labels):
-        if labels[0] % 2:
-            return self.body(tokens, labels)
-        x = self.body.embed(tokens)
-        return nn.functional.cross_entropy(self.other(self.body.blocks[0](x).mean(1)), labels)
 
 
 @pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
 def test_same_answers_where_some_parameters_have_no_gradient(schedule):
     torch.manual_seed(0)
-    seen = compare(HARD | {"schedule": schedule, "momentum": "after"}, model=TwoHeads().double())
+    seen = compare(HARD_SWEEP | {"schedule": schedule, "momentum": "after"}, model=TwoHeads().double())
     assert "accepted" in seen.outcomes
 
 
+@pytest.mark.proves(claim="same-answers-on-bert")
 def test_same_answers_on_bert():
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
@@ -211,7 +201,7 @@ def test_same_answers_on_bert():
     for layer in model.bert.encoder.layer:  # its gradient is rounding noise, which twins do not share
         layer.attention.self.key.bias.requires_grad_(False)
     batches = ({"input_ids": b["tokens"], "labels": b["labels"]} for b in tiny_batches(STEPS))
-    assert compare(HARD | {"weight_decay": 0.01}, model=model, batches=batches).rejections > 0
+    assert compare(HARD_SWEEP | {"weight_decay": 0.01}, model=model, batches=batches).rejections > 0
 
 
 def test_a_later_state_of_the_baseline_is_that_of_the_fast_path():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.tiny import TinyTransformer, tiny_batches
+from helpers.tiny import TinyTransformer, TwoHeads, tiny_batches
 from torch import nn
 
 import fastals
@@ -17,27 +17,12 @@ AS_ADAMW = {
 }  # fmt: skip
 
 
-class TwoHeads(nn.Module):
-    """Each batch goes through one of two heads, so the other one has no gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = TinyTransformer(depth=2, dropout=0.0)
-        self.other = nn.Linear(16, 4)
-
-    def forward(self, tokens, labels, other):
-        if not other:
-            return self.body(tokens, labels)
-        x = self.body.blocks[0](self.body.embed(tokens))
-        return nn.functional.cross_entropy(self.other(x.mean(1)), labels)
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
 def test_with_the_step_size_fixed_it_is_adamw(schedule, decay):
     """Moments, bias corrections by each parameter's own count of updates, decoupled decay: as in torch's AdamW."""
     torch.manual_seed(0)
-    model = TwoHeads().double()
+    model = TwoHeads(dropout=0.0).double()
     twin = copy.deepcopy(model)
     opt = fastals.ALS(
         fastals.units(model, by=["body", "other"]),
@@ -240,7 +225,7 @@ def test_a_parameter_frozen_after_construction_is_skipped():
 
 def test_a_unit_that_is_never_used_does_not_make_the_others_search():
     torch.manual_seed(0)
-    model = TwoHeads()
+    model = TwoHeads(dropout=0.0)
     opt = fastals.ALS(fastals.units(model, by=["body", "other"]), model=model, every=3)
     outcomes = []
     for batch in tiny_batches(7):

@@ -48,6 +48,22 @@ class TinyBlock(nn.Module):
         return x + self.dropout(self.mlp(x))
 
 
+class TwoHeads(nn.Module):
+    """Each batch goes through one of two heads, so the other one has no gradient."""
+
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.body = TinyTransformer(depth=2, dropout=dropout)
+        self.other = nn.Linear(16, 4)
+
+    def forward(self, tokens: Tensor, labels: Tensor, other: bool | None = None) -> Tensor:
+        """Through the other head if ``other`` says so; by default, if the first label is even."""
+        if not (labels[0] % 2 == 0 if other is None else other):
+            return self.body(tokens, labels)
+        x = self.body.blocks[0](self.body.embed(tokens))
+        return nn.functional.cross_entropy(self.other(x.mean(1)), labels)
+
+
 def tiny_batches(count: int, size: int = 8, length: int = 6, vocab: int = 32, classes: int = 4) -> Iterator[dict]:
     """Mini-batches that can be learned: the label is the first token modulo the classes."""
     generator = torch.Generator().manual_seed(1)

@@ -1,0 +1,198 @@
+"""Captured steps equal eager steps: a back end that records stands in for CUDA graphs, on the CPU."""
+
+import copy
+import math
+import signal
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from helpers.hf import model_and_batches
+from helpers.options import CAPTURED, HARD, values
+from helpers.recording import Recording, build, interpreted, recorded
+from helpers.tiny import tiny_batches
+
+import fastals
+from fastals.graphs.graphed import WARMUP
+from fastals.graphs.program import EndSkip, Loop, Run, SkipIfAccepted
+
+
+def same_report(a, b):
+    assert [(u.name, u.outcome) for u in a.units] == [(u.name, u.outcome) for u in b.units]
+    for u, v in zip(a.units, b.units, strict=True):
+        assert u.trials == v.trials
+        assert (u.step_size, u.slope) == (v.step_size, v.slope)
+    assert a.joint_trials == b.joint_trials
+    assert a.loss_before == b.loss_before
+    assert a.loss_after == b.loss_after or (math.isnan(a.loss_after) and math.isnan(b.loss_after))
+
+
+@interpreted
+@pytest.mark.parametrize("linked", [False, True], ids=["host", "while"])
+@pytest.mark.parametrize("options", CAPTURED, ids=values)
+def test_a_replayed_step_is_the_eager_step_bitwise(options, linked):
+    options = HARD | options
+    model, opt, step = build(linked=linked, **options)
+    twin = copy.deepcopy(model)
+    eager = fastals.ALS(fastals.units(twin), model=twin, fused=True, **options)
+    for t, batch in enumerate(tiny_batches(WARMUP + 3)):
+        after = []
+        for take in (step, lambda b: eager.step(lambda: twin(**b))):
+            torch.manual_seed(100 + t)
+            loss = take(batch)
+            after.append((float(loss), torch.rand(2).tolist()))
+        assert after[0] == after[1], "losses, and where the generators stand"
+        same_report(opt.report, eager.report)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert step.mode.name == ("while" if linked else "host")
+    ours, theirs = opt.state_dict(), eager.state_dict()
+    for a, b in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+        assert a == b
+    for i, s in theirs["state"].items():
+        assert all(torch.equal(ours["state"][i][k], v) for k, v in s.items())
+
+
+@interpreted
+def test_launches_and_looks():
+    """Host mode looks once per trial; in while mode a step is one launch, with dropout two, and no look."""
+    for linked, dropout in ((False, 0.1), (True, 0.1), (True, 0.0)):
+        log = []
+        _, opt, step = build(linked=linked, log=log, dropout=dropout)
+        for batch in tiny_batches(WARMUP + 3):
+            log.clear()
+            step(batch)
+        if linked:
+            assert log == (["replay", "launch"] if dropout else ["launch"])
+        else:
+            trials, units = opt.report.trials, len(opt.report.units)
+            assert log.count("look") == trials
+            assert log.count("replay") == 1 + trials + units + 1  # head, trials, a line before every loop, the end
+
+
+@interpreted
+@pytest.mark.parametrize("schedule", ["joint", "cycle", "sweep"])
+def test_a_resumed_optimizer_replays_with_its_cache(schedule):
+    model, opt, step = build(schedule=schedule, depth=2)
+    batches = list(tiny_batches(WARMUP + 2))
+    for batch in batches:
+        step(batch)
+    state = opt.state_dict()
+    twin, resumed, again = build(schedule=schedule, depth=2)
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(state)
+    weights = [p.detach().clone() for p in twin.parameters()]
+    for batch in batches:
+        again(batch)
+    assert all(resumed.engine.learned.trusted.get(u.name) for u in resumed.engine.partition.units)
+    (captured,) = again._programs.values()
+    assert all(captured.program.losses.trusted[u.name] for u in resumed.engine.partition.units)
+    assert not all(torch.equal(p, q) for p, q in zip(twin.parameters(), weights, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_replayed_step_is_finished_and_counted_before_an_interrupt(linked):
+    interrupted = {"now": False}
+
+    def loss_fn(batch):
+        if interrupted["now"]:
+            signal.raise_signal(signal.SIGINT)
+        return model(**batch)
+
+    model, opt, step = build(loss_fn=loss_fn, linked=linked, **HARD)
+    batches = list(tiny_batches(WARMUP + 2))
+    for batch in batches[:-1]:
+        step(batch)
+    interrupted["now"] = True
+    with pytest.raises(KeyboardInterrupt):
+        step(batches[-1])
+    assert opt.param_groups[0]["count"] == int(opt.engine.partition.arena.step) == len(opt.reports) == len(batches)
+
+
+@interpreted
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_outer_autocast_region_sees_the_weights_behind_a_replayed_step(linked):
+    model, _, step = build(linked=linked, momentum="after", **HARD)
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for batch in tiny_batches(WARMUP + 2):
+            step(batch)
+            found = float(model(**batch))
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                assert found == float(model(**batch))
+    assert step.mode.name != "eager", step.mode
+
+
+@interpreted
+def test_schedules_differ_in_how_pieces_are_strung_together():
+    shapes = {}
+    for schedule in ("sweep", "independent", "cycle", "joint"):
+        _, _, step = build(schedule=schedule)
+        for batch in tiny_batches(WARMUP + 2):
+            step(batch)
+        (captured,) = step._programs.values()
+        (tail, *_) = captured.program.tails.values()
+        signs = {Run: "-", Loop: "o", SkipIfAccepted: "<", EndSkip: ">"}
+        shapes[schedule] = "".join(signs[type(operation)] for operation in tail.operations)
+    assert shapes == {"sweep": "-o-o-o-", "independent": "-o-o-o-o-<>-", "cycle": "-o-", "joint": "-o-<-o-o-o->-"}
+
+
+@interpreted
+def test_the_benchmarks_count_and_replay_what_a_captured_sweep_needs():
+    """The floor: the head, a forward per trial and a copy; the work: what the eager step counts."""
+    from floor import Floor
+    from rivals import Graphed, Search
+
+    log, (model, batches) = [], model_and_batches("bert")
+    twin, params = copy.deepcopy(model), list(model.parameters())
+
+    def backend(device, stream, *, draws):
+        return Recording(params, linked=False, log=log, draws=draws)
+
+    graphed = Graphed(model, fastals.ALS(fastals.units(model), model=model, fused=True, **HARD), backend)
+    eager = Search(twin, fastals.ALS(fastals.units(twin), model=twin, fused=True, **HARD))
+    work = []
+    for t in range(graphed.first_steps):
+        for rival in (graphed, eager):
+            torch.manual_seed(t)
+            rival.step(batches[t % 3])
+        work.append((graphed.work() if graphed.train_step._programs else 0.0, eager.work()))
+    ours, theirs = (b - a for a, b in zip(*work[-2:], strict=True))
+    assert ours == pytest.approx(theirs)
+    report, log[:] = graphed.optimizer.report, []
+    floor = Floor(graphed)
+    assert log == ["capture"] * (len(report.units) + 1)
+    assert floor.trials == {u.name: u.trials for u in report.units}
+    log.clear()
+    floor.step({})
+    assert log == ["replay"] * (1 + report.trials + 1)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_hugging_face_models_are_replayed(kind):
+    model, batches = model_and_batches(kind)
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True)
+    step = recorded(opt, model, lambda batch: model(**batch).loss)
+    for t in range(WARMUP + 2):
+        step(batches[t % 3])
+        assert opt.report.loss_after <= opt.report.loss_before
+    assert step.mode.name == "host"
+
+
+@interpreted
+def test_what_a_tokenizer_returns_is_a_dict_in_eager_and_in_replayed_steps():
+    from transformers import BatchEncoding
+
+    seen = set()
+
+    def loss_fn(batch):
+        seen.add(type(batch))
+        return model(**batch)
+
+    model, _, step = build(loss_fn=loss_fn)
+    for batch in tiny_batches(WARMUP + 2):
+        step(BatchEncoding(batch))
+    assert step.mode.name == "host"
+    assert seen == {dict}
