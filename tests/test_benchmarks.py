@@ -155,7 +155,7 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
-from rivals import Search
+from rivals import SearchRival
 
 exact = pytest.mark.exact
 
@@ -179,7 +179,7 @@ def test_skipped(benchmark):
 def test_nowhere(benchmark):
     benchmark(int)
 
-class Counted(Search):
+class Counted(SearchRival):
     first_steps = 2
 
     def __init__(self):

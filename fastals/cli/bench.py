@@ -34,7 +34,10 @@ def load_tool(name: str) -> Any:
     folders = (Path(fastals.__file__).parents[1], here, *here.parents)
     clone = next((folder for folder in folders if _is_clone(folder)), None)
     if clone is None:
-        raise UserError("fastals bench needs the folder bench/ of the repository: run it in a clone")
+        raise UserError(
+            "fastals bench needs the folder bench/ of the repository, which an installed package does not hold: "
+            "run it in a clone"
+        )
     if str(clone / "bench") not in sys.path:
         sys.path.insert(0, str(clone / "bench"))  # the files in bench/ import each other
     return importlib.import_module(name)
