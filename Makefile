@@ -37,7 +37,7 @@ check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	rm -rf build && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastals
-	MYPYPATH=build/types:bench $(BIN)/mypy bench/report.py
+	MYPYPATH=build/types:bench $(BIN)/mypy bench/report.py bench/compare.py
 
 bench: $(STAMP)  ## the quick benchmark profile and its page in bench/results/<device>; FULL=--full for every case
 	out=bench/results/$$($(BIN)/python -P bench/stamp.py); folder=$$(dirname "$$out"); mkdir -p "$$folder"; \

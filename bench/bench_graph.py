@@ -1,8 +1,8 @@
 """Captured steps on a GPU: against their floor, the eager baseline, and AdamW, captured and plain.
 
-BERT-base, sequence 128, bfloat16 parameters. In the clock: copying the mini-batch in, the step. Not in the clock: the
-first steps (compilation, verification of the cache, capture); ``capture_s`` has their time by itself. The floor is
-that of :mod:`floor`; a step 10 % above it has a speed-up of 0.91 against it.
+BERT-base, sequence 128, bfloat16 parameters. Timed: copying the mini-batch in, and the step. Not timed: the first
+steps (compilation, verification of the cache, capture), whose time is ``capture_s``. The floor is that of :mod:`floor`;
+a step 10 % above it has a speed-up of 0.91 against it.
 """
 
 import time
@@ -28,7 +28,7 @@ def shape(batch, depth=12):
 @pytest.mark.parametrize("trials", [1, 2, 5])
 @pytest.mark.parametrize("batch", [8, pytest.param(32, marks=pytest.mark.full)])
 def test_captured_floor(benchmark, in_turn, batch, trials):
-    """At most 10 % above the floor; all trials are rejected, so that every step is the same."""
+    """Goal: at most 10 % above the floor. All trials are rejected, so that all steps are equal."""
     shape_ = shape(batch)
     example, graphed = (
         next(shape_.batches("cuda")),
@@ -49,7 +49,7 @@ def test_captured_floor(benchmark, in_turn, batch, trials):
 
 @pytest.mark.parametrize("batch", [8, 32])
 def test_captured_sweep(in_turn, batch):
-    """At least 8x at batch 8 and 4x at batch 32."""
+    """Goal: at least 8x at batch 8 and 4x at batch 32."""
     shape_ = shape(batch)
     eager = RIVALS["eager"](shape_.model("cuda"), **ACCEPTING)
     in_turn(eager, RIVALS["graphed"](shape_.model("cuda"), **ACCEPTING), shape_, "eager")
@@ -58,7 +58,7 @@ def test_captured_sweep(in_turn, batch):
 @pytest.mark.parametrize("rival", ["adamw", "adamw-captured"])
 @pytest.mark.parametrize("schedule", ["sweep", "joint", "cycle"])
 def test_captured(in_turn, schedule, rival):
-    """``joint`` accepted at once: at most 1.4x the captured AdamW, and faster than the plain one; ``cycle`` 1.25x."""
+    """Goals: ``joint``, accepted at once, at most 1.4x a captured AdamW and less than a plain one; ``cycle`` 1.25x."""
     shape_ = shape(32)
     graphed = RIVALS["graphed"](shape_.model("cuda"), **ACCEPTING, schedule=schedule)
     in_turn(RIVALS[rival](shape_.model("cuda")), graphed, shape_, rival)
@@ -68,7 +68,7 @@ def test_captured(in_turn, schedule, rival):
 
 @pytest.mark.parametrize("depth", [6, 12, 24, pytest.param(48, marks=pytest.mark.full)])
 def test_captured_depth(in_turn, benchmark, depth):
-    """Growth with depth, one trial a unit."""
+    """Scaling with depth, one trial per unit."""
     shape_ = shape(8, depth)
     eager = RIVALS["eager"](shape_.model("cuda"), **ACCEPTING)
     in_turn(eager, RIVALS["graphed"](shape_.model("cuda"), **ACCEPTING), shape_, "eager")

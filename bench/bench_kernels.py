@@ -1,10 +1,10 @@
 """The fused kernels on a GPU: bandwidth over the copy bandwidth of the same run, and the update phase as a whole.
 
 Bytes are those that a kernel must move, :func:`floor.moved_bytes`. The update phase of one search is survey, first
-trial, one retry, advance and the scalar kernels, all parameters as one unit. It is held against the eager sequence
-(deep copy, moments by ``torch._foreach``, dot products read by ``.item()``, two trials) and, without the retry, against
-``torch.optim.AdamW(fused=True).step()``. Every ratio is of times taken in turn. Not in the clock: forward, backward,
-compilation, building of tables (the look for moved tensors is timed by itself). Caches are flushed between calls.
+trial, one retry, advance and the scalar kernels, with all parameters as one unit. It is compared with the eager
+sequence (deep copy, moments by ``torch._foreach``, dot products read by ``.item()``, two trials) and, without the
+retry, with ``torch.optim.AdamW(fused=True).step()``. Times of a ratio are taken in turn. Not timed: forward, backward,
+compilation, building of tables (the look for moved tensors has its own case). Caches are flushed between calls.
 
 Without a GPU every case is skipped; ``TRITON_INTERPRET=1`` runs the smallest one on the CPU, to see that it works.
 """
@@ -56,7 +56,7 @@ def smallest():
 
 
 SHAPES = {f.__name__: f for f in (smallest, bert_base, llama_1b, lora)}
-only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="stands in for the others where kernels are interpreted")
+only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="replaces the others if kernels are interpreted")
 CASES = [
     pytest.param(name, dtype, marks=only_interpreted if name == "smallest" else pytest.mark.gpu)
     for name in SHAPES
@@ -95,7 +95,7 @@ def milliseconds(function):
 
 
 def in_turn(reference, candidate):
-    """Times of both, A B A B, by round."""
+    """Milliseconds of both, A B A B, one of each per round."""
     return zip(*((milliseconds(reference), milliseconds(candidate)) for _ in range(ROUNDS)), strict=True)
 
 
@@ -106,7 +106,7 @@ def of_pairs(a, b):
 
 
 def copied():
-    """A copy on the device, and the bytes that it reads and writes."""
+    """A function that copies on the device, and the bytes that one call reads and writes."""
     source = torch.randn(2**28 if DEVICE == "cuda" else 2**16, device=DEVICE)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.numel() * 4
@@ -123,7 +123,7 @@ def test_bandwidth(benchmark, shape, dtype, averages):
     n = sum(p.numel() for p in params)
     copy_once, copy_bytes = copied()
     benchmark.pedantic(finished(lambda: trial(table, arena)), rounds=ROUNDS, warmup_rounds=1)
-    found = {}
+    kernels = {}
     for name, kernel in {"survey": survey, "trial": trial, "advance": advance, "restore": trial}.items():
         if name == "restore":
             arena.state[0, STATE.index("move")] = 0.0
@@ -131,16 +131,16 @@ def test_bandwidth(benchmark, shape, dtype, averages):
         moved = moved_bytes(name, params[0].itemsize, averages) * n
         of_roof = of_pairs([t / copy_bytes for t in copies], [t / moved for t in times])
         gbs = moved / statistics.median(times) / 1e6
-        found[name] = {"gbs": round(gbs, 4), "of_roof": of_roof[0], "spread": of_roof[1:]}
+        kernels[name] = {"gbs": round(gbs, 4), "of_roof": of_roof[0], "spread": of_roof[1:]}
     copy_gbs = copy_bytes / statistics.median(copies) / 1e6
-    benchmark.extra_info.update(kernels=found, copy_gbs=round(copy_gbs, 1), parameters=n)
+    benchmark.extra_info.update(kernels=kernels, copy_gbs=round(copy_gbs, 1), parameters=n)
 
 
 @pytest.mark.parametrize("momentum", ["none", "tested"])
 @pytest.mark.parametrize("against", ["eager", "adamw"])
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_update_phase(benchmark, shape, dtype, against, momentum):
-    """With one retry against the eager sequence with one retry; without a retry against a step of AdamW."""
+    """Against the eager sequence, both with one retry; against a step of AdamW, without a retry."""
     tested = momentum == "tested"
     if tested and against == "eager":
         pytest.skip("the eager sequence goes along the gradient's direction")
@@ -172,7 +172,7 @@ def test_update_phase(benchmark, shape, dtype, against, momentum):
 
 
 def finished(function):
-    """The function, until the device is done."""
+    """The function, followed by a wait for the device."""
 
     def run():
         function()
@@ -183,14 +183,14 @@ def finished(function):
 
 
 def adamw(params):
-    """A step of torch's fused AdamW, its state made."""
+    """The step of torch's fused AdamW, after a first one that allocates its state."""
     step = torch.optim.AdamW(params, fused=DEVICE == "cuda").step
     step()
     return step
 
 
 def eager_sequence(params):
-    """What a plain line search does with the same tensors: copies, moments, slope, two trials."""
+    """The passes of a plain line search over the same tensors: copies, moments, slope, two trials."""
     squares = [torch.zeros_like(p, dtype=torch.float32) for p in params]
 
     @torch.no_grad()
@@ -212,7 +212,7 @@ def eager_sequence(params):
 
 @needs_gpu
 def test_roofs(benchmark):
-    """What the device can do at most: a copy, and a bfloat16 matrix product."""
+    """The peak rates of the device: a copy, and a bfloat16 matrix product."""
     size = 8192 if DEVICE == "cuda" else 64
     a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     copy_once, copy_bytes = copied()
@@ -226,7 +226,7 @@ def test_roofs(benchmark):
 
 @needs_gpu
 def test_look_for_moved_tensors(benchmark):
-    """Host time of the comparison of all tensors with those of the step before: 200 parameters, 200 gradients."""
+    """Host time to check whether any tensor has moved since the last step: 200 parameters, 200 gradients."""
     params = [torch.nn.Parameter(torch.ones(4, device=DEVICE)) for _ in range(200)]
     for p in params:
         p.grad = torch.ones_like(p)

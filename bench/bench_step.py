@@ -1,9 +1,9 @@
-"""One whole ALS step: against eager, stage by stage, against what a user would pick instead; memory and host time.
+"""A whole ALS step against its eager baseline, stage by stage, and against other optimizers; memory and host time.
 
-In the clock: forward, backward, all trials, all updates. Not in the clock: building the models and mini-batches, and
-the first steps of each (allocation, verification of the cache, capture). ``trust`` is small, so that the first trial of
-most searches passes although the weights are random. ``by_forwards`` is the ratio of the forward passes that both make,
-a backward counted as two: the speed-up if forwards were all that costs time.
+Timed: forward, backward, all trials, all updates. Not timed: building the models and mini-batches, and the first steps
+of each rival (allocation, verification of the cache, capture). ``trust`` is small, so that most first trials pass
+although the weights are random. ``by_forwards`` is the ratio of the forward passes of both, a backward counted as two:
+the speed-up if only forward passes took time.
 """
 
 import pytest
@@ -22,7 +22,7 @@ CASES = {  # name: (shape, arguments of both)
     **{name: (name, ACCEPTING) for name in ARCHITECTURES},
 }
 QUICK = ("minilm", "bert-base", "depth-6", "depth-12", "2-rejected")
-WEIGHED = ("minilm", "bert-base", *ARCHITECTURES)  # of which peak memory is measured
+WEIGHED = ("minilm", "bert-base", *ARCHITECTURES)  # cases with a measured peak memory
 needs_gpu = pytest.mark.gpu
 STAGES = [  # each adds one thing to the one before
     pytest.param("als", {"cache": False, "fused": False}, id="buffers"),
@@ -40,13 +40,13 @@ CAPTURED_SAME_AS_ADAMW = pytest.mark.exact_on_gpu("captured-adamw")
 
 
 def full(names, quick, marks=None):
-    """Parameters of which those outside ``quick`` belong to the full profile."""
+    """Parameters; those outside ``quick`` belong to the full profile."""
     marks = marks or {}
     return [pytest.param(n, marks=([] if n in quick else [pytest.mark.full]) + marks.get(n, [])) for n in names]
 
 
 def models_of(shape, device, count=2):
-    """Equal models; a visible skip where a package that they need is missing."""
+    """Equal models; skips visibly if their package is missing."""
     try:
         return [SHAPES[shape].model(device) for _ in range(count)]
     except ImportError as error:
@@ -89,7 +89,7 @@ def test_stage(benchmark, in_turn, device, kind, options):
 
 
 def probed_mode(options, device):
-    """The wanted mode, after a third model has been captured in it; a visible skip where it is not possible."""
+    """Mode in which a third model is captured; skips visibly if that is not the mode in ``options``."""
     rival, batches = RIVALS["graphed"](SHAPES["minilm"].model(device), **options), SHAPES["minilm"].batches(device)
     for _ in range(rival.first_steps):
         rival.step(next(batches))
@@ -120,6 +120,6 @@ def test_instead(in_turn, device, rival, shape):
 @GRAPHS_SAME_AS_EAGER
 @pytest.mark.parametrize("kind", ["als", "graphed", "eager"])
 def test_host_time(in_turn, device, kind):
-    """Time until step() returns to the host, the device possibly still at work, against AdamW's."""
+    """Time until step() returns, though the device may still be working, against AdamW's."""
     models = models_of("minilm", device)
     in_turn(RIVALS["adamw"](models[0]), RIVALS[kind](models[1], **ACCEPTING), SHAPES["minilm"], "adamw", host=True)

@@ -1,4 +1,4 @@
-"""Pictures of stored results, for :mod:`report`; each function writes one file and returns it."""
+"""Pictures for the page of :mod:`report`. Each function writes one file and returns its path."""
 
 import math
 import statistics
@@ -7,22 +7,21 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from records import Record, bandwidth, mini_batch, speedup
 from stamp import slug
 from tuning import diverged, of_method, sweep_cost
 
 from fastals.cli.plots import new_figure, running_mean
 
-Record = dict[str, Any]
-LINES = ("-", ":")  # of the first ten methods, and of the next ten; dashes are the sweep's
+LINES = ("-", ":")  # line style of the first ten methods, and of the next ten; dashes mark the charged sweep
 ARITHMETIC = "from forward passes alone"
 
 
 def bars(title: str, cases: list[Record], out: Path) -> Path:
-    """Speed-ups with their spread, and what forward passes alone would give."""
+    """Speed-ups with their spread, beside the ratio of forward passes."""
     figure, axes = new_figure(height=1 + 0.45 * len(cases))
     for i, case in enumerate(reversed(cases)):
-        info = case["extra_info"]
-        (low, high), median = info["spread"], info["speedup"]
+        info, (median, low, high) = case["extra_info"], speedup(case)
         axes.barh(i, median, xerr=[[median - low], [high - median]], color="C0", alpha=0.7, capsize=3)
         if "by_forwards" in info:
             axes.plot([info["by_forwards"]] * 2, [i - 0.4, i + 0.4], color="C3", label=ARITHMETIC)
@@ -33,11 +32,11 @@ def bars(title: str, cases: list[Record], out: Path) -> Path:
 
 
 def depth(title: str, cases: list[Record], out: Path) -> Path:
-    """Speed-up by the number of blocks, beside what forward passes alone would give."""
+    """Speed-up over the number of blocks, beside the ratio of forward passes."""
     figure, axes = new_figure()
     names = [f"{family(c)}\n{mini_batch(c)}" for c in cases]
     for i, name in enumerate(dict.fromkeys(names)):
-        infos = [c["extra_info"] for c, own in zip(cases, names, strict=True) if own == name]
+        infos = [c["extra_info"] for c, case_name in zip(cases, names, strict=True) if case_name == name]
         infos.sort(key=lambda info: info["depth"])
         medians, lows, highs = zip(*((info["speedup"], *info["spread"]) for info in infos), strict=True)
         errors = [
@@ -46,7 +45,7 @@ def depth(title: str, cases: list[Record], out: Path) -> Path:
         ]
         depths = [info["depth"] for info in infos]
         axes.errorbar(depths, medians, yerr=errors, color=f"C{i}", fmt="none", capsize=3)
-        axes.plot(depths, medians, color=f"C{i}", marker="o", label=name)  # the legend would have error bars last
+        axes.plot(depths, medians, color=f"C{i}", marker="o", label=name)  # by itself: a legend lists error bars last
         counted = [(info["depth"], info["by_forwards"]) for info in infos if "by_forwards" in info]
         axes.plot(*zip(*counted, strict=True), color=f"C{i}", marker="_", linestyle="--", label=f"{name}\n{ARITHMETIC}")
     axes.set(xlabel="blocks", ylabel="speed-up", title=title)
@@ -58,8 +57,8 @@ def roof(title: str, cases: list[Record], out: Path) -> Path:
     points = [(f"{label(c)} {name}", k) for c in cases for name, k in c["extra_info"]["kernels"].items()]
     figure, axes = new_figure(height=1 + 0.3 * len(points))
     for i, (_, k) in enumerate(reversed(points)):
-        errors = [[k["of_roof"] - k["spread"][0]], [k["spread"][1] - k["of_roof"]]]
-        axes.barh(i, k["of_roof"], xerr=errors, color="C0", alpha=0.7, capsize=3)
+        median, low, high = bandwidth(k)
+        axes.barh(i, median, xerr=[[median - low], [high - median]], color="C0", alpha=0.7, capsize=3)
     axes.set_yticks(range(len(points)), [name for name, _ in reversed(points)])
     axes.axvline(1, color="C3", label="measured copy bandwidth")
     axes.set(xlabel="GB/s over the copy bandwidth of the same run", title=title, ylim=(-0.6, len(points) - 0.4))
@@ -67,9 +66,9 @@ def roof(title: str, cases: list[Record], out: Path) -> Path:
 
 
 def losses(title: str, runs: list[Record], best: str, out: Path) -> Path:
-    """Running mean of the loss against steps, seconds and forward passes: mean over the seeds, and their range.
+    """Running mean of the loss over steps, seconds and forward passes: mean and range of the seeds.
 
-    The axis ends a little above the first loss, so that a method that diverges does not squeeze the others.
+    The axis ends just above the first loss, so that a diverging method does not squeeze the others.
     """
     figure, panels = new_figure(rows=3)
     top = 1.1 * max((r["losses"][0] for r in runs if math.isfinite(r["losses"][0])), default=1)
@@ -90,7 +89,7 @@ def losses(title: str, runs: list[Record], best: str, out: Path) -> Path:
 
 
 def heat_map(title: str, run: Record, out: Path) -> Path:
-    """Step size by unit and step; white where the unit did not move."""
+    """Step size by unit and step; white if the unit did not move."""
     figure, axes = new_figure()
     sizes = [[math.log10(s) if s > 0 else math.nan for s in row] for row in run["step_sizes"].values()]
     image = axes.imshow(sizes, aspect="auto", interpolation="nearest")
@@ -103,33 +102,25 @@ def heat_map(title: str, run: Record, out: Path) -> Path:
 
 
 def label(case: Record) -> str:
-    """What a person calls the case among those of its test: the parameters, or the test itself."""
+    """Short name of the case: its parameters, or the test if it has none."""
     return full_name(case).partition("[")[2].removesuffix("]") or full_name(case)
 
 
 def full_name(case: Record) -> str:
-    """Test and parameters."""
+    """Name of the case: test and parameters."""
     return case["fullname"].split("::")[-1].removeprefix("test_")
 
 
 def family(case: Record) -> str:
-    """The test and what its ratios are against."""
+    """Name of the test and of the reference that its cases are timed against."""
     test = full_name(case).partition("[")[0].replace("_", " ")
     return f"{test}, against {case['extra_info']['against']}"
 
 
-def mini_batch(case: Record) -> str:
-    """Size and type of the mini-batch: texts x tokens, or images."""
-    info = case["extra_info"]
-    if "batch" not in info:
-        return "-"
-    return f"{info['batch']} " + (f"x {info['length']}" if info["length"] else "images") + f", {info['dtype']}"
-
-
 def _curve(members: list[Record], key: str) -> tuple[list[float], ...]:
-    """Where the losses stand, their mean over the seeds, lowest and highest, as long as all seeds are finite.
+    """Positions, mean over the seeds, lowest and highest of the losses, up to the first that is not finite.
 
-    A loss stands where its step begins, for it is measured before.
+    A loss is drawn at the start of its step, because it is measured before the step.
     """
     together = zip(*(running_mean(r["losses"]) for r in members), strict=False)
     points = list(takewhile(lambda values: all(map(math.isfinite, values)), together))
@@ -142,7 +133,7 @@ def _means(points: Iterable[Sequence[float]]) -> list[float]:
 
 
 def _saved(figure: Any, axes: Any, path: Path) -> Path:
-    """Save with a legend that names each line once; none where nothing is named."""
+    """Save with a legend that names each line once, or without one if no line has a name."""
     named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if named:
         axes.legend(named.values(), named.keys(), fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Keep host name and kernel out of results that are published; what a number needs is in its stamp."""
+    """Keep host name and kernel out of published results; the stamp has the conditions that matter."""
     for key in ("node", "release"):
         machine_info.pop(key, None)
     machine_info["cpu"] = {k: v for k, v in machine_info["cpu"].items() if k in ("brand_raw", "count", "arch")}
@@ -55,21 +55,21 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 @pytest.fixture
 def device():
-    """Where the models are timed."""
+    """Device that the models are timed on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")
-def made():
+def conditions():
     """The stamp of this session."""
     return stamp()
 
 
 @pytest.fixture(autouse=True)
-def stamped(request, made):
-    """Write what a number needs to be believed into the benchmark's extra_info."""
+def stamped(request, conditions):
+    """Write the stamp into the benchmark's extra_info."""
     if "benchmark" in request.fixturenames:
-        request.getfixturevalue("benchmark").extra_info.update(made)
+        request.getfixturevalue("benchmark").extra_info.update(conditions)
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +157,7 @@ def failures(claims: Iterable[str]) -> list[str]:
 
 @pytest.fixture
 def in_turn(benchmark, device):
-    """Time a reference and a candidate in turn; pytest-benchmark has the candidate's times, extra_info the ratio."""
+    """Time a reference and a candidate in turn: pytest-benchmark gets the candidate's times, extra_info the ratio."""
 
     def run(reference, candidate, shape, against, *, batches=None, host=False):
         turns = Turns((reference, candidate), batches or shape.batches(device), ROUNDS, device, host=host)

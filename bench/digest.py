@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
-MAX_FAILED, WIDTH, MAX_TEXT = 15, 230, 5500  # what a terminal that keeps 12,000 characters can hold
+MAX_FAILED, WIDTH, MAX_TEXT = 15, 230, 5500  # fits a terminal that keeps 12,000 characters
 
 
 def failures(folder: Path) -> Iterator[str]:
@@ -35,16 +35,15 @@ def figures(folder: Path) -> Iterator[str]:
             yield f"{path.name} is empty or cut short"
             continue
         if "figures" in result:
-            yield from (
-                f"{f['name']} ({f['batch']}): {f['failed']}"[:WIDTH] for f in result["figures"] if "failed" in f
-            )
+            failed = (f for f in result["figures"] if "failed" in f)
+            yield from (f"{f['name']} ({f['batch']}): {f['failed']}"[:WIDTH] for f in failed)
             yield table(result["figures"])
         for case in result.get("benchmarks", ()):
             yield f"{case['name']}: {measures(case['extra_info'])}"[:WIDTH]
 
 
 def table(entries: list[dict]) -> str:
-    """A row a figure: measured / predicted for each mini-batch."""
+    """One row per figure: measured / predicted for each mini-batch."""
     rows: dict[tuple[str, str], dict[int, str]] = {}
     for e in entries:
         cell = f"{e['measured']:.4g}" if "measured" in e else "failed" if "failed" in e else "-"
@@ -58,23 +57,23 @@ def table(entries: list[dict]) -> str:
 
 
 def measures(info: dict) -> str:
-    """What a benchmark has measured, without its conditions."""
+    """The measured values of a benchmark, without its conditions."""
     if "kernels" in info:
         shares = ", ".join(f"{name} {k['gbs']} GB/s {k['of_roof']}" for name, k in info["kernels"].items())
         return f"copy {info['copy_gbs']} GB/s, {shares}"
-    wanted = (
+    keys = (
         "speedup", "spread", "by_forwards", "trials_per_unit", "reference_ms", "fused_ms", "graph_mode", "capture_s",
         "pool_mib", "copy_roof_gbs", "matmul_roof_tflops", "microseconds", "gates",
     )  # fmt: skip
-    return ", ".join(f"{k} {info[k]}" for k in wanted if k in info)
+    return ", ".join(f"{k} {info[k]}" for k in keys if k in info)
 
 
 def main(folder: Path) -> None:
     """Print failures, then figures."""
-    found = list(failures(folder))
-    print(*found[:MAX_FAILED], sep="\n")
-    if len(found) > MAX_FAILED:
-        print(f"... and {len(found) - MAX_FAILED} more")
+    failed = list(failures(folder))
+    print(*failed[:MAX_FAILED], sep="\n")
+    if len(failed) > MAX_FAILED:
+        print(f"... and {len(failed) - MAX_FAILED} more")
     text = "\n".join(figures(folder))
     print(text if len(text) <= MAX_TEXT else f"...{text[-MAX_TEXT:]}")
 

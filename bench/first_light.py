@@ -1,19 +1,18 @@
-"""First light: what a GPU does with fastals, in a minute, each figure beside its prediction.
+"""First light: figures of fastals on a GPU, in a minute, each beside its prediction.
 
 BERT-base, 128 tokens, bfloat16 parameters, dropout on, mini-batches of 8 and of 32. Times are medians after a warm-up,
-from the call until the device is done; only ``host time in step()`` ends when the call returns, and the rows ``without
-waits between`` are the mean of ten steps. Whether the answers are right is not looked at here: ``tests/`` do.
+from the call until the device is done. Exceptions: ``host time in step()`` ends when the call returns, and the rows
+``without waits between`` are the mean of ten steps. Correctness is not checked here but in ``tests/``.
 
     python bench/first_light.py first_light.json
     TRITON_INTERPRET=1 python bench/first_light.py --dry-run first_light.json  # tiny and without a GPU
 
-The predictions stood here before any of it had run on a GPU, but for the rows ``without waits between``, which came
-after the first run, and are left as they were. They are arithmetic for an H100 (SXM, 80 GB), and the constants in
-:func:`lines` are guesses:
+The predictions were written before the first run on a GPU (those of ``without waits between`` after it) and are kept as
+they were. They are arithmetic for an H100 (SXM, 80 GB); the constants in :func:`lines` are guesses:
 
-* a copy moves :data:`COPY` bytes a second, read and written; a matrix product reaches :data:`PRODUCT`;
+* a copy reads and writes :data:`COPY` bytes a second; a matrix product reaches :data:`PRODUCT`;
 * a captured forward and backward takes :data:`GRADIENT` seconds, a forward a third of it, and a trial of a unit the
-  share of the 12 blocks above it: 7.5 forwards in a sweep of 14 units with one trial each;
+  share of the 12 blocks that lie above it: 7.5 forwards in a sweep of 14 units with one trial each;
 * the kernels move the bytes of :func:`floor.moved_bytes` over the copy bandwidth, AdamW 14 bytes a weight;
 * a small kernel in a graph takes :data:`SMALL` seconds, a look of the host :data:`LOOK`, and an operation that Python
   launches one by one :data:`LAUNCH`; BERT's forward has about :data:`OPERATIONS` of them, its backward twice as many.
@@ -35,7 +34,7 @@ import torch
 from bench_kernels import copied, device_of, in_turn, milliseconds, of_pairs, parameters
 from digest import table
 from floor import moved_bytes
-from rivals import RIVALS, Plain, loss_of
+from rivals import RIVALS, Rival, loss_of
 from shapes import ACCEPTING, CLASSES, Shape, bert
 from stamp import stamp
 from transformers import BertConfig, BertForSequenceClassification
@@ -58,7 +57,7 @@ FUSED_ADAMW = 14 * WEIGHTS / COPY
 
 
 class Line(NamedTuple):
-    """One figure of the table: how it is called, its unit, what was predicted, and how it is measured."""
+    """One figure of the table: name, unit, prediction, and the function that measures it."""
 
     name: str
     unit: str
@@ -68,11 +67,11 @@ class Line(NamedTuple):
 
 
 class CannotMeasureError(Exception):
-    """A figure cannot be had here; the message says what it needs."""
+    """A figure cannot be measured here; the message says what it needs."""
 
 
 def lines() -> Iterator[Line]:
-    """All figures, the cheapest and most telling first."""
+    """All figures, the cheapest and most important first."""
     yield Line("copy", "GB/s", COPY / 1e9, copy_bandwidth)
     yield Line("bf16 matrix product", "TFLOP/s", PRODUCT / 1e12, product_rate)
     for kernel, predicted in (("survey", 0.85), ("trial", 0.90), ("advance", 0.85)):
@@ -110,12 +109,12 @@ def lines() -> Iterator[Line]:
             yield Line(f"{schedule}, while, without waits between", "ms", 1e3 * expected, measure, batch)
         host_time = partial(step_time, batch, "graphed", host=True, **ACCEPTING)
         yield Line("host time in step(), while", "ms", 0.4, host_time, batch)
-        state = 4 * WEIGHTS / 2**20  # v and w in float32, where AdamW has two moments in bfloat16
+        state = 4 * WEIGHTS / 2**20  # v and w in float32; AdamW has two moments in bfloat16
         yield Line("memory of a sweep over AdamW's", "MiB", state, partial(memory_over_adamw, batch), batch)
 
 
 def shape(batch: int) -> Shape:
-    """BERT-base; without a GPU something tiny in its place."""
+    """BERT-base; without a GPU a tiny BERT in its place."""
     if not CUDA:
         return Shape(tiny, 2, 8, torch.bfloat16)
     return Shape(lambda: bert(12, 768), batch, 128, torch.bfloat16)
@@ -141,11 +140,11 @@ def product_rate() -> float:
 
 
 def of_copy(kernel: str) -> float:
-    """Bytes that the kernel must move by its time, over those of a copy; all parameters as one unit."""
+    """The kernel's bandwidth over that of a copy, with all parameters as one unit."""
     params = parameters("bert_base" if CUDA else "smallest", torch.bfloat16)
     device = device_of(params, averages=False)
     table, arena = device.table, device.arena
-    arena.state[0, STATE.index("at")] = float("nan")  # where it stands is not known, so the trial writes
+    arena.state[0, STATE.index("at")] = float("nan")  # position unknown, so the trial writes
     run = {"survey": survey, "trial": trial, "advance": advance}[kernel]
     moved = moved_bytes(kernel, 2, averages=False) * sum(p.numel() for p in params)
     copy_once, copy_bytes = copied()
@@ -162,7 +161,7 @@ def replay_time() -> float:
 
 
 def iteration_time() -> float:
-    """Microseconds of an iteration of a WHILE whose body counts down, from loops of two lengths."""
+    """Microseconds per iteration of a WHILE that counts down: the difference of loops of two lengths."""
     needs_gpu("captures a loop on the device, runs it 1000 times over")
     from fastals.graphs.cuda import CudaGraphs
     from fastals.graphs.program import Loop, Run
@@ -197,28 +196,28 @@ def pass_time(batch: int, *, backward: bool = False, graph: bool = False) -> flo
 
 
 def step_time(batch: int, kind: str, *, host: bool = False, **options: Any) -> dict[str, float]:
-    """Milliseconds of a step of a rival, or of its call alone; of ``joint`` those whose first trial was accepted."""
+    """Milliseconds of a rival's step, or of the call alone; for ``joint``, of the steps accepted at once."""
     rival, examples = ready(batch, kind, **options)
     seconds = seconds_each(lambda: rival.step(next(examples)), host=host)
     reports = getattr(rival.optimizer, "reports", [])[-STEPS:]
     if options.get("schedule") == "joint":
-        kept = [s for s, r in zip(seconds, reports, strict=True) if (r.joint_trials, r.trials) == (1, 1)]
-        if not kept:
+        at_once = [s for s, r in zip(seconds, reports, strict=True) if (r.joint_trials, r.trials) == (1, 1)]
+        if not at_once:
             raise CannotMeasureError("no step was accepted at once")
-        return {"measured": 1e3 * statistics.median(kept), "accepted_at_once": len(kept) / STEPS}
-    found = {"measured": 1e3 * statistics.median(seconds)}
+        return {"measured": 1e3 * statistics.median(at_once), "accepted_at_once": len(at_once) / STEPS}
+    entry = {"measured": 1e3 * statistics.median(seconds)}
     trials = [r.trials / len(r.units) for r in reports]
-    return found | ({"trials_per_unit": statistics.mean(trials)} if trials else {})
+    return entry | ({"trials_per_unit": statistics.mean(trials)} if trials else {})
 
 
 def back_to_back(batch: int, kind: str, **options: Any) -> float:
-    """Milliseconds a step if the host does not wait for the device between steps, as in training."""
+    """Milliseconds per step if the host does not wait for the device between steps, as in training."""
     rival, examples = ready(batch, kind, **options)
     return 1e3 * seconds_of(lambda: [rival.step(next(examples)) for _ in range(STEPS)]) / STEPS
 
 
-def ready(batch: int, kind: str, **options: Any) -> tuple[Plain, Iterator[dict]]:
-    """A rival whose first steps are made, and its mini-batches."""
+def ready(batch: int, kind: str, **options: Any) -> tuple[Rival, Iterator[dict]]:
+    """A rival after its first steps, and its mini-batches."""
     if "captured" in kind or kind == "graphed":
         needs_gpu(f"captures the steps of {kind} {options}")
     if kind == "als":
@@ -234,9 +233,9 @@ def ready(batch: int, kind: str, **options: Any) -> tuple[Plain, Iterator[dict]]
 
 
 def memory_over_adamw(batch: int) -> float:
-    """MiB that a captured sweep keeps more than a captured AdamW: state, snapshot, memory of the graphs."""
+    """MiB that a captured sweep holds beyond a captured AdamW: state, snapshot, memory of the graphs."""
     needs_gpu("weighs a captured sweep and a captured AdamW")
-    kept = []
+    memory = []
     for kind, options in (("graphed", ACCEPTING), ("adamw-captured", {})):
         clean()
         held = torch.cuda.memory_reserved()
@@ -244,13 +243,13 @@ def memory_over_adamw(batch: int) -> float:
         rival.step(next(examples))
         finish()
         torch.cuda.empty_cache()
-        kept.append(torch.cuda.memory_reserved() - held)
+        memory.append(torch.cuda.memory_reserved() - held)
         del rival
-    return (kept[0] - kept[1]) / 2**20
+    return (memory[0] - memory[1]) / 2**20
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """Replays what the function does."""
+    """A function that replays the captured work of ``run``."""
     needs_gpu("captures it")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -270,7 +269,7 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def seconds_each(run: Callable[[], object], *, host: bool = False) -> list[float]:
-    """Time of every call but the first, until the device is done; with ``host`` until it returns."""
+    """Seconds of every call but the first, until the device is done or, with ``host``, until the call returns."""
     seconds = []
     for _ in range(STEPS + 1):
         finish()
@@ -290,27 +289,27 @@ def finish() -> None:
 
 
 def needs_gpu(would: str) -> None:
-    """Say what would be done on a GPU, if there is none."""
+    """Without a GPU, raise an error that says what a GPU would do."""
     if not CUDA:
         raise CannotMeasureError(f"{would}; needs a GPU")
 
 
 def clean() -> None:
-    """Give back what the figure before has held."""
+    """Free the memory of the figure before."""
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
 
 
 def measured(line: Line) -> dict[str, Any]:
-    """The figure as an entry of the result; one that fails says why and stops nothing."""
+    """The figure as an entry of the result; if it fails, the entry says why and the other figures go on."""
     entry = {"name": line.name, "unit": line.unit, "batch": line.batch, "predicted": line.predicted}
     try:
-        found = line.measure()
-        return entry | (found if isinstance(found, dict) else {"measured": found})
+        value = line.measure()
+        return entry | (value if isinstance(value, dict) else {"measured": value})
     except CannotMeasureError as error:
         return entry | {"why_not": str(error)}
-    except Exception as error:  # the figures after it are worth having
+    except Exception as error:  # the figures after it are still wanted
         return entry | {"failed": f"{type(error).__name__}: {error}"[:500]}
     finally:
         clean()

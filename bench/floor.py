@@ -1,14 +1,14 @@
-"""The least that a captured sweep must do, timed as a rival of it.
+"""The least that a captured sweep must do, timed as its rival.
 
-Forward and backward as one graph; for every trial that the sweep made, a graph of the forward above the unit and
-nothing else; and a copy on the device that moves as many bytes as the kernels must. Nothing is decided, nothing read.
+Forward and backward as one graph; for every trial of the sweep a graph of the forward above the unit; and a copy on the
+device that moves as many bytes as the kernels must. Nothing is decided, and the host reads nothing.
 """
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from rivals import Graphed, Plain
+from rivals import Graphed, Rival
 
 from fastals.report import EXHAUSTED, UnitReport
 
@@ -29,8 +29,8 @@ def moved_bytes(kernel: str, param_bytes: int, averages: bool) -> int:
     }[kernel]
 
 
-class Floor(Plain):
-    """Floor of the step that ``graphed`` has taken last; ``trials`` are those of its units, by name."""
+class Floor(Rival):
+    """Floor of the last step of ``graphed``; ``trials`` maps its units to their numbers of trials."""
 
     def __init__(self, graphed: Graphed) -> None:
         (captured,) = graphed.train_step._programs.values()
@@ -46,7 +46,7 @@ class Floor(Plain):
             self.copies = self.backend.capture(_copies(moved, self.program.loss.device))
 
     def step(self, batch: dict) -> torch.Tensor:
-        """Replay what the step needed; the mini-batch is the one that the graphs hold."""
+        """Replay the passes and copies of the step, on the mini-batch that the graphs hold."""
         del batch
         self.backend.replay(self.program.head)
         for name, trials in self.trials.items():
@@ -61,14 +61,14 @@ class Floor(Plain):
 
 
 def _kernel_bytes(params: list[torch.Tensor], report: UnitReport) -> int:
-    """Of one unit: survey, the trials that were made, putting it back if none was accepted, advance."""
+    """Bytes for one unit: survey, its trials, restore if none was accepted, advance."""
     calls = {"survey": 1, "trial": report.trials, "restore": int(report.outcome == EXHAUSTED), "advance": 1}
     each = [sum(n * moved_bytes(kernel, p.itemsize, averages=False) for kernel, n in calls.items()) for p in params]
     return sum(p.numel() * b for p, b in zip(params, each, strict=True))
 
 
 def _copies(moved: int, device: torch.device) -> Callable[[], None]:
-    """Copies that read and write so many bytes together, from one large buffer to another."""
+    """Copies from one large buffer to another that read and write ``moved`` bytes in all."""
     source, target = (torch.ones(2**28 if device.type == "cuda" else 64, device=device) for _ in range(2))
 
     def run() -> None:

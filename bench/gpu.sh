@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What a person with a GPU runs, in two calls that fit a short loan of one:
+# The checks and measurements that need a GPU, in two parts of a few minutes each:
 #
-#   bench/gpu.sh a    under 4 minutes: is it right, and the figures of bench/first_light.py beside their predictions
-#   bench/gpu.sh b    under 9 minutes: all tests of the GPU path, then the benchmarks that the queue asks for
+#   bench/gpu.sh a    under 4 minutes: the riskiest tests, and the figures of bench/first_light.py beside their predictions
+#   bench/gpu.sh b    under 9 minutes: all tests of the GPU path, then the benchmarks that bench/GPU_QUEUE.md asks for
 #
-# Names of stages behind the letter run those alone. With --dry-run nothing needs a GPU: every stage says what it would
-# run, tests and benchmarks are collected, and the first light runs on a tiny model. Every stage is a process of its own
+# Names of stages behind the letter run those alone. With --dry-run nothing needs a GPU: every stage prints its
+# command, tests and benchmarks are collected, and the first light runs on a tiny model. Every stage is a process of its own
 # with its own limit. All results are packed into results-<part>-<time>.tar.gz after each stage: in $OUT if it is set, else
 # in bench/results/<device>/. Benchmarks run even if tests fail; each result says which failed. Nothing is installed or
 # downloaded; Python (or $PYTHON) needs a CUDA build of torch, triton, transformers, pytest, pytest-benchmark and
@@ -33,7 +33,7 @@ for word in "${@:2}"; do
 done
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export TORCH_CUDNN_SDPA_DEPRIORITIZED=1 # cuDNN may plan attention within a capture
-here() { [[ $1 == /* ]] && echo "$1" || echo "$from/$1"; } # a path as the caller means it
+here() { [[ $1 == /* ]] && echo "$1" || echo "$from/$1"; } # a path, relative to the caller's folder
 python=${PYTHON:-python3}
 [[ $python != */* ]] || python=$(here "$python")
 [ $dry = 0 ] || export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
@@ -41,7 +41,7 @@ if ! "$python" -P -c 'import torch'; then
 	echo "bench/gpu.sh: $python cannot import torch, so nothing was run; PYTHON names another" >&2
 	exit 1
 elif [ $dry = 0 ] && ! "$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-	echo "bench/gpu.sh: $python sees no CUDA device, so nothing was run; --dry-run runs what needs none"
+	echo "bench/gpu.sh: $python sees no CUDA device, so nothing was run; --dry-run runs without one"
 	exit 2
 fi
 work=$(mktemp -d)
@@ -71,11 +71,11 @@ slow=$((dry ? 5 : 1)) # a dry run may be on a slow machine, with kernels interpr
 most=$((slow * ${MOST_SECONDS:-${limit[$part]}})) # seconds of all stages together
 failed=0
 
-stage() {  # name, most seconds, command: run it, say in a line how it went, pack the results
+stage() {  # name, most seconds, command: run it, print a line with its outcome, pack the results
 	local name=$1 seconds=$2 begin=$SECONDS log=$work/results/$1.log code
 	shift 2
 	[[ -z $only || $only == *" $name "* ]] || return 0
-	[ $dry = 0 ] || echo "$name would run within $seconds s: ${what:-$*}"
+	[ $dry = 0 ] || echo "$name would run within $seconds s: ${command:-$*}"
 	seconds=$((slow * seconds))
 	seconds=$((most - SECONDS < seconds ? most - SECONDS : seconds))
 	[ $seconds -gt 5 ] || { echo "$name: no time left"; return 1; }
@@ -87,14 +87,14 @@ stage() {  # name, most seconds, command: run it, say in a line how it went, pac
 	return $code
 }
 
-pack() {  # one at a time; a log that grows meanwhile makes tar exit with 1
+pack() {  # one at a time; tar exits with 1 if a log grows meanwhile
 	flock 9
 	tar czf "$packed.part" -C "$work/results" . || [ $? = 1 ]
 	mv "$packed.part" "$packed"
 }
 
 tests() {  # name, most seconds, arguments of pytest
-	local name=$1 seconds=$2 what="pytest ${*:3}"
+	local name=$1 seconds=$2 command="pytest ${*:3}"
 	shift 2
 	[ $dry = 1 ] && set -- --collect-only "$@"
 	stage "$name" "$seconds" "$python" -P -m pytest -v --tb=short -o faulthandler_timeout=40 -p no:cacheprovider \
@@ -102,7 +102,7 @@ tests() {  # name, most seconds, arguments of pytest
 }
 
 bench() {  # name, most seconds, arguments of pytest
-	local name=$1 seconds=$2 what="pytest ${*:3}" gates=()
+	local name=$1 seconds=$2 command="pytest ${*:3}" gates=()
 	shift 2
 	[ $dry = 1 ] && set -- --collect-only "$@" || set -- --benchmark-json="$work/results/$name.json" "$@"
 	mapfile -t gates < <(compgen -G "$work/results/*-tests.xml"; compgen -G "${GATES:-/none}/*-tests.xml")
@@ -110,7 +110,7 @@ bench() {  # name, most seconds, arguments of pytest
 		-W ignore::FutureWarning --gates="$(IFS=, && echo "${gates[*]:-not-run}")" "$@"
 }
 
-together() {  # calls of functions: make them at once
+together() {  # calls of functions: make them in parallel
 	local call job jobs=()
 	for call in "$@"; do $call & jobs+=($!); done
 	for job in "${jobs[@]}"; do wait "$job" || failed=1; done

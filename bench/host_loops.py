@@ -1,4 +1,4 @@
-"""CUDA graphs whose loops are run by the host even where the device could."""
+"""CUDA graphs with loops run by the host, even if the device could run them."""
 
 from typing import NoReturn
 
@@ -6,8 +6,8 @@ from fastals.graphs.cuda import CudaGraphs
 
 
 class HostLoops(CudaGraphs):
-    """Captured pieces, one flag read per trial."""
+    """Captured pieces; the host reads one flag per trial."""
 
     def link(self, *_) -> NoReturn:
-        """Refuse to make one launch of them."""
+        """Refuse to link the pieces into one launch."""
         raise RuntimeError("the loops of this rival are run by the host")

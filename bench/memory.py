@@ -1,4 +1,4 @@
-"""Peak memory of a rival's first two steps, in MiB: allocated on a GPU, resident in a process of its own on a CPU.
+"""Peak memory of a rival's first two steps, in MiB: allocated bytes on a GPU, resident set of a new process on a CPU.
 
 python bench/memory.py minilm als '{"trust": 0.001}'
 """
@@ -16,7 +16,7 @@ from shapes import SHAPES
 
 
 def peak_mib(shape: str, kind: str, options: dict[str, Any], device: str) -> int:
-    """Peak above what was held before the model was built."""
+    """Peak, less the memory in use before the model was built."""
     if device == "cuda":
         return _allocated(shape, kind, options)
     command = [sys.executable, __file__, shape, kind, json.dumps(options)]

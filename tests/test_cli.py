@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from fastals.cli.data import load_task
+from fastals.cli.data import load_texts
 from fastals.cli.main import main
 
 WORDS = ["good", "bad", "film", "plot", "actor", "very", "not", "the", "a", "and"]
@@ -208,7 +208,7 @@ def test_glue_tasks_bring_their_own_columns_and_validation_split(monkeypatch):
         return datasets.DatasetDict({"train": part, "validation_matched": part.select([0]), "test_matched": part})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    task = load_task("glue/mnli")
+    task = load_texts("glue/mnli")
     assert asked == [("nyu-mll/glue", "mnli")]
     assert task.train == [(("a", "x"), 0), (("b", "y"), 1), (("c", "z"), 2)]
     assert task.held_out == [(("a", "x"), 0)]

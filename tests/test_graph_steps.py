@@ -142,7 +142,7 @@ def test_schedules_differ_in_how_pieces_are_strung_together():
 def test_the_benchmarks_count_and_replay_what_a_captured_sweep_needs():
     """The floor: the head, a forward per trial and a copy; the work: what the eager step counts."""
     from floor import Floor
-    from rivals import Graphed, Search
+    from rivals import Graphed, SearchRival
 
     log, (model, batches) = [], model_and_batches("bert")
     twin, params = copy.deepcopy(model), list(model.parameters())
@@ -151,7 +151,7 @@ def test_the_benchmarks_count_and_replay_what_a_captured_sweep_needs():
         return Recording(params, linked=False, log=log, draws=draws)
 
     graphed = Graphed(model, fastals.ALS(fastals.units(model), model=model, fused=True, **HARD), backend)
-    eager = Search(twin, fastals.ALS(fastals.units(twin), model=twin, fused=True, **HARD))
+    eager = SearchRival(twin, fastals.ALS(fastals.units(twin), model=twin, fused=True, **HARD))
     work = []
     for t in range(graphed.first_steps):
         for rival in (graphed, eager):

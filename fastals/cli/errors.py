@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line that says what to do."""
+"""Errors that the user can fix: one line that says what to do."""
 
 
 class UserError(Exception):
@@ -6,5 +6,5 @@ class UserError(Exception):
 
 
 def needs_extra(error: ImportError) -> UserError:
-    """The error for a package of the extra ``finetune`` that is not installed."""
+    """The error for a missing package of the extra ``finetune``."""
     return UserError(f"{error.name} is not installed: pip install 'fastals[finetune]'")

