@@ -130,7 +130,7 @@ risky=(
 )
 
 kernel_tests() { tests kernels-tests "$1" tests/test_fused.py; }
-device_tests() { tests device-tests "$1" tests/test_device.py; }
+device_tests() { tests device-tests "$1" tests/test_device_*.py; }
 risky_tests() { tests graph-tests "$1" -x "${risky[@]}"; }
 graph_tests() { tests graph-tests "$1" "${graphs[@]}" --deselect $same -k "not hugging_face and not profiled"; }
 same_tests() {
