@@ -84,7 +84,7 @@ class Unit:
         self.device, self.rounding = params[0].device, plain.rounding(params)
         self.offsets, self.gaps, self.size = layout(params)
         self.counts = [int(state[p]["step"]) if p in state else 0 for p in params]
-        own = (averages, kind == plain.ADAM, True)
+        own = (averages, kind == "adam", True)
         self.m, self.v, self.w = flat[:3] if flat else map(self._buffer, own)
         self.steps = flat.steps if flat else None
         self.m_views, self.v_views, self.w_views = map(self.views, (self.m, self.v, self.w))
@@ -140,8 +140,9 @@ class Unit:
         self.d, segments = d, list(self._segments())
         for s in segments:
             plain.direction(
-                self.kind, averaged, g[s.where], self.m[s.where], self.v[s.where], self.w[s.where], d[s.where],
-                scratch.work[s.where], betas=s.group["betas"], eps=s.group["eps"],
+                g[s.where], self.m[s.where], self.v[s.where], self.w[s.where], d[s.where],
+                scratch.work[s.where], adam=self.kind == "adam", averaged=averaged,
+                betas=s.group["betas"], eps=s.group["eps"],
                 weight_decay=s.group["weight_decay"], count=s.count + 1, grad_scale=grad_scale,
             )  # fmt: skip
         moving = sum(int(torch.count_nonzero(g[s.where])) for s in segments)
@@ -170,8 +171,9 @@ class Unit:
         g = self._gradient(scratch)
         for s in self._segments():
             plain.advance(
-                self.kind, g[s.where], self.m[s.where], self.v[s.where], betas=s.group["betas"], grad_scale=grad_scale
-            )
+                g[s.where], self.m[s.where], self.v[s.where],
+                adam=self.kind == "adam", betas=s.group["betas"], grad_scale=grad_scale,
+            )  # fmt: skip
         for i in self.active:
             self.counts[i] += 1
             self._pack(i, state)

@@ -14,8 +14,7 @@ from torch import Tensor
 from fastals.buffers import Flat, Gradients, Unit, layout
 from fastals.interrupt import uninterrupted
 from fastals.kernels import armijo
-from fastals.kernels.arena import FLAGS, OUTCOMES, RING, RULES, STATE, Arena
-from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
+from fastals.kernels.arena import BATCH, FLAGS, OUTCOMES, REMEMBERED, RING, RULES, STATE, Arena
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.table import Entry, Table
 from fastals.kernels.trial import trial
@@ -38,18 +37,18 @@ class Device:
         entries, starts = _entries(members, rows)
         self.table = Table(entries)
         lead = [rows[id(unit[0])] for unit in members]
-        self.arena = Arena(self.table, starts[-1], lead, len(groups), adam=kind == "adam", first=averages)
+        self.arena = Arena(self.table, starts[-1], lead, len(groups), adam=kind == "adam", has_m=averages)
         self.units = [self._unit(u, unit, starts, kind, averages, state) for u, unit in enumerate(members)]
         counts = [count for unit in self.units for count in unit.counts]
         self.arena.counts.copy_(torch.tensor(counts, dtype=torch.float32, device="cpu"))
         rounding = [unit.rounding for unit in self.units]
         self.arena.rounding.copy_(torch.tensor(rounding, dtype=torch.float64, device="cpu"))
-        memory = [[float(unit.rules[k]) for k in DEVICE_MEMORY] for unit in self.units]
+        memory = [[float(unit.rules[k]) for k in REMEMBERED] for unit in self.units]
         self.arena.memory.copy_(torch.tensor(memory, dtype=torch.float64, device="cpu"))
         self.shown: dict[int, list[int]] = {}  # by unit: which of its parameters the optimizer's state shows
         for unit in self.units:
             for group in unit.groups:
-                group.update({k: self.arena.memory[unit.row, i] for i, k in enumerate(DEVICE_MEMORY)})
+                group.update({k: self.arena.memory[unit.row, i] for i, k in enumerate(REMEMBERED)})
 
     def _unit(self, u: int, groups: list[dict], starts: list[int], kind: str, averages: bool, state: dict) -> Unit:
         arena, own = self.arena, slice(starts[u], starts[u + 1])
@@ -120,7 +119,7 @@ class Immediately:
         """
         go, accepted, refused, outdated = self.look(arena, row)
         if refused:
-            raise non_finite(float(arena.state[-1, STATE.index("start")]))
+            raise non_finite(float(arena.state[-1, BATCH.index("loss_before")]))
         if outdated:
             raise OutdatedError
         return bool(go), bool(accepted)
@@ -167,7 +166,7 @@ class DeviceBatch:
         with uninterrupted():
             self.losses.turn_replays()
             self.random, self.searched = random.Random(self.seed), False
-            start = self.arena.state[-1, STATE.index("start")].to(self.loss_dtype, copy=True)
+            start = self.arena.state[-1, BATCH.index("loss_before")].to(self.loss_dtype, copy=True)
             armijo.restore(self.arena)
             trial(self.table, self.arena)
             armijo.begin(self.arena, start)
@@ -276,10 +275,11 @@ def _scale_gradients(grads: list[Tensor], max_norm: float, scale: Tensor) -> Non
 
 
 def _read(history: Tensor, names: dict[int, str], step: int) -> StepReport:
-    rows = [dict(zip(STATE, row, strict=True)) for row in history[step % RING].tolist()]
-    batch = rows[-1]
+    *rows, last = history[step % RING].tolist()
+    units = [dict(zip(STATE, row, strict=True)) for row in rows]
+    batch = dict(zip(BATCH, last, strict=True))
     return StepReport(
-        batch["start"], batch["loss"], [_unit(rows[r], n) for r, n in names.items()], int(batch["trials"])
+        batch["loss_before"], batch["loss"], [_unit(units[r], n) for r, n in names.items()], int(batch["trials"])
     )
 
 
