@@ -15,8 +15,7 @@ from torch import Tensor
 from fastals.buffers import Flat, Gradients, Unit, layout, unit_groups
 from fastals.interrupt import uninterrupted
 from fastals.kernels import armijo
-from fastals.kernels.arena import FLAGS, OUTCOMES, RING, RULES, STATE, Arena
-from fastals.kernels.arena import MEMORY as REMEMBERED
+from fastals.kernels.arena import BATCH, FLAGS, OUTCOMES, REMEMBERED, RING, RULES, STATE, Arena
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.table import Entry, Table
 from fastals.kernels.trial import trial
@@ -45,7 +44,7 @@ class DeviceUnits:
         self.table = Table(entries)
         adam, averages = settings.direction == "adam", settings.momentum != "none"
         lead = [rows[id(unit[0])] for unit in members]
-        self.arena = Arena(self.table, starts[-1], lead, len(groups), adam=adam, first=averages)
+        self.arena = Arena(self.table, starts[-1], lead, len(groups), adam=adam, has_m=averages)
         self.units = []
         for row, unit in enumerate(members):
             flat = self._flat(row, slice(starts[row], starts[row + 1]))
@@ -179,7 +178,7 @@ def verdict(arena: Arena, flags: Sequence[int]) -> tuple[bool, bool]:
     """
     go, accepted, refused, outdated = flags
     if refused:
-        raise non_finite(float(arena.state[-1, STATE.index("start")]))
+        raise non_finite(float(arena.state[-1, BATCH.index("loss_before")]))
     if outdated:
         raise OutdatedError
     return bool(go), bool(accepted)
@@ -221,7 +220,7 @@ class DeviceBatch:
         with uninterrupted():
             self.losses.turn_replays()
             self.random, self.searched = random.Random(self.seed), False
-            start = self.arena.state[-1, STATE.index("start")].to(self.loss_dtype, copy=True)
+            start = self.arena.state[-1, BATCH.index("loss_before")].to(self.loss_dtype, copy=True)
             self.restore()
             armijo.begin(self.arena, start)
 
@@ -326,11 +325,10 @@ def _scale_gradients(grads: list[Tensor], max_norm: float, scale: Tensor) -> Non
 
 
 def _read(history: Tensor, names: dict[int, str], step: int) -> StepReport:
-    rows = [dict(zip(STATE, row, strict=True)) for row in history[step % RING].tolist()]
-    batch = rows[-1]
-    return StepReport(
-        batch["start"], batch["loss"], [_unit_report(rows[r], n) for r, n in names.items()], int(batch["trials"])
-    )
+    *rows, last = history[step % RING].tolist()
+    batch = dict(zip(BATCH, last, strict=True))
+    units = [_unit_report(dict(zip(STATE, rows[row], strict=True)), name) for row, name in names.items()]
+    return StepReport(batch["loss_before"], batch["loss"], units, int(batch["trials"]))
 
 
 def _unit_report(row: dict[str, float], name: str) -> UnitReport:

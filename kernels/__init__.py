@@ -1,8 +1,8 @@
-"""Flat-buffer kernels of fastals, imported as ``fastals.kernels``.
+"""Kernels over flat buffers, imported as ``fastals.kernels``.
 
-:mod:`fastals.kernels.plain` holds the plain torch versions, which are the CPU path. The Triton kernels are in
-``moments``, ``trial`` and ``armijo``, over the tensors of a ``table`` and the memory of an ``arena``; these modules
-need Triton and are imported where they are used.
+:mod:`fastals.kernels.plain` holds the plain torch versions, which are the CPU path. The Triton kernels are launched by
+``moments``, ``trial`` and ``armijo``, over the tensors of a ``table`` and the memory of an ``arena``. These three need
+Triton, so they are not imported here.
 """
 
 import os
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-OLDEST_CAPABILITY = (8, 0)  # that the kernels are compiled for in tests
+OLDEST_CAPABILITY = (8, 0)  # the oldest that the tests compile the kernels for
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 __all__ = ["FUSED_DTYPES", "why_not_fused"]
@@ -43,7 +43,8 @@ def why_not_fused(params: Sequence[Tensor]) -> str:
 def _why_not_compiled(device: torch.device) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
+        have, need = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
+        return f"the GPU has compute capability {have}, and the kernels need {need}"
     if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
         return "Triton finds no C compiler (install gcc, or set CC)"
     return ""

@@ -7,35 +7,48 @@ from torch import Tensor
 
 from fastals.kernels.table import Table, upload
 
-#: Columns of ``state``: what a search stands at. One row per unit; the last row is that of all units together.
+#: Columns of ``state`` in the row of a unit: where its search stands.
 STATE = (
-    "eta",  # step of the trial under way, or found
-    "move",  # step that the parameters are to be put at
-    "at",  # step that they stand at
+    "eta",  # step of the trial under way, or the step found
+    "move",  # step to put the parameters at
+    "at",  # step at which the parameters are; NaN if not known
     "go",  # 1 while there is another trial to make
     "trials", "outcome",
-    "start",  # first step; in the last row, f(w_t), and NaN between two steps
-    "loss",  # where the search starts; in the last row, at the current weights
+    "start",  # first step
+    "loss",  # where the search starts
     "reference", "required_slope", "slope", "final_loss", "resolution",
     "hidden",  # steps below this may vanish in the rounding of the parameters
-    "averaged",  # 1 where the direction is the averaged one
+    "averaged",  # 1 if the direction is the averaged one
+)  # fmt: skip
+#: Columns of the last row of ``state``: the mini-batch, and the joint test of all units. "" is not used.
+BATCH = (
+    "factor",  # common factor of the steps
+    "", "", "go", "trials", "outcome",
+    "loss_before",  # f(w_t); NaN between two steps
+    "loss",  # at the current weights; NaN if not known
+    "reference",
+    "required",  # sum of the decreases that the units require
+    "", "", "resolution", "", "",
 )  # fmt: skip
 #: Columns of ``memory``: what a unit remembers between mini-batches.
-MEMORY = ("step_size", "backtracks", "average", "average_weight", "mean_decrease", "mean_slope")
+REMEMBERED = ("step_size", "backtracks", "average", "average_weight", "mean_decrease", "mean_slope")
 #: Columns of ``rules``: the constants of a parameter group, β^(K−1), and a number in [0, 1) drawn for this step.
 RULES = (
     "beta1", "beta2", "eps", "weight_decay", "lr", "c", "backtrack", "growth", "max_trials", "trust", "initial",
     "eta_init", "eta_min", "eta_max", "floor", "reference", "polyak_c", "nonmonotone_weight", "smoothing", "uniform",
 )  # fmt: skip
-#: Columns of ``flags``, the only thing that a loop on the host reads.
+#: Columns of ``flags``, which a loop on the host reads; it reads nothing else.
 FLAGS = (
     "go", "accepted", "refused",
-    "outdated",  # 1 if what the host assumes of the activation cache no longer holds; written by eager steps
+    "outdated",  # 1 if the activation cache is not as the host assumes; written by eager steps
 )  # fmt: skip
-OUTCOMES = ("running", "accepted", "exhausted", "not_descent", "kept")
 SUMS = ("slope", "direction", "moving", "weights", "elements", "averaged_slope", "averaged_direction")
 CONSTANTS = ("beta1", "new1", "beta2", "new2", "correction1", "correction2", "eps", "decay")
-RING = 64  # steps of which the states are kept for reports
+#: Numbers that stand for an outcome in ``state``, and for an option in ``rules``.
+OUTCOMES = ("running", "accepted", "exhausted", "not_descent", "kept")
+INITIALS = ("warm", "reset", "polyak", "random")  # as in fastals.search
+REFERENCES = ("monotone", "nonmonotone", "smoothed")  # as in fastals.search
+RING = 64  # steps whose states are kept for reports
 SPLIT = 64  # programs that add up the partial sums of one unit
 
 
@@ -43,10 +56,11 @@ class Arena:
     """Everything that the kernels own, allocated once per partition of the model into units.
 
     Attributes:
-        m, v, w: float32 [size]: moments and snapshot (masters) of all units; empty where the rule has none.
+        has_m: whether there is a first moment.
+        m, v, w: float32 [size]: moments and snapshot (masters) of all units; m and v are empty if not needed.
         counts: float32 [parameters], updates so far.
         constants: float32 [parameters, 8], of this step's update.
-        partials: float32 [7, chunks]; parts: float64 [units, 64, 7]; sums: float64 [units, 7].
+        partials: float32 [7, chunks]; parts: float64 [units, 64, 7]; sums: float64 [units, 7]: the sums of a step.
         state: float64 [units + 1, 15]; memory: float64 [units, 6]; rules: float64 [groups, 20].
         flags: int32 [units + 1, 4]; history: float64 [64, units + 1, 15], a ring; step: int64 [1].
         lead: int32 [units], the row of ``rules`` that each unit follows.
@@ -54,8 +68,8 @@ class Arena:
         grad_scale: float32 [1], multiplies the gradient in the direction.
     """
 
-    def __init__(self, table: Table, size: int, lead: Sequence[int], groups: int, *, adam: bool, first: bool) -> None:
-        self.adam, self.first, self.units, self.device = adam, first, len(lead), table.device
+    def __init__(self, table: Table, size: int, lead: Sequence[int], groups: int, *, adam: bool, has_m: bool) -> None:
+        self.adam, self.has_m, self.units, self.device = adam, has_m, len(lead), table.device
         units = self.units
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -63,13 +77,13 @@ class Arena:
 
         self.w = zeros(size, dtype=torch.float32)
         self.v = zeros(size if adam else 0, dtype=torch.float32)
-        self.m = zeros(size if first else 0, dtype=torch.float32)
+        self.m = zeros(size if has_m else 0, dtype=torch.float32)
         self.counts = zeros(len(table.params), dtype=torch.float32)
         self.constants = zeros(len(table.params), len(CONSTANTS), dtype=torch.float32)
-        self.partials = zeros(len(SUMS), table.chunks, dtype=torch.float32)
+        self.partials = zeros(len(SUMS), table.n_chunks, dtype=torch.float32)
         self.parts, self.sums = zeros(units, SPLIT, len(SUMS)), zeros(units, len(SUMS))
-        self.state, self.memory = zeros(units + 1, len(STATE)), zeros(units, len(MEMORY))
-        self.state[-1, STATE.index("start")] = float("nan")
+        self.state, self.memory = zeros(units + 1, len(STATE)), zeros(units, len(REMEMBERED))
+        self.state[-1, BATCH.index("loss_before")] = float("nan")
         self.rules = zeros(groups, len(RULES))
         self.flags = zeros(units + 1, len(FLAGS), dtype=torch.int32)
         self.history = zeros(RING, units + 1, len(STATE))
@@ -77,12 +91,12 @@ class Arena:
         self.lead = upload(torch.tensor(lead, dtype=torch.int32, device="cpu"), table.device)
         self.rounding = zeros(units)
         self.grad_scale = torch.ones(1, dtype=torch.float32, device=table.device)
-        self.steps = 0  # that have entered the history, as the host counts them
+        self.steps = 0  # in the history so far, as the host counts them
         self._rules: list[list[float]] = []
 
     @property
     def most_trials(self) -> int:
-        """Trials that no search exceeds."""
+        """The largest ``max_trials`` of all groups."""
         return int(max(rule[RULES.index("max_trials")] for rule in self._rules))
 
     def set_rules(self, rules: Sequence[Sequence[float]]) -> None:

@@ -1,25 +1,51 @@
-"""Columns of the arena's tables by name, for the kernels."""
+"""Columns of the tables by name, for the kernels: ``RULE_BACKTRACK`` is the column "backtrack" of ``rules``.
+
+``N_RULES`` is the number of columns. Import each by name: Triton hashes the globals that a kernel uses, but not the
+attributes of a module, and would take a stale kernel from its disk cache.
+"""
 
 import triton.language as tl
 
-from fastals.kernels.arena import CONSTANTS, FLAGS, MEMORY, OUTCOMES, RING, RULES, SPLIT, STATE, SUMS
+from fastals.kernels import arena, table
+
+TABLES = {
+    "": arena.STATE,
+    "BATCH_": arena.BATCH,
+    "MEMORY_": arena.REMEMBERED,
+    "RULE_": arena.RULES,
+    "FLAG_": arena.FLAGS,
+    "SUM_": arena.SUMS,
+    "CONSTANT_": arena.CONSTANTS,
+    "OUTCOME_": arena.OUTCOMES,
+    "INITIAL_": arena.INITIALS,
+    "REFERENCE_": arena.REFERENCES,
+    "CHUNK_": table.CHUNK,
+    "LAYOUT_": table.LAYOUT,
+    "PLACE_": table.PLACES,
+    "SPAN_": table.SPANS,
+}
+SIZES = {
+    "N_STATE": len(arena.STATE),
+    "N_MEMORY": len(arena.REMEMBERED),
+    "N_RULES": len(arena.RULES),
+    "N_FLAGS": len(arena.FLAGS),
+    "N_SUMS": len(arena.SUMS),
+    "N_CONSTANTS": len(arena.CONSTANTS),
+    "N_CHUNK": len(table.CHUNK),
+    "N_LAYOUT": len(table.LAYOUT),
+    "N_PLACES": len(table.PLACES),
+    "N_SPANS": len(table.SPANS),
+    "N_RING": arena.RING,
+    "N_SPLIT": arena.SPLIT,
+}
+_columns = [(prefix + name.upper(), i) for prefix, names in TABLES.items() for i, name in enumerate(names) if name]
+_numbers = SIZES | dict(_columns)
+if len(_numbers) < len(SIZES) + len(_columns):
+    raise ImportError("two columns of the kernels' tables have one name")
 
 
-def _indices(names):
-    return (tl.constexpr(i) for i in range(len(names)))
-
-
-N_STATE, N_SUMS, N_RULES = tl.constexpr(len(STATE)), tl.constexpr(len(SUMS)), tl.constexpr(len(RULES))
-N_MEMORY, N_FLAGS, N_CONSTANTS = tl.constexpr(len(MEMORY)), tl.constexpr(len(FLAGS)), tl.constexpr(len(CONSTANTS))
-N_RING, N_SPLIT = tl.constexpr(RING), tl.constexpr(SPLIT)
-
-(ETA, MOVE, AT, GO, TRIALS, OUTCOME, START, LOSS, REFERENCE, REQUIRED_SLOPE, SLOPE, FINAL, RESOLUTION, HIDDEN,
- AVERAGED) = _indices(STATE)  # fmt: skip
-(BETA1, BETA2, EPS, DECAY, LR, C, BACKTRACK, GROWTH, MAX_TRIALS, TRUST, INITIAL, ETA_INIT, ETA_MIN, ETA_MAX, FLOOR,
- RULE, POLYAK_C, NM_WEIGHT, SMOOTHING, UNIFORM) = _indices(RULES)  # fmt: skip
-STEP_SIZE, BACKTRACKS, AVERAGE, AVERAGE_WEIGHT, MEAN_DECREASE, MEAN_SLOPE = _indices(MEMORY)
-S_SLOPE, S_DIRECTION, S_MOVING, S_WEIGHTS, S_ELEMENTS, S_AVG_SLOPE, S_AVG_DIRECTION = _indices(SUMS)
-F_GO, F_ACCEPTED, F_REFUSED, F_OUTDATED = _indices(FLAGS)
-RUNNING, ACCEPTED, EXHAUSTED, NOT_DESCENT, KEPT = _indices(OUTCOMES)
-WARM, RESET, POLYAK, RANDOM = _indices(range(4))  # fastals.search.INITIALS
-MONOTONE, NONMONOTONE, SMOOTHED = _indices(range(3))  # fastals.search.REFERENCES
+def __getattr__(name: str) -> tl.constexpr:
+    """The column or size of this name; importing any other name raises an ImportError."""
+    if name not in _numbers:
+        raise AttributeError(f"no table of the kernels has a column {name}")
+    return tl.constexpr(_numbers[name])

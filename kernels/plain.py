@@ -1,4 +1,4 @@
-"""Plain torch versions of the flat-buffer kernels, vectorised over a unit's buffers.
+"""Plain torch versions of the kernels over flat buffers, vectorised over a unit's buffers.
 
 ``g``, ``m``, ``v``, ``w`` and ``d`` are 1-D tensors of one segment: consecutive parameters that share
 their hyperparameters and their update count. Alignment gaps inside a segment hold zeros and stay zero.
@@ -27,10 +27,10 @@ def direction(
     count: int,
     grad_scale: float = 1.0,
 ) -> None:
-    r"""Write the descent direction d; the moments are read and stay as they are.
+    r"""Write the descent direction d; the moments are read only.
 
-    Adam: d = x / (√v̂ + ε) + λ w with v̂ = (β₂ v + (1−β₂) g²) / (1−β₂ᵗ), t = ``count``, and x the gradient,
-    or m̂ = (β₁ m + (1−β₁) g) / (1−β₁ᵗ) if ``averaged``. SGD: d = x + λ w with x the gradient, or the
+    Adam (if ``adam``): d = x / (√v̂ + ε) + λ w with v̂ = (β₂ v + (1−β₂) g²) / (1−β₂ᵗ), t = ``count``, and x the
+    gradient, or m̂ = (β₁ m + (1−β₁) g) / (1−β₁ᵗ) if ``averaged``. SGD: d = x + λ w with x the gradient, or the
     heavy-ball average β₁ m + g if ``averaged``. ``grad_scale`` multiplies g first (gradient clipping).
     """
     beta1, beta2 = betas
@@ -48,17 +48,17 @@ def direction(
 
 
 def advance(
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
+    g: Tensor,  # [n] gradient, overwritten
+    m: Tensor,  # [n] first moment (empty if there is none)
+    v: Tensor,  # [n] second moment (empty for SGD)
     *,
     adam: bool,
     betas: tuple[float, float],
     grad_scale: float = 1.0,
 ) -> None:
-    """Take one mini-batch into the moments, in place; ``g`` is overwritten.
+    """Take one mini-batch into the moments, in place.
 
-    Adam: m ← β₁ m + (1−β₁) g, v ← β₂ v + (1−β₂) g². SGD: m ← β₁ m + g. An empty ``m`` is not kept.
+    Adam (if ``adam``): m ← β₁ m + (1−β₁) g, v ← β₂ v + (1−β₂) g². SGD: m ← β₁ m + g.
     """
     beta1, beta2 = betas
     g.mul_(grad_scale)
@@ -69,15 +69,15 @@ def advance(
 
 
 def rounding(params: Sequence[Tensor]) -> float:
-    """Relative change below which a parameter with a float32 master may round back to what it was; 0 without one."""
+    """Relative change that a parameter with a float32 master may lose in rounding; 0 without one."""
     return max((torch.finfo(p.dtype).eps / 2 for p in params if p.itemsize < 4), default=0.0)
 
 
 def snapshot(params: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Copy every tensor into its flat view, in the view's dtype.
 
-    Where the view is wider and rounds to the bits of the tensor it stays as it is: it is the tensor's master. Elements
-    that someone else has written since replace theirs.
+    A wider view is the tensor's master: an element that rounds to the tensor's bits stays as it is. An element of the
+    tensor that was written since replaces its master.
     """
     for p, view in zip(params, out, strict=True):
         if view.itemsize > p.itemsize:

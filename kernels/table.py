@@ -1,8 +1,8 @@
-"""Where the kernels find the tensors of all units: one row per parameter, one row per chunk of :data:`BLOCK`.
+"""Addresses of the tensors of all units: a row per parameter, and a row per chunk of :data:`BLOCK` elements.
 
-Parameters and gradients stay where they are. Parameters of one dtype with gradients of one dtype are a *kind*; a kernel
-is launched once per kind with one anchor of each dtype, and finds every tensor by its distance from the anchor
-in elements (64 bits), so that loads and stores keep their pointer type and their alignment.
+Parameters and gradients stay where they are. A kernel is launched once per pair of dtypes of parameter and gradient.
+It is given an anchor, a tensor of one element, of each dtype, and adds to it the distance of the tensor from
+the anchor, counted in elements in 64 bits. So loads and stores keep their pointer type and their alignment.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,21 @@ from torch import Tensor
 
 BLOCK = 2048  # elements of one chunk, which one program handles in registers
 WARPS = 8  # of such a program: 8 elements a thread, two 16-byte accesses to each float32 buffer
-ALIGNMENT = 64  # bytes; what the allocators give, and a multiple of 16 elements of up to 4 bytes
-LAUNCH = {"enable_fp_fusion": True}  # said, since Triton 3.9 warns where it is not and 3.10 turns it off
+ALIGNED_BYTES = 64  # torch's allocators give it; 16 elements of up to 4 bytes, as the kernels tell the compiler
+LAUNCH = {"enable_fp_fusion": True}  # given, since Triton 3.9 warns if it is not and 3.10 turns it off
 BY_CHUNK, SCALAR = LAUNCH | {"num_warps": WARPS}, LAUNCH | {"num_warps": 1}
-_dtype = attrgetter("dtype")
+
+#: Columns of :attr:`Chunks.rows`: parameter, number of the block within it, row of partial sums.
+CHUNK = ("param", "block", "row")
+#: Columns of ``layout``: first element in the flat buffers, number of elements, rows of the unit and of its rules.
+LAYOUT = ("flat", "size", "unit", "rules")
+#: Columns of ``places``: distances of p and p.grad from their anchors, 1 if there is a gradient.
+PLACES = ("param", "gradient", "present")
+#: Columns of ``spans``: first and last + 1 row of a unit's partial sums.
+SPANS = ("first", "last")
 
 Dtypes = tuple[torch.dtype, torch.dtype]
+_dtype = attrgetter("dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,27 +42,32 @@ class Entry:
 
 
 @dataclass(slots=True)
-class Kind:
+class Chunks:
     """Chunks of the parameters of one pair of dtypes, sorted by unit."""
 
     param: Tensor  # the anchors: one element of each dtype
     gradient: Tensor
-    chunks: Tensor  # int32 [chunks, 3]: parameter, number of the block within it, row of partial sums
-    units: dict[int, slice]  # rows of ``chunks`` that belong to each unit
-    aligned: bool = True  # whether every tensor starts at a multiple of ALIGNMENT
+    rows: Tensor  # int32 [chunks, 3], see CHUNK
+    units: dict[int, slice]  # rows of each unit
+    aligned: bool = True  # whether every tensor starts at a multiple of ALIGNED_BYTES
+
+    def of_unit(self, unit: int | None) -> range:
+        """Rows of the unit, or of all units (None)."""
+        everything = range(len(self.rows))
+        return everything if unit is None else everything[self.units.get(unit, slice(0, 0))]
 
 
 class Table:
-    """Rows of parameters and chunks; where anything has :meth:`moved`, :meth:`rebuild` before the next launch.
+    """Rows of parameters and chunks; if a tensor has :meth:`moved`, :meth:`rebuild` before the next launch.
 
-    A new table has to be rebuilt first. It is told the gradients, which the step has read already and holds.
+    A new table must be rebuilt before its first use. The step reads the gradients once, holds them and passes them in.
 
     Attributes:
-        layout: int64 [parameters, 4]: first element in the flat buffers, number of elements, unit, rules.
-        places: int64 [parameters, 3]: distances of p and p.grad from their anchors, 1 if there is a gradient.
-        spans: int32 [units, 2]: first and last + 1 row of the unit's partial sums.
-        chunks: number of chunks, the rows of partial sums.
-        kinds: the chunks by dtypes of parameter and gradient.
+        layout: int64 [parameters, 4], see :data:`LAYOUT`.
+        places: int64 [parameters, 3], see :data:`PLACES`.
+        spans: int32 [units, 2], see :data:`SPANS`.
+        n_chunks: number of chunks, the rows of partial sums.
+        by_dtypes: the chunks by dtypes of parameter and gradient.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -63,17 +77,17 @@ class Table:
         self.sizes = [p.numel() for p in self.params]
         rows = [[e.flat, n, e.unit, e.rules] for e, n in zip(entries, self.sizes, strict=True)]
         self.layout = self._upload(_host(rows))
-        self.chunks = sum(map(_blocks, self.sizes))
-        self.kinds: dict[Dtypes, Kind] = {}
+        self.n_chunks = sum(map(_blocks, self.sizes))
+        self.by_dtypes: dict[Dtypes, Chunks] = {}
         self._dtypes: list[Dtypes] = [(p.dtype, p.dtype) for p in self.params]
         self._seen: list | None = None
 
     def moved(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
-        """Whether any is not what or where it was at the last rebuild, or others have gradients now."""
-        return self._seen is None or self._seen != _look(params, gradients)
+        """Whether a tensor has another address or form than at the last rebuild, or others have gradients now."""
+        return self._seen is None or self._seen != _fingerprint(params, gradients)
 
     def rebuild(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Look at every tensor anew; parameters that are not among ``params`` have no gradient.
+        """Read every address anew; parameters that are not among ``params`` have no gradient.
 
         Raises:
             RuntimeError: a tensor that is not contiguous, has another size or lies on another device.
@@ -81,12 +95,12 @@ class Table:
         given = dict(zip(map(id, params), gradients, strict=True))
         of_all = [given.get(id(p)) for p in self.params]
         self._check(of_all)
-        known = zip(self.params, of_all, self._dtypes, strict=True)
-        dtypes = [last if g is None else (p.dtype, g.dtype) for p, g, last in known]  # the rest may be anything
+        before = zip(self.params, of_all, self._dtypes, strict=True)
+        dtypes = [last if g is None else (p.dtype, g.dtype) for p, g, last in before]  # p may be anything without g
         if self._seen is None or dtypes != self._dtypes:
             self._cut(dtypes)
         self._place(of_all)
-        self._seen, self._dtypes = _look(params, gradients), dtypes
+        self._seen, self._dtypes = _fingerprint(params, gradients), dtypes
 
     def _check(self, gradients: Sequence[Tensor | None]) -> None:
         for p, g, size in zip(self.params, gradients, self.sizes, strict=True):
@@ -104,36 +118,39 @@ class Table:
                 )
 
     def _cut(self, dtypes: Sequence[Dtypes]) -> None:
-        """Cut the parameters into chunks; the partial sums of a unit are neighbours, whatever its dtypes."""
-        units = [e.unit for e in self.entries]
-        order = _host(sorted(range(len(units)), key=lambda i: (units[i], str(dtypes[i]))))
-        blocks = _host(list(map(_blocks, self.sizes)))[order]
-        param = torch.repeat_interleave(order, blocks)
-        row = torch.arange(self.chunks, device="cpu")
-        first = torch.repeat_interleave(blocks.cumsum(0) - blocks, blocks)
-        chunks, unit = torch.stack([param, row - first, row], 1).int(), _host(units)[param]
-        self.spans = self._upload(_spans(unit, max(units) + 1))
-        known = list(dict.fromkeys(dtypes))
-        kind = _host([known.index(pair) for pair in dtypes])[param]
-        present = kind.unique().tolist()  # all but those of parameters without elements
-        self.kinds = {known[k]: self._kind(known[k], chunks[kind == k], unit[kind == k]) for k in present}
+        """Cut the parameters into chunks and sort these by dtypes."""
+        rows = self._rows(dtypes)
+        unit = _host([e.unit for e in self.entries])[rows[:, CHUNK.index("param")]]
+        self.spans = self._upload(_spans(unit, max(e.unit for e in self.entries) + 1))
+        pairs = list(dict.fromkeys(dtypes))
+        pair = _host(list(map(pairs.index, dtypes)))[rows[:, CHUNK.index("param")]]
+        present = pair.unique().tolist()  # all but those of parameters without elements
+        self.by_dtypes = {pairs[k]: self._chunks(pairs[k], rows[pair == k], unit[pair == k]) for k in present}
 
-    def _kind(self, dtypes: Dtypes, chunks: Tensor, unit: Tensor) -> Kind:
+    def _rows(self, dtypes: Sequence[Dtypes]) -> Tensor:
+        """All rows of chunks; the partial sums of a unit are neighbours, whatever its dtypes."""
+        order = _host(sorted(range(len(dtypes)), key=lambda i: (self.entries[i].unit, str(dtypes[i]))))
+        blocks = _host(list(map(_blocks, self.sizes)))[order]
+        row = torch.arange(self.n_chunks, device="cpu")
+        first = torch.repeat_interleave(blocks.cumsum(0) - blocks, blocks)
+        return torch.stack([torch.repeat_interleave(order, blocks), row - first, row], 1).int()
+
+    def _chunks(self, dtypes: Dtypes, rows: Tensor, unit: Tensor) -> Chunks:
         spans = _spans(unit, int(unit.max()) + 1).tolist()
         units = {u: slice(first, last) for u, (first, last) in enumerate(spans) if first < last}
         param, gradient = (torch.zeros(1, dtype=dtype, device=self.device) for dtype in dtypes)
-        return Kind(param, gradient, self._upload(chunks), units)
+        return Chunks(param, gradient, self._upload(rows), units)
 
     def _place(self, gradients: Sequence[Tensor | None]) -> None:
         places = [[0, 0, 0] for _ in gradients]
-        for kind in self.kinds.values():
-            kind.aligned = True
+        for chunks in self.by_dtypes.values():
+            chunks.aligned = True
         for i, (p, g) in enumerate(zip(self.params, gradients, strict=True)):
             if g is None or not self.sizes[i]:
                 continue
-            kind = self.kinds[p.dtype, g.dtype]
-            places[i] = [_distance(p, kind.param), _distance(g, kind.gradient), 1]
-            kind.aligned &= p.data_ptr() % ALIGNMENT == 0 and g.data_ptr() % ALIGNMENT == 0
+            chunks = self.by_dtypes[p.dtype, g.dtype]
+            places[i] = [_distance(p, chunks.param), _distance(g, chunks.gradient), 1]
+            chunks.aligned &= p.data_ptr() % ALIGNED_BYTES == 0 and g.data_ptr() % ALIGNED_BYTES == 0
         self.places = self._upload(_host(places))
 
     def _upload(self, host: Tensor) -> Tensor:
@@ -141,7 +158,7 @@ class Table:
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it, through pinned memory that the allocator keeps until it is read."""
+    """Copy to the device without waiting for it; the allocator keeps the pinned memory until the copy is made."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
@@ -160,16 +177,16 @@ def _spans(unit: Tensor, units: int) -> Tensor:
     return torch.stack([last - counts, last], 1).int()
 
 
-def _look(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> list:
-    """What the rows of a table rest on, in as few calls as will do: it is looked at in every step.
+def _fingerprint(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> list:
+    """Addresses and forms that the rows of a table depend on; every step compares them, so there are few.
 
-    Gradients have the size of their parameters, and from autograd their layout and dtype as well, so those are looked
-    at in the gradients alone.
+    A gradient has the size of its parameter, and autograd gives it the same layout and dtype: these are read from the
+    gradients only.
     """
-    found: list = list(map(Tensor.data_ptr, params))
-    for what in (Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous, _dtype):
-        found += map(what, gradients)
-    return found
+    fingerprint: list = list(map(Tensor.data_ptr, params))
+    for read in (Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous, _dtype):
+        fingerprint += map(read, gradients)
+    return fingerprint
 
 
 def _distance(tensor: Tensor, anchor: Tensor) -> int:

@@ -22,14 +22,14 @@ SCALARS = {
     "rounding": "*fp64",
     "flags": "*i32", "step": "*i64", "loss": "*fp32", "counts": "*fp32", "layout": "*i64", "out": "*fp32",
     "partials": "*fp32", "parts": "*fp64", "spans": "*i32", "n_rows": "i32", "unit": "i32", "units": "i32", "n": "i32",
-    "eps": "fp32", "first": "i32",
+    "eps": "fp32", "first_chunk": "i32",
 }  # fmt: skip
 CHUNK_KERNELS = {"survey": moments.survey_kernel, "trial": trial.trial_kernel, "advance": moments.advance_kernel}
 TENSORS = [  # dtypes of parameter and gradient, and whether they start at a multiple of 64 bytes
     ("fp32", "fp32", True), ("fp32", "bf16", True), ("bf16", "bf16", True), ("bf16", "fp32", True),
     ("fp16", "fp16", True), ("fp32", "fp32", False), ("bf16", "bf16", False),
 ]  # fmt: skip
-CONSTANTS = {"UP": 16, "SUMS": 8, "ROWS": 1024, "BLOCK": 128}
+CONSTANTS = {"UP": 16, "COLUMNS": 8, "ROWS": 1024, "BLOCK": 128}
 FLAGS = {"open_kernel": ("TESTED", "KEEP"), "judge_together_kernel": ("ONCE",)}
 
 
@@ -53,29 +53,29 @@ def describe(compiled):
         file.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    resources = {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
     wide = {op: len(re.findall(rf"{op}\.global(?:\.\w+)*\.v4\.b32", ptx)) for op in ("ld", "st")}
-    return found | wide | {"local_access": bool(re.search(r"\b(?:ld|st)\.local", ptx))}
+    return resources | wide | {"local_access": bool(re.search(r"\b(?:ld|st)\.local", ptx))}
 
 
 def main(arch):
     """Print a line per kernel and variant."""
-    for (dtype, gradient, aligned), first, adam in product(TENSORS, (False, True), (True, False)):
-        constants = {"ADAM": adam, "FIRST": first, "LOW": dtype != "fp32", "ALIGNED": aligned, "BLOCK": BLOCK}
+    for (dtype, gradient, aligned), has_m, adam in product(TENSORS, (False, True), (True, False)):
+        constants = {"ADAM": adam, "HAS_M": has_m, "LOW": dtype != "fp32", "ALIGNED": aligned, "BLOCK": BLOCK}
         types = SCALARS | TABLES | FLAT | {"p_base": f"*{dtype}", "g_base": f"*{gradient}"}
         for name, kernel in CHUNK_KERNELS.items():
-            own = {n: v for n, v in types.items() if n in kernel.arg_names and n not in constants}
-            found = describe(build(kernel, own, constants, arch, WARPS))
+            signature = {n: t for n, t in types.items() if n in kernel.arg_names}
+            resources = describe(build(kernel, signature, constants, arch, WARPS))
             case = {
                 "kernel": name,
                 "dtype": dtype,
                 "gradient": gradient,
                 "aligned": aligned,
-                "first": first,
+                "has_m": has_m,
                 "adam": adam,
             }
-            print(json.dumps(case | found))
+            print(json.dumps(case | resources))
     scalar = [k for k in vars(armijo).values() if isinstance(k, triton.JITFunction) and k.__name__.endswith("_kernel")]
     for kernel in [*scalar, moments.constants_kernel, moments.reduce_kernel, moments.add_parts_kernel]:
         types = {n: SCALARS[n] for n in kernel.arg_names if n in SCALARS}
@@ -83,8 +83,8 @@ def main(arch):
         for flags in product((False, True), repeat=len(names)):
             constants = CONSTANTS | dict(zip(names, flags, strict=True))
             warps = 1 if kernel in scalar else WARPS if kernel is moments.reduce_kernel else 4
-            found = describe(build(kernel, types, constants, arch, warps))
-            print(json.dumps({"kernel": kernel.__name__, "flags": flags, **found}))
+            resources = describe(build(kernel, types, constants, arch, warps))
+            print(json.dumps({"kernel": kernel.__name__, "flags": flags, **resources}))
 
 
 if __name__ == "__main__":

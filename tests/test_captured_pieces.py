@@ -396,7 +396,7 @@ def memory_is_held(watch, program):
     assert not any(watch.refs[k].expired() for k in outside)
     own = program.device.table
     known = [own.layout, own.places, own.spans]
-    known += [t for k in own.kinds.values() for t in (k.param, k.gradient, k.chunks)]
+    known += [t for k in own.by_dtypes.values() for t in (k.param, k.gradient, k.rows)]
     between = {k for k in outside if watch.born[k] == BETWEEN}
     assert between <= {StorageWeakRef(t.untyped_storage()).cdata for t in known}, "memory made between two captures"
     assert watch.birth(program.loss) == 0
@@ -419,7 +419,7 @@ def test_every_program_has_a_table_of_its_own(watch):
     traced = Traced(watch, tiny)
     programs = [traced.take(signature)[0] for signature in "ab"]
     tables = [traced.opt.engine.partition.table, *(program.device.table for program in programs)]
-    written = [t for own in tables for k in own.kinds.values() for t in (k.param, k.gradient)]
+    written = [t for own in tables for k in own.by_dtypes.values() for t in (k.param, k.gradient)]
     assert len({StorageWeakRef(t.untyped_storage()).cdata for t in written}) == len(written) > len(tables)
 
 

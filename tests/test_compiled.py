@@ -27,9 +27,9 @@ def compiled(request):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def accesses(buffers, case, *, first, masters):
+def accesses(buffers, case, *, has_m, masters):
     """16-byte accesses of one thread to these buffers, the first moment and the masters of low precision added."""
-    wanted = buffers + ("m" if first else "") + (masters if case["dtype"] != "fp32" else "")
+    wanted = buffers + ("m" if has_m else "") + (masters if case["dtype"] != "fp32" else "")
     kept = [b for b in wanted if b != "v" or case["adam"]]
     dtypes = {"p": case["dtype"], "g": case["gradient"]}
     return sum(1 if dtypes.get(b, "fp32") != "fp32" else 2 for b in kept)
@@ -40,13 +40,13 @@ def test_whole_chunks_are_read_and_written_16_bytes_at_a_time(compiled):
     assert len(chunk_kernels) == 5 * 4 * 3
     for k in chunk_kernels:
         updates = k["kernel"] == "advance"
-        if updates and not (k["adam"] or k["first"] or k["dtype"] != "fp32"):
+        if updates and not (k["adam"] or k["has_m"] or k["dtype"] != "fp32"):
             assert k["ld"] == k["st"] == 0, "plain SGD has no moments"
             continue
         masters = {"survey": "w", "trial": "", "advance": "w"}[k["kernel"]]
-        assert k["ld"] == accesses(LOADS[k["kernel"]], k, first=k["first"], masters=masters), k
+        assert k["ld"] == accesses(LOADS[k["kernel"]], k, has_m=k["has_m"], masters=masters), k
         masters = "w" if updates else ""
-        assert k["st"] == accesses(STORES[k["kernel"]], k, first=k["first"] and updates, masters=masters), k
+        assert k["st"] == accesses(STORES[k["kernel"]], k, has_m=k["has_m"] and updates, masters=masters), k
 
 
 def test_nothing_spills(compiled):

@@ -12,8 +12,7 @@ from helpers.units import device_units, passes
 
 from fastals.buffers import Gradients, Unit
 from fastals.kernels import armijo
-from fastals.kernels.arena import MEMORY as DEVICE_MEMORY
-from fastals.kernels.arena import OUTCOMES, SPLIT, STATE, SUMS
+from fastals.kernels.arena import BATCH, OUTCOMES, REMEMBERED, SPLIT, STATE, SUMS
 from fastals.kernels.moments import add_parts_kernel, advance, reduce_kernel, survey
 from fastals.kernels.plain import rounding
 from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH
@@ -253,8 +252,8 @@ def test_partial_sums_of_units_of_any_size(rows):
     partials = numbers(len(SUMS) * (rows + 5), torch.float32, 1).view(len(SUMS), -1)
     parts = torch.full((3, SPLIT, len(SUMS)), math.nan, dtype=torch.float64, device=CUDA)
     sums = torch.full((3, len(SUMS)), math.nan, dtype=torch.float64, device=CUDA)
-    reduce_kernel[3, SPLIT](partials, spans, parts, rows + 5, SUMS=8, ROWS=1024, **BY_CHUNK)
-    add_parts_kernel[(3,)](parts, sums, SUMS=8, **LAUNCH)
+    reduce_kernel[3, SPLIT](partials, spans, parts, rows + 5, COLUMNS=8, ROWS=1024, **BY_CHUNK)
+    add_parts_kernel[(3,)](parts, sums, COLUMNS=8, **LAUNCH)
     for found, (first, last) in zip(sums, spans.tolist(), strict=True):
         wanted = partials[:, first:last].double()
         near(found, wanted.sum(1), 1e-13, wanted.abs().sum(1))
@@ -287,7 +286,7 @@ def test_the_armijo_kernels_search_like_the_search_on_the_host(rules, memory, lo
     groups, state = make_groups([[(1000, dtype, True, 0)]], seed, **rules)
     groups[0].update(memory)
     device = device_units(groups, "adam", False, state)
-    twin = groups[0] | {k: float(groups[0][k]) for k in DEVICE_MEMORY}
+    twin = groups[0] | {k: float(groups[0][k]) for k in REMEMBERED}
     arena = device.arena
     refresh(device, "7")
     survey(device.table, arena)
@@ -313,20 +312,20 @@ def test_the_armijo_kernels_search_like_the_search_on_the_host(rules, memory, lo
         assert row["eta"] == pytest.approx(search.eta, rel=1e-12)
         assert OUTCOMES[int(row["outcome"])] == (search.outcome or "running")
     assert arena.flags[0].tolist() == [0, int(search.accepted), 0, 0]
-    assert at(arena, -1)["loss"] == search.final_loss
+    assert at(arena, -1, BATCH)["loss"] == search.final_loss
     armijo.judge(arena, 0, torch.tensor(0.0, device=CUDA))
     assert at(arena, 0) == row, "a search that has ended judges no more"
     stood = arena.state.tolist()
     armijo.remember(arena)
     search.remember()
-    for key in DEVICE_MEMORY:
+    for key in REMEMBERED:
         assert float(groups[0][key]) == pytest.approx(twin[key], rel=1e-11, abs=1e-15), key
     assert arena.history[0].tolist() == stood
-    assert math.isnan(at(arena, -1)["start"]), "between two steps there is nothing to put back"
+    assert math.isnan(at(arena, -1, BATCH)["loss_before"]), "between two steps there is nothing to put back"
 
 
-def at(arena, row):
-    return dict(zip(STATE, arena.state[row].tolist(), strict=True))
+def at(arena, row, columns=STATE):
+    return dict(zip(columns, arena.state[row].tolist(), strict=True))
 
 
 def test_elements_are_counted_in_64_bits():
@@ -338,8 +337,8 @@ def test_elements_are_counted_in_64_bits():
         table, arena = device.table, device.arena
         refresh(device)
         elements = shift * BLOCK
-        (kind,) = table.kinds.values()
-        kind.chunks[:, 1] += shift
+        (chunks,) = table.by_dtypes.values()
+        chunks.rows[:, 1] += shift
         table.layout[:, 0] -= elements
         table.layout[:, 1] += elements
         table.places[:, :2] -= elements
@@ -473,7 +472,7 @@ def test_unaligned_tensors_are_read_right():
     groups = [RULES | MEMORY | {"name": "g", "params": [p]}]
     device = device_units(groups, "sgd", False, {})
     refresh(device)
-    (kind,) = device.table.kinds.values()
-    assert not kind.aligned
+    (chunks,) = device.table.by_dtypes.values()
+    assert not chunks.aligned
     survey(device.table, device.arena)
     assert float(device.arena.sums[0, 0]) == pytest.approx(float(p.grad.double().square().sum()), rel=1e-6)

@@ -1,0 +1,247 @@
+"""Scalar programs over all units: start and end of a mini-batch, and the joint test of a common factor of the steps.
+
+:mod:`fastals.kernels.armijo` launches them. ``UP`` is the number of rows of ``state``, units + 1, rounded up to a power
+of two.
+"""
+
+import triton
+import triton.language as tl
+
+from fastals.kernels.columns import (
+    AT,
+    AVERAGED,
+    BATCH_FACTOR,
+    BATCH_GO,
+    BATCH_LOSS,
+    BATCH_LOSS_BEFORE,
+    BATCH_OUTCOME,
+    BATCH_REFERENCE,
+    BATCH_REQUIRED,
+    BATCH_RESOLUTION,
+    BATCH_TRIALS,
+    ETA,
+    FINAL_LOSS,
+    FLAG_ACCEPTED,
+    FLAG_GO,
+    FLAG_OUTDATED,
+    FLAG_REFUSED,
+    GO,
+    HIDDEN,
+    LOSS,
+    MEMORY_AVERAGE,
+    MEMORY_AVERAGE_WEIGHT,
+    MEMORY_BACKTRACKS,
+    MEMORY_MEAN_DECREASE,
+    MEMORY_MEAN_SLOPE,
+    MEMORY_STEP_SIZE,
+    MOVE,
+    N_FLAGS,
+    N_MEMORY,
+    N_RING,
+    N_RULES,
+    N_STATE,
+    OUTCOME,
+    OUTCOME_ACCEPTED,
+    OUTCOME_EXHAUSTED,
+    OUTCOME_RUNNING,
+    REFERENCE,
+    REQUIRED_SLOPE,
+    RESOLUTION,
+    RULE_BACKTRACK,
+    RULE_C,
+    RULE_MAX_TRIALS,
+    RULE_NONMONOTONE_WEIGHT,
+    RULE_SMOOTHING,
+    SLOPE,
+    START,
+    TRIALS,
+)
+from fastals.kernels.one_unit import visible
+
+
+@triton.jit(do_not_specialize=["loss", "units"])
+def begin_kernel(state, flags, loss, units, eps, UP: tl.constexpr):
+    """Empty every row, and enter f(w_t) and the smallest change that it can show."""
+    f = tl.load(loss).to(tl.float64)
+    refused = (tl.abs(f) < float("inf")) == 0
+    o_r = tl.arange(0, UP)
+    m_r = o_r <= units
+    for column in tl.static_range(N_STATE):
+        b_value = tl.zeros([UP], tl.float64)
+        if column == RESOLUTION:
+            b_value += eps * tl.abs(f) / 2
+        if column == BATCH_LOSS_BEFORE or column == BATCH_LOSS:  # noqa: SIM109
+            b_value = tl.where(o_r == units, f, b_value)
+        tl.store(state + o_r * N_STATE + column, b_value, mask=m_r)
+    b_zero = tl.zeros([UP], tl.int32)
+    tl.store(flags + o_r * N_FLAGS + FLAG_GO, b_zero, mask=m_r)
+    tl.store(flags + o_r * N_FLAGS + FLAG_ACCEPTED, b_zero, mask=m_r)
+    tl.store(flags + o_r * N_FLAGS + FLAG_OUTDATED, b_zero, mask=m_r)
+    tl.store(flags + o_r * N_FLAGS + FLAG_REFUSED, b_zero + refused.to(tl.int32), mask=m_r)
+
+
+@triton.jit
+def _required(rows, rules, lead, o_u, b_eta, m_u):
+    """The decrease that the test of each unit requires at its step."""
+    b_rules = rules + tl.load(lead + o_u, mask=m_u, other=0) * N_RULES
+    b_c = tl.load(b_rules + RULE_C, mask=m_u, other=0.0)
+    b_decrease = b_c * b_eta * tl.load(rows + REQUIRED_SLOPE, mask=m_u, other=0.0)
+    b_hidden = tl.load(rows + HIDDEN, mask=m_u, other=0.0)
+    return visible(b_decrease, b_eta, b_hidden, tl.load(rows + RESOLUTION, mask=m_u, other=0.0))
+
+
+@triton.jit(do_not_specialize=["units"])
+def open_together_kernel(state, rules, lead, flags, units, UP: tl.constexpr):
+    """Start the test of a common factor on the steps of all units that have one."""
+    o_u = tl.arange(0, UP)
+    m_u = o_u < units
+    rows, batch = state + o_u * N_STATE, state + units * N_STATE
+    b_eta = tl.load(rows + ETA, mask=m_u, other=0.0)
+    b_moving = b_eta > 0
+    b_required = tl.where(b_moving, _required(rows, rules, lead, o_u, b_eta, m_u), 0.0)
+    b_reference = tl.load(rows + REFERENCE, mask=m_u, other=0.0)
+    any_moves = tl.sum(b_moving.to(tl.int32)) > 0
+    tl.store(rows + MOVE, b_eta, mask=m_u)
+    tl.store(rows + AT, tl.zeros([UP], tl.float64), mask=m_u)
+    tl.store(rows + GO, tl.zeros([UP], tl.float64), mask=m_u)
+    tl.store(flags + o_u * N_FLAGS + FLAG_GO, tl.zeros([UP], tl.int32), mask=m_u)
+    tl.store(batch + BATCH_FACTOR, 1.0)
+    tl.store(batch + BATCH_TRIALS, 0.0)
+    tl.store(batch + BATCH_REFERENCE, tl.max(tl.where(b_moving, b_reference, -float("inf"))))
+    tl.store(batch + BATCH_REQUIRED, tl.sum(b_required))
+    tl.store(batch + BATCH_GO, tl.where(any_moves, 1.0, 0.0))
+    outcome = tl.where(any_moves, OUTCOME_RUNNING, OUTCOME_ACCEPTED)  # without moves nothing is left to search
+    tl.store(batch + BATCH_OUTCOME, outcome.to(tl.float64))
+    tl.store(flags + units * N_FLAGS + FLAG_GO, tl.where(any_moves, 1, 0))
+    tl.store(flags + units * N_FLAGS + FLAG_ACCEPTED, tl.where(any_moves, 0, 1))
+
+
+@triton.jit
+def _credit(rows, batch, rules, lead, o_u, b_eta, m_u, f, required):
+    """Give every unit its part of the decrease of the loss to ``f``, in proportion to the decrease it requires."""
+    b_part = _required(rows, rules, lead, o_u, b_eta, m_u) / tl.where(required > 0, required, 1.0)
+    loss = tl.load(batch + BATCH_LOSS)
+    tl.store(rows + FINAL_LOSS, loss - (loss - f) * b_part, mask=m_u & (b_eta > 0))
+    tl.store(rows + OUTCOME, tl.zeros_like(b_eta) + OUTCOME_ACCEPTED, mask=m_u & (b_eta > 0))
+
+
+@triton.jit(do_not_specialize=["loss", "unit", "units"])
+def judge_together_kernel(state, rules, lead, flags, loss, unit, units, ONCE: tl.constexpr, UP: tl.constexpr):
+    """Accept the common factor or shrink it by the rules of the unit.
+
+    With ONCE the factor 1 alone is tried, and every unit is credited with its part.
+    """
+    batch = state + units * N_STATE
+    if tl.load(batch + BATCH_GO) != 0:
+        f = tl.load(loss).to(tl.float64)
+        factor, trials = tl.load(batch + BATCH_FACTOR), tl.load(batch + BATCH_TRIALS) + 1
+        required = tl.load(batch + BATCH_REQUIRED)
+        decrease = visible(factor * required, factor, 0.0, tl.load(batch + BATCH_RESOLUTION))
+        accepted = (tl.abs(f) < float("inf")) & (f <= tl.load(batch + BATCH_REFERENCE) - decrease)
+        rule = rules + tl.load(lead + unit) * N_RULES
+        max_trials = 1 if ONCE else tl.load(rule + RULE_MAX_TRIALS)
+        exhausted = (accepted == 0) & (trials >= max_trials)
+        going = (accepted == 0) & (exhausted == 0)
+        factor = tl.where(accepted, factor, tl.where(exhausted, 0.0, factor * tl.load(rule + RULE_BACKTRACK)))
+        o_u = tl.arange(0, UP)
+        m_u = o_u < units
+        rows = state + o_u * N_STATE
+        b_eta = tl.load(rows + ETA, mask=m_u, other=0.0)
+        tl.store(rows + AT, tl.load(rows + MOVE, mask=m_u, other=0.0), mask=m_u)
+        tl.store(rows + MOVE, factor * b_eta, mask=m_u)
+        if ONCE:  # noqa: SIM102
+            if accepted:
+                _credit(rows, batch, rules, lead, o_u, b_eta, m_u, f, required)
+        tl.store(batch + BATCH_FACTOR, factor)
+        tl.store(batch + BATCH_TRIALS, trials)
+        tl.store(batch + BATCH_GO, tl.where(going, 1.0, 0.0))
+        outcome = tl.where(accepted, OUTCOME_ACCEPTED, tl.where(exhausted, OUTCOME_EXHAUSTED, OUTCOME_RUNNING))
+        tl.store(batch + BATCH_OUTCOME, outcome.to(tl.float64))
+        tl.store(flags + units * N_FLAGS + FLAG_GO, tl.where(going, 1, 0))
+        tl.store(flags + units * N_FLAGS + FLAG_ACCEPTED, tl.where(accepted, 1, 0))
+        if accepted:
+            tl.store(batch + BATCH_LOSS, f)
+
+
+@triton.jit(do_not_specialize=["units"])
+def follow_kernel(state, units, UP: tl.constexpr):
+    """Turn every move towards the averaged direction; the loss there is not known."""
+    o_u = tl.arange(0, UP)
+    m_u = o_u < units
+    rows, batch = state + o_u * N_STATE, state + units * N_STATE
+    b_moved = tl.load(rows + MOVE, mask=m_u, other=0.0) > 0
+    tl.store(rows + AVERAGED, tl.zeros([UP], tl.float64) + 1, mask=m_u & b_moved)
+    tl.store(rows + AT, tl.where(b_moved, float("nan"), 0.0), mask=m_u)  # the others stand at w_t
+    any_moved = tl.sum(b_moved.to(tl.int32)) > 0
+    tl.store(batch + BATCH_LOSS, tl.where(any_moved, float("nan"), tl.load(batch + BATCH_LOSS)))
+
+
+@triton.jit(do_not_specialize=["units"])
+def restore_kernel(state, units, UP: tl.constexpr):
+    """Ask for every unit to be put back, wherever it stands; between two steps, for nothing to be moved."""
+    o_u = tl.arange(0, UP)
+    m_u = o_u < units
+    rows, loss_before = state + o_u * N_STATE, tl.load(state + units * N_STATE + BATCH_LOSS_BEFORE)
+    under_way = loss_before == loss_before
+    b_move = tl.where(under_way, 0.0, tl.load(rows + MOVE, mask=m_u, other=0.0))
+    tl.store(rows + MOVE, b_move, mask=m_u)
+    tl.store(rows + AT, tl.where(under_way, float("nan"), b_move), mask=m_u)
+    tl.debug_barrier()  # every lane has read it
+    tl.store(state + units * N_STATE + BATCH_LOSS_BEFORE, float("nan"))
+
+
+@triton.jit
+def _mean(weight, mean, new):
+    return weight * mean + (1 - weight) * new
+
+
+@triton.jit
+def _learn(rows, memory, rules, m_u):
+    """Write what the next searches need, as :meth:`fastals.search.Search.remember`."""
+    b_outcome = tl.load(rows + OUTCOME, mask=m_u, other=0.0)
+    b_slope = tl.load(rows + SLOPE, mask=m_u, other=0.0)
+    b_accepted = b_outcome == OUTCOME_ACCEPTED
+    m_s = m_u & (tl.abs(b_slope) < float("inf")) & (b_accepted | (b_outcome == OUTCOME_EXHAUSTED))  # searched
+    b_loss, b_eta = tl.load(rows + LOSS, mask=m_s, other=0.0), tl.load(rows + ETA, mask=m_s, other=0.0)
+    b_start, b_trials = tl.load(rows + START, mask=m_s, other=0.0), tl.load(rows + TRIALS, mask=m_s, other=0.0)
+    b_carried = tl.load(rules + RULE_NONMONOTONE_WEIGHT, mask=m_s, other=0.0)
+    b_carried *= tl.load(memory + MEMORY_AVERAGE_WEIGHT, mask=m_s, other=0.0)
+    b_sum = b_carried * tl.load(memory + MEMORY_AVERAGE, mask=m_s, other=0.0) + b_loss
+    tl.store(memory + MEMORY_AVERAGE, b_sum / (b_carried + 1), mask=m_s)
+    tl.store(memory + MEMORY_AVERAGE_WEIGHT, b_carried + 1, mask=m_s)
+    b_backtracks = tl.load(memory + MEMORY_BACKTRACKS, mask=m_s, other=0.0)
+    b_shrunk = tl.load(rules + RULE_BACKTRACK, mask=m_s, other=0.0) * b_start
+    tl.store(memory + MEMORY_STEP_SIZE, tl.where(b_accepted, b_eta, b_shrunk), mask=m_s)
+    b_later = tl.where(b_accepted, tl.maximum(b_backtracks + b_trials - 2, 0.0), b_backtracks + 1)
+    tl.store(memory + MEMORY_BACKTRACKS, b_later, mask=m_s)
+    m_a = m_s & b_accepted
+    b_weight = tl.load(rules + RULE_SMOOTHING, mask=m_a, other=0.0)
+    b_decrease = b_loss - tl.load(rows + FINAL_LOSS, mask=m_a, other=0.0)
+    b_mean = _mean(b_weight, tl.load(memory + MEMORY_MEAN_DECREASE, mask=m_a, other=0.0), b_decrease)
+    tl.store(memory + MEMORY_MEAN_DECREASE, b_mean, mask=m_a)
+    b_mean = _mean(b_weight, tl.load(memory + MEMORY_MEAN_SLOPE, mask=m_a, other=0.0), b_slope)
+    tl.store(memory + MEMORY_MEAN_SLOPE, b_mean, mask=m_a)
+
+
+@triton.jit
+def _record(rows, history, step, o_r, units):
+    """Write all rows into the ring of reports, and count the step."""
+    now = tl.load(step)
+    history += (now % N_RING) * (units + 1) * N_STATE
+    for column in tl.static_range(N_STATE):
+        b_value = tl.load(rows + column, mask=o_r <= units, other=0.0)
+        tl.store(history + o_r * N_STATE + column, b_value, mask=o_r <= units)
+    tl.store(step, now + 1)
+
+
+@triton.jit(do_not_specialize=["units"])
+def remember_kernel(state, memory, rules, lead, history, step, units, UP: tl.constexpr):
+    """Learn from the searches, record the state, and end the step."""
+    o_r = tl.arange(0, UP)
+    m_u = o_r < units
+    rows = state + o_r * N_STATE
+    rules += tl.load(lead + o_r, mask=m_u, other=0) * N_RULES
+    _learn(rows, memory + o_r * N_MEMORY, rules, m_u)
+    _record(rows, history, step, o_r, units)
+    tl.debug_barrier()  # every lane has read the row
+    tl.store(state + units * N_STATE + BATCH_LOSS_BEFORE, float("nan"))  # w holds no step under way any more
