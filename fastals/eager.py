@@ -222,9 +222,10 @@ class EagerALS(torch.optim.Optimizer):
         cap = self._aim_tested(part)
         part.search, part.eta, part.trials, part.outcome = None, 0.0, 0, NOT_DESCENT
         if 0 < part.slope < math.inf and cap > 0:
-            limits = {"resolution": self.resolution, "hidden": part.hidden}
-            drawn = uniform(self.seed, part.name)
-            part.search = Search(part.rules, self.loss, part.slope, cap, uniform=drawn, **limits)
+            part.search = Search(
+                part.rules, self.loss, part.slope, cap, uniform=uniform(self.seed, part.name),
+                resolution=self.resolution, hidden=part.hidden,
+            )  # fmt: skip
         return part.search is not None
 
     def _search(self, part: Part) -> None:
