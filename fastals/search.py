@@ -16,10 +16,8 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
+from fastals.kernels.arena import INITIALS, REFERENCES
 from fastals.report import ACCEPTED, EXHAUSTED
-
-INITIALS = ("warm", "reset", "polyak", "random")
-REFERENCES = ("monotone", "nonmonotone", "smoothed")
 
 
 class Range(NamedTuple):

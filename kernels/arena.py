@@ -46,8 +46,8 @@ SUMS = ("slope", "direction", "moving", "weights", "elements", "averaged_slope",
 CONSTANTS = ("beta1", "new1", "beta2", "new2", "correction1", "correction2", "eps", "decay")
 #: Numbers that stand for an outcome in ``state``, and for an option in ``rules``.
 OUTCOMES = ("running", "accepted", "exhausted", "not_descent", "kept")
-INITIALS = ("warm", "reset", "polyak", "random")  # as in fastals.search
-REFERENCES = ("monotone", "nonmonotone", "smoothed")  # as in fastals.search
+INITIALS = ("warm", "reset", "polyak", "random")
+REFERENCES = ("monotone", "nonmonotone", "smoothed")
 RING = 64  # steps whose states are kept for reports
 SPLIT = 64  # programs that add up the partial sums of one unit
 

@@ -126,7 +126,7 @@ def _zhang_hager(rules, memory, loss):
 
 @triton.jit
 def _reference(rules, memory, loss, slope):
-    """R and the slope of the test, as :func:`fastals.search.reference`."""
+    """R and the slope of the test, as :func:`fastals.search.reference_and_slope`."""
     kind = tl.load(rules + RULE_REFERENCE)
     average = _zhang_hager(rules, memory, loss)
     smoothing = tl.load(rules + RULE_SMOOTHING)
