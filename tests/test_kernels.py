@@ -1,5 +1,6 @@
 """The flat-buffer kernels against plain formulas in float64, and a unit's buffers over random partitions."""
 
+import importlib
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastals.buffers import ALIGNED_ELEMENTS, Unit
-from fastals.kernels import plain
+from fastals.kernels import arena, plain
 
 SIZES = st.sampled_from([1, 63, 64, 65, 1000])
 RTOL = {torch.bfloat16: 2**-8, torch.float32: 1e-5, torch.float64: 1e-12}  # of the value itself
@@ -243,3 +244,24 @@ def test_weights_that_someone_else_wrote_replace_their_master():
         twin.trial(0.25)
         twin.commit(state, 1.0, 0.25)
         assert torch.equal(state[p]["master"], torch.full((3,), start - 0.25))
+
+
+# Names of the columns of the tables
+
+
+def test_columns_are_found_by_name():
+    pytest.importorskip("triton")
+    columns = importlib.import_module("fastals.kernels.columns")
+    assert columns.RULE_BACKTRACK.value == arena.RULES.index("backtrack")
+    assert columns.BATCH_LOSS.value == arena.BATCH.index("loss")
+    assert columns.N_RULES.value == len(arena.RULES)
+    with pytest.raises(AttributeError, match="no table of the kernels has a column RULE_NONE"):
+        columns.RULE_NONE  # noqa: B018
+    with pytest.raises(ImportError):
+        from fastals.kernels.columns import RULE_NONE  # noqa: F401
+
+
+def test_the_last_row_of_the_state_has_its_own_names():
+    assert len(arena.BATCH) == len(arena.STATE)
+    for written_to_all_rows in ("go", "resolution"):
+        assert arena.BATCH.index(written_to_all_rows) == arena.STATE.index(written_to_all_rows)
