@@ -23,7 +23,7 @@ from floor import moved_bytes
 
 import fastals
 from fastals.buffers import Gradients
-from fastals.kernels import armijo
+from fastals.kernels import all_units, armijo
 from fastals.kernels.arena import STATE
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.trial import trial
@@ -79,7 +79,7 @@ def device_of(params, averages):
     device = opt.engine.partition
     device.refresh_rules("0")
     device.refresh_table(Gradients(u for u in device.units if u.find_active()))
-    armijo.begin(device.arena, torch.ones((), device=DEVICE))
+    all_units.begin(device.arena, torch.ones((), device=DEVICE))
     survey(device.table, device.arena)
     armijo.open_search(device.arena, 0, tested=False)
     return device
@@ -151,7 +151,7 @@ def test_update_phase(benchmark, shape, dtype, against, momentum):
     losses = (worse, better) if against == "eager" else (better,)
 
     def fused():
-        armijo.begin(arena, start)
+        all_units.begin(arena, start)
         survey(table, arena, averaged=tested)
         armijo.open_search(arena, 0, tested=tested)
         for loss in losses:
@@ -159,7 +159,7 @@ def test_update_phase(benchmark, shape, dtype, against, momentum):
             armijo.judge(arena, 0, loss)
         trial(table, arena, 0)
         advance(table, arena)
-        armijo.remember(arena)
+        all_units.remember(arena)
 
     reference = eager_sequence(params) if against == "eager" else adamw(params)
     benchmark.pedantic(finished(fused), rounds=ROUNDS, warmup_rounds=1)

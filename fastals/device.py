@@ -1,7 +1,7 @@
 """Searches on the device: fused kernels, and one flag that the host reads after each trial.
 
 The verbs are those of :mod:`fastals.host`. Losses, slopes and step sizes stay on the device:
-:mod:`fastals.kernels.armijo` accepts or shrinks a step there.
+:mod:`fastals.kernels.armijo` accepts or shrinks it there.
 """
 
 import random
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastals.buffers import Flat, Gradients, Unit, layout, unit_groups
 from fastals.interrupt import uninterrupted
-from fastals.kernels import armijo
+from fastals.kernels import all_units, armijo
 from fastals.kernels.arena import BATCH, FLAGS, OUTCOMES, REMEMBERED, RING, RULES, STATE, Arena
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.table import Entry, Table
@@ -200,7 +200,7 @@ class DeviceBatch:
         limit = device.settings.max_grad_norm
         if limit is not None and self.gradients.held:
             self.do(partial(_scale_gradients, self.gradients.held, limit, self.arena.grad_scale[0]))
-        self.do(partial(armijo.begin, self.arena, start))
+        self.do(partial(all_units.begin, self.arena, start))
         self.do(partial(survey, self.table, self.arena, averaged=self.tested))
 
     def check_replay(self, loss: Tensor) -> None:
@@ -222,7 +222,7 @@ class DeviceBatch:
             self.random, self.searched = random.Random(self.seed), False
             start = self.arena.state[-1, BATCH.index("loss_before")].to(self.loss_dtype, copy=True)
             self.restore()
-            armijo.begin(self.arena, start)
+            all_units.begin(self.arena, start)
 
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, if its direction descends."""
@@ -257,7 +257,7 @@ class DeviceBatch:
 
     def move_together(self, *, once: bool) -> bool:
         """Move all units by a common factor of their steps; whether a factor was accepted."""
-        self.do(partial(armijo.open_together, self.arena))
+        self.do(partial(all_units.open_together, self.arena))
         params = [p for unit in self.units for p in unit.active_params()]
         accepted = self._repeat("all units", self.arena.units, partial(self._try_together, params, once))
         if not accepted:
@@ -267,7 +267,7 @@ class DeviceBatch:
 
     def _try_together(self, params: Sequence[Tensor], once: bool) -> None:
         trial(self.table, self.arena)
-        armijo.judge_together(self.arena, self.units[0].row, self.losses.at("all units", params), once=once)
+        all_units.judge_together(self.arena, self.units[0].row, self.losses.at("all units", params), once=once)
 
     def keep(self, unit: Unit) -> None:
         """Move the unit by its remembered step, untested."""
@@ -277,13 +277,13 @@ class DeviceBatch:
     def follow_momentum(self) -> None:
         """Carry the accepted steps over to the averaged direction; the new point is not tested."""
         self.executor.end_skip()
-        self.do(partial(armijo.follow, self.arena))
+        self.do(partial(all_units.follow, self.arena))
         self.do(partial(trial, self.table, self.arena))
 
     def learn(self) -> None:
         """Advance moments, counts and memory; the parameters have moved already."""
         self.do(partial(advance, self.table, self.arena))
-        self.do(partial(armijo.remember, self.arena))
+        self.do(partial(all_units.remember, self.arena))
 
     def commit(self, state: dict) -> None:
         """Advance moments and memory and enter them in the optimizer's state.
@@ -308,7 +308,7 @@ class DeviceBatch:
 
     def restore(self) -> None:
         """Put every unit back to w_t, bitwise."""
-        armijo.restore(self.arena)
+        all_units.restore(self.arena)
         trial(self.table, self.arena)
 
     def report(self) -> Callable[[], StepReport]:

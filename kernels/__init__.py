@@ -1,7 +1,7 @@
 """Kernels over flat buffers, imported as ``fastals.kernels``.
 
 :mod:`fastals.kernels.plain` holds the plain torch versions, which are the CPU path. The Triton kernels are launched by
-``moments``, ``trial`` and ``armijo``, over the tensors of a ``table`` and the memory of an ``arena``. These three need
+``moments``, ``trial``, ``armijo`` and ``all_units``, over the tensors of a ``table`` and the memory of an ``arena``. These need
 Triton, so they are not imported here.
 """
 

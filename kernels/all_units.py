@@ -1,12 +1,15 @@
 """Scalar programs over all units: start and end of a mini-batch, and the joint test of a common factor of the steps.
 
-:mod:`fastals.kernels.armijo` launches them. ``UP`` is the number of rows of ``state``, units + 1, rounded up to a power
-of two.
+``UP`` is the number of rows of ``state``, units + 1, rounded up to a power of two.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastals.kernels.arena import Arena
+from fastals.kernels.armijo import visible
 from fastals.kernels.columns import (
     AT,
     AVERAGED,
@@ -56,7 +59,7 @@ from fastals.kernels.columns import (
     START,
     TRIALS,
 )
-from fastals.kernels.one_unit import visible
+from fastals.kernels.table import SCALAR
 
 
 @triton.jit(do_not_specialize=["loss", "units"])
@@ -245,3 +248,73 @@ def remember_kernel(state, memory, rules, lead, history, step, units, UP: tl.con
     _record(rows, history, step, o_r, units)
     tl.debug_barrier()  # every lane has read the row
     tl.store(state + units * N_STATE + BATCH_LOSS_BEFORE, float("nan"))  # w holds no step under way any more
+
+
+def begin(arena: Arena, loss: Tensor) -> None:
+    """Start a mini-batch at f(w_t) = ``loss``, a 0-d tensor on the device."""
+    begin_kernel[(1,)](
+        state=arena.state,
+        flags=arena.flags,
+        loss=loss,
+        units=arena.units,
+        eps=torch.finfo(loss.dtype).eps,
+        UP=arena.padded_rows,
+        **SCALAR,
+    )
+
+
+def open_together(arena: Arena) -> None:
+    """Start the joint test of all steps found."""
+    open_together_kernel[(1,)](
+        state=arena.state,
+        rules=arena.rules,
+        lead=arena.lead,
+        flags=arena.flags,
+        units=arena.units,
+        UP=arena.padded_rows,
+        **SCALAR,
+    )
+
+
+def judge_together(arena: Arena, unit: int, loss: Tensor, *, once: bool) -> None:
+    """Accept or shrink the common factor, by the rules of ``unit``.
+
+    ``once`` tries the factor 1 only and credits every unit with its part.
+    """
+    judge_together_kernel[(1,)](
+        state=arena.state,
+        rules=arena.rules,
+        lead=arena.lead,
+        flags=arena.flags,
+        loss=loss,
+        unit=unit,
+        units=arena.units,
+        ONCE=once,
+        UP=arena.padded_rows,
+        **SCALAR,
+    )
+
+
+def follow(arena: Arena) -> None:
+    """Ask for every move to be made along the averaged direction."""
+    follow_kernel[(1,)](state=arena.state, units=arena.units, UP=arena.padded_rows, **SCALAR)
+
+
+def restore(arena: Arena) -> None:
+    """Ask for every unit to be put back to w_t, if a step is under way."""
+    restore_kernel[(1,)](state=arena.state, units=arena.units, UP=arena.padded_rows, **SCALAR)
+
+
+def remember(arena: Arena) -> None:
+    """Write the memory of all units and this step's row of the history."""
+    remember_kernel[(1,)](
+        state=arena.state,
+        memory=arena.memory,
+        rules=arena.rules,
+        lead=arena.lead,
+        history=arena.history,
+        step=arena.step,
+        units=arena.units,
+        UP=arena.padded_rows,
+        **SCALAR,
+    )

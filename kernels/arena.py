@@ -95,6 +95,11 @@ class Arena:
         self._rules: list[list[float]] = []
 
     @property
+    def padded_rows(self) -> int:
+        """Rows of ``state``, rounded up to a power of two."""
+        return 1 << self.units.bit_length()
+
+    @property
     def most_trials(self) -> int:
         """The largest ``max_trials`` of all groups."""
         return int(max(rule[RULES.index("max_trials")] for rule in self._rules))

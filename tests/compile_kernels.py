@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastals.kernels import armijo, moments, trial
+from fastals.kernels import all_units, armijo, moments, trial
 from fastals.kernels.table import BLOCK, LAUNCH, WARPS
 
 TABLES = {"chunks": "*i32", "places": "*i64", "constants": "*fp32", "grad_scale": "*fp32"}
@@ -76,7 +76,8 @@ def main(arch):
                 "adam": adam,
             }
             print(json.dumps(case | resources))
-    scalar = [k for k in vars(armijo).values() if isinstance(k, triton.JITFunction) and k.__name__.endswith("_kernel")]
+    programs = [*vars(armijo).values(), *vars(all_units).values()]
+    scalar = [k for k in programs if isinstance(k, triton.JITFunction) and k.__name__.endswith("_kernel")]
     for kernel in [*scalar, moments.constants_kernel, moments.reduce_kernel, moments.add_parts_kernel]:
         types = {n: SCALARS[n] for n in kernel.arg_names if n in SCALARS}
         names = FLAGS.get(kernel.__name__, ())

@@ -15,7 +15,7 @@ from triton.runtime import driver
 import fastals
 from fastals import kernels
 from fastals.graphs.graphed import WARMUP
-from fastals.kernels import armijo
+from fastals.kernels import all_units
 
 
 class Launcher:
@@ -82,7 +82,7 @@ def main(arch):
                 print(json.dumps({"step": number, "dtype": str(dtype)}))
                 opt.step(lambda model=model, batch=batch: model(**batch))
                 if not number:
-                    armijo.restore(opt.engine.partition.arena)
+                    all_units.restore(opt.engine.partition.arena)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from helpers.tiny import TinyTransformer, assert_same
 import fastals
 from fastals import device as device_module
 from fastals import kernels
-from fastals.kernels import armijo
+from fastals.kernels import all_units
 from fastals.losses import Losses
 
 pytestmark = pytest.mark.proves(claim="fused-optimizer")
@@ -229,14 +229,14 @@ def test_a_step_that_starts_anew_starts_from_its_own_loss(given, monkeypatch):
     (batch,) = batches(1)
     train(model, opt, [batch])
     misjudge(monkeypatch)
-    static, begun, plain_begin = torch.zeros((), device=CUDA), [], armijo.begin
+    static, begun, plain_begin = torch.zeros((), device=CUDA), [], all_units.begin
 
     def closure():
         loss = model(**batch)
         static.copy_(loss.detach())
         return static if given else loss
 
-    monkeypatch.setattr(armijo, "begin", lambda arena, loss: (begun.append(float(loss)), plain_begin(arena, loss)))
+    monkeypatch.setattr(all_units, "begin", lambda arena, loss: (begun.append(float(loss)), plain_begin(arena, loss)))
     opt.zero_grad()
     loss = model(**batch)
     loss.backward()
@@ -247,7 +247,7 @@ def test_a_step_that_starts_anew_starts_from_its_own_loss(given, monkeypatch):
 
 def test_an_interrupt_of_a_step_that_starts_anew_leaves_everything_as_it_was(monkeypatch):
     model, opt = build(depth=1)
-    (batch,), plain_restore = batches(1), armijo.restore
+    (batch,), plain_restore = batches(1), all_units.restore
     train(model, opt, [batch])
     misjudge(monkeypatch)
     before = snapshot(model, opt)
@@ -256,7 +256,7 @@ def test_an_interrupt_of_a_step_that_starts_anew_leaves_everything_as_it_was(mon
         plain_restore(arena)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(armijo, "restore", interrupted)
+    monkeypatch.setattr(all_units, "restore", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.step(lambda: model(**batch))
     monkeypatch.undo()

@@ -17,7 +17,7 @@ from helpers.tiny import TinyTransformer
 import fastals
 from fastals import device as device_module
 from fastals.buffers import Gradients
-from fastals.kernels import armijo
+from fastals.kernels import all_units, armijo
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.trial import trial, trial_kernel
 
@@ -69,7 +69,7 @@ def test_launches_of_each_phase(launches, dtypes):
     unit.find_active()
     device, arena, kinds = opt.engine.partition, opt.engine.partition.arena, len(dtypes)
     phases = {
-        "begin": (lambda: armijo.begin(arena, torch.ones((), device=CUDA)), {"begin": 1}),
+        "begin": (lambda: all_units.begin(arena, torch.ones((), device=CUDA)), {"begin": 1}),
         "survey": (
             lambda: survey(device.table, arena), {"constants": 1, "survey": kinds, "reduce": 1, "add_parts": 1},
         ),
@@ -77,7 +77,7 @@ def test_launches_of_each_phase(launches, dtypes):
         "trial": (lambda: trial(device.table, arena, 0), {"trial": kinds}),
         "judge": (lambda: armijo.judge(arena, 0, torch.ones((), device=CUDA)), {"judge": 1}),
         "advance": (lambda: advance(device.table, arena), {"advance": kinds}),
-        "remember": (lambda: armijo.remember(arena), {"remember": 1}),
+        "remember": (lambda: all_units.remember(arena), {"remember": 1}),
     }  # fmt: skip
     device.refresh_rules("0")
     device.refresh_table(Gradients([unit]))

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from helpers.units import device_units, passes
 
 from fastals.buffers import Gradients, Unit
-from fastals.kernels import armijo
+from fastals.kernels import all_units, armijo
 from fastals.kernels.arena import BATCH, OUTCOMES, REMEMBERED, SPLIT, STATE, SUMS
 from fastals.kernels.moments import add_parts_kernel, advance, reduce_kernel, survey
 from fastals.kernels.plain import rounding
@@ -290,7 +290,7 @@ def test_the_armijo_kernels_search_like_the_search_on_the_host(rules, memory, lo
     arena = device.arena
     refresh(device, "7")
     survey(device.table, arena)
-    armijo.begin(arena, start.to(CUDA))
+    all_units.begin(arena, start.to(CUDA))
     armijo.open_search(arena, 0, tested=False)
     drawn = arena.rules[0, -1].item()
     row = at(arena, 0)
@@ -316,7 +316,7 @@ def test_the_armijo_kernels_search_like_the_search_on_the_host(rules, memory, lo
     armijo.judge(arena, 0, torch.tensor(0.0, device=CUDA))
     assert at(arena, 0) == row, "a search that has ended judges no more"
     stood = arena.state.tolist()
-    armijo.remember(arena)
+    all_units.remember(arena)
     search.remember()
     for key in REMEMBERED:
         assert float(groups[0][key]) == pytest.approx(twin[key], rel=1e-11, abs=1e-15), key
@@ -342,7 +342,7 @@ def test_elements_are_counted_in_64_bits():
         table.layout[:, 0] -= elements
         table.layout[:, 1] += elements
         table.places[:, :2] -= elements
-        armijo.begin(arena, torch.ones((), device=CUDA))
+        all_units.begin(arena, torch.ones((), device=CUDA))
         survey(table, arena)
         put(device, 0, 1e-3)
         arena.state[:, STATE.index("slope")] = 1.0
@@ -358,12 +358,12 @@ def test_a_start_that_is_not_finite_is_refused_and_teaches_nothing():
     arena, before = device.arena, device.arena.memory.clone()
     moments = arena.v.clone()
     refresh(device)
-    armijo.begin(arena, torch.tensor(math.nan, device=CUDA))
+    all_units.begin(arena, torch.tensor(math.nan, device=CUDA))
     survey(device.table, arena)
     armijo.open_search(arena, 0, tested=False)
     assert arena.flags[0].tolist() == [0, 0, 1, 0]
     advance(device.table, arena)
-    armijo.remember(arena)
+    all_units.remember(arena)
     assert torch.equal(arena.memory, before)
     assert torch.equal(arena.v, moments)
 
@@ -458,7 +458,7 @@ def test_parameters_without_a_gradient_may_be_anything():
     survey(device.table, device.arena)
     wanted = float(p.grad.double() @ p.grad.double())
     assert float(device.arena.sums[0, SUMS.index("slope")]) == pytest.approx(wanted, rel=1e-6)
-    armijo.begin(device.arena, torch.ones((), device=CUDA))
+    all_units.begin(device.arena, torch.ones((), device=CUDA))
     put(device, 0, 0.5)
     advance(device.table, device.arena)
 

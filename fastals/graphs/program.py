@@ -18,7 +18,7 @@ from torch import Tensor
 from fastals import rng
 from fastals.device import Action, DeviceBatch, DeviceUnits, EagerExecutor
 from fastals.engine import Engine, in_forward_order
-from fastals.kernels import armijo
+from fastals.kernels import all_units
 from fastals.kernels.arena import FLAGS, Arena
 from fastals.kernels.table import Table
 from fastals.kernels.trial import trial
@@ -266,7 +266,7 @@ class Program:
                 self._run_on_host(tail.operations, before)
         except BaseException:
             self.losses.put_buffers_back()
-            armijo.restore(self.device.arena)
+            all_units.restore(self.device.arena)
             trial(self.device.table, self.device.arena)
             raise
         self.backend.set_rng_state(after)
