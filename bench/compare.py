@@ -48,7 +48,7 @@ def _verdict(old: Measure, new: Measure) -> str:
 
 
 def _differing_conditions(old: list[Record], new: list[Record]) -> list[str]:
-    """A line for each entry of the stamp that differs, but the commit; ``dirty`` also if both trees were dirty."""
+    """A line for each entry of the stamp that differs, except the commit; ``dirty`` also if both trees were dirty."""
     lines = []
     for key in STAMP:
         a, b = (sorted({str(c["extra_info"].get(key, "")) or "-" for c in cases}) for cases in (old, new))

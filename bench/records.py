@@ -1,4 +1,4 @@
-"""Stored results, read and checked: benchmark cases, convergence runs and figures of a first light."""
+"""Stored results, read and checked: benchmark cases, convergence runs and the figures of ``bench/first_light.py``."""
 
 import json
 from collections.abc import Iterable

@@ -44,8 +44,8 @@ def _refuse_equal(records: Iterable[Record], identity: Callable[[Record], tuple[
     for key in map(identity, records):
         if key in seen:
             raise UserError(
-                f"there are two results of {', '.join(map(str, key))}: leave one file out, or hold the two against "
-                "each other with fastals bench compare"
+                f"there are two results of {', '.join(map(str, key))}: leave one file out, or compare the two files "
+                "with fastals bench compare"
             )
         seen.add(key)
 
@@ -112,7 +112,7 @@ def _case_sections(cases: list[Record], suffix: str, out: Path) -> list[str]:
 def _gates(case: Record) -> str:
     """Outcome of the exactness tests of the case."""
     gates = case["extra_info"].get("gates", "not run")
-    if isinstance(gates, list) or gates == "said to have passed":  # from when only cases that passed were timed
+    if isinstance(gates, list) or gates == "said to have passed":  # older files: only cases that passed were timed
         return "passed"
     return str(gates)
 

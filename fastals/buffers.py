@@ -14,7 +14,7 @@ ALIGNED_ELEMENTS = 64  # every parameter starts on a 256-byte boundary of a floa
 
 
 class Flat(NamedTuple):
-    """Buffers of a unit that are parts of larger ones."""
+    """The parts of the arena's buffers that belong to one unit."""
 
     m: Tensor
     v: Tensor
@@ -43,7 +43,7 @@ class Gradients:
         """Refuse to go on if a trial has dropped, replaced or changed a gradient.
 
         Raises:
-            RuntimeError: it has.
+            RuntimeError: a trial has done so.
         """
         same = all(map(is_, self._now(), self.held))
         if not same or list(map(attrgetter("_version"), self.held)) != self.versions:
@@ -62,10 +62,10 @@ class Unit:
     The optimizer's state of a parameter holds views of the buffers, under AdamW's names.
 
     Attributes:
-        m, v: [size] first and second moment, in float32 or wider; empty if the unit goes without.
+        m, v: [size] first and second moment, in float32 or wider; empty if not needed.
         w: [size] weights before the step; for parameters below float32, their float32 master weights.
         active: indices of the parameters that have a gradient in this step.
-        row: of the unit in the tables of the fused kernels.
+        row: the unit's row in the tables of the fused kernels.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Unit:
         return [self.members[i][0] for i in self.active]
 
     def pick_active(self, items: Sequence[Tensor]) -> list[Tensor]:
-        """The items, one per parameter, of the active parameters."""
+        """From a list of one item per parameter, the items of the active parameters."""
         return [items[i] for i in self.active]
 
     def segments(self) -> Iterator[Segment]:
@@ -181,12 +181,12 @@ class Unit:
             self._pack(i, state)
 
     def count(self, i: int, state: dict) -> None:
-        """Count an update of parameter i."""
+        """Count an update of parameter i, and show its buffers in the optimizer's state."""
         self.counts[i] += 1
         self._pack(i, state)
 
     def _stored(self, i: int) -> dict[str, list[Tensor]]:
-        """By AdamW's name for the state of parameter i, the buffer that holds it, as views of all parameters."""
+        """The buffers that hold the state of parameter i, by its names in the state, as one view per parameter."""
         views = {"exp_avg": self.m_views, "exp_avg_sq": self.v_views}
         if self.has_master(i):
             views["master"] = self.w_views

@@ -45,7 +45,7 @@ class ActivationCache:
 
     Attributes:
         forwards: computed (not replayed) calls of each block, by its name.
-        share: computed calls over all calls of blocks, in the last run of the closure.
+        share: fraction of the block calls that were computed, in the last run of the closure.
         passes: the recorded calls, pass by pass.
     """
 
@@ -85,12 +85,12 @@ class ActivationCache:
 
     @contextmanager
     def replaying(self, start: Start, *, record: bool = False) -> Iterator[None]:
-        """Replay the calls before ``start`` in the closure that runs inside; ``record`` its calls for :meth:`adopt`."""
+        """Replay the calls before ``start`` in the closure inside; with ``record`` keep its calls for :meth:`adopt`."""
         with self._running(start, [] if record else None):
             yield
 
     def adopt(self) -> None:
-        """Replay the calls recorded last from now on."""
+        """From now on replay the calls recorded last."""
         if self._fresh is not None:
             self.passes, self._fresh = self._fresh, None
 
@@ -100,10 +100,10 @@ class ActivationCache:
         return [min((_first(calls, owners) for owners in users), default=0) for calls in self.passes]
 
     def position(self, param: Tensor) -> str:
-        """Unit of the first call that uses ``param``: its block, the next block, ``embeddings`` or ``head``.
+        """Name of the unit in which the forward first uses ``param``, by the order of the calls.
 
-        Before the first block it is ``embeddings``, after the last one ``head``. Empty if no block was called from
-        Python, as in a model that is compiled as a whole.
+        A call before the first block belongs to ``embeddings``, one between two blocks to the later block, and one
+        after the last block to ``head``. Empty if Python called no block, as in a model that is compiled as a whole.
         """
         calls, owners = self.passes[0] if self.passes else [], self.owners.get(id(param))
         first = next((i for i, call in enumerate(calls) if owners and call.module in owners), 0)

@@ -1,4 +1,4 @@
-"""Searches on the device: fused kernels, and one flag that the host reads after each trial.
+"""Searches on the device: fused kernels, and one row of flags that the host reads after each trial.
 
 The verbs are those of :mod:`fastals.host`. Losses, slopes and step sizes stay on the device:
 :mod:`fastals.kernels.armijo` accepts or shrinks it there.
@@ -19,7 +19,7 @@ from fastals.kernels.arena import BATCH, FLAGS, OUTCOMES, REMEMBERED, RING, RULE
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.table import Entry, Table
 from fastals.kernels.trial import trial
-from fastals.losses import Losses, OutdatedError, non_finite
+from fastals.losses import ALL_UNITS, Losses, OutdatedError, non_finite
 from fastals.report import ACCEPTED, EXHAUSTED, StepReport, UnitReport
 from fastals.schedule import Schedule
 from fastals.search import INITIALS, REFERENCES, uniform
@@ -76,7 +76,7 @@ class DeviceUnits:
         self, losses: Losses, units: list[Unit], start: Tensor, seed: str, executor: "Executor | None" = None
     ) -> "DeviceBatch":
         """Start a mini-batch at f(w_t) = ``start`` with the units that have gradients, in forward order."""
-        return DeviceBatch(self, losses, units, start, seed, executor or EagerExecutor())
+        return DeviceBatch(self, losses, units, start, seed, executor or DirectExecutor())
 
     def refresh_rules(self, seed: str) -> None:
         """Bring the constants of the groups up to date, and the numbers drawn for this step."""
@@ -92,7 +92,7 @@ class DeviceUnits:
             self.table.rebuild(gradients.params, gradients.held)
 
     def show(self, units: list[Unit], state: dict) -> None:
-        """Enter parameters that have their first gradient in the optimizer's state."""
+        """Show parameters in the optimizer's state from their first gradient on."""
         if (active := {unit.row: unit.active for unit in units}) != self.shown:
             for unit in units:
                 unit.show(state, active=True)
@@ -106,7 +106,7 @@ class Executor(Protocol):
         """Carry out an action."""
 
     def repeat(self, arena: Arena, row: int, attempt: Action, *, look_first: bool) -> bool | None:
-        """Attempt until the row's flag says stop; whether a trial was accepted, None if that is not known yet.
+        """Attempt until the row's flag ``go`` is 0; whether a trial was accepted, None while a step is recorded.
 
         With ``look_first`` the flag is read before the first attempt.
         """
@@ -118,7 +118,7 @@ class Executor(Protocol):
         """End of the actions that may be skipped."""
 
 
-class EagerExecutor:
+class DirectExecutor:
     """Carries out actions at once; the host reads a flag after each trial, by :func:`read_flags` or ``read``."""
 
     def __init__(self, read: Callable[[Tensor], list[int]] | None = None) -> None:
@@ -129,12 +129,12 @@ class EagerExecutor:
         action()
 
     def repeat(self, arena: Arena, row: int, attempt: Action, *, look_first: bool) -> bool:
-        """Attempt until the row's flag says stop; whether a trial was accepted.
+        """Attempt until the row's flag ``go`` is 0; whether a trial was accepted.
 
         Raises:
             FloatingPointError: f(w_t) is not finite.
             OutdatedError: the attempt may have relied on a verdict about the activation cache that no longer holds.
-            RuntimeError: the flag does not come to say stop.
+            RuntimeError: the flag is not 0 after the last trial.
         """
         if look_first:
             go, accepted = self._verdict(arena, row)
@@ -199,7 +199,7 @@ class DeviceBatch:
         device.refresh_table(self.gradients)
         limit = device.settings.max_grad_norm
         if limit is not None and self.gradients.held:
-            self.do(partial(_scale_gradients, self.gradients.held, limit, self.arena.grad_scale[0]))
+            self.do(partial(_write_clipping, self.gradients.held, limit, self.arena.grad_scale[0]))
         self.do(partial(all_units.begin, self.arena, start))
         self.do(partial(survey, self.table, self.arena, averaged=self.tested))
 
@@ -208,7 +208,7 @@ class DeviceBatch:
         self.arena.flags[:, FLAGS.index("outdated")] = self.losses.replay_outdated(loss)
 
     def run(self, schedule: Schedule, order: str) -> None:
-        """Make the searches of the schedule, once more if the first flag says that the cache was misjudged."""
+        """Make the searches of the schedule; if the first flag says that the cache was misjudged, start them again."""
         try:
             schedule(self, order)
         except OutdatedError:
@@ -216,7 +216,7 @@ class DeviceBatch:
             schedule(self, order)
 
     def _restart(self) -> None:
-        """Go back to the start of the searches."""
+        """Correct :attr:`Learned.replays`, and go back to the start of the searches."""
         with uninterrupted():
             self.losses.turn_replays()
             self.random, self.searched = random.Random(self.seed), False
@@ -243,9 +243,10 @@ class DeviceBatch:
             self.do(self.losses.adopt)
 
     def _repeat(self, name: str, row: int, attempt: Action) -> bool | None:
-        """Repeat trials until the row's flag says stop; whether one was accepted (None: not known yet).
+        """Repeat trials until the row's flag ``go`` is 0; whether one was accepted (None while a step is recorded).
 
-        Try once before reading the flag. Exception: an unverified cache needs a trial that really moves, so read first.
+        The first trial is made before the flag is read. If the cache is unverified the flag is read first, since only
+        a trial that moves the unit can verify it.
         """
         self.searched = True
         unverified = self.losses.cache is not None and name not in self.losses.trusted
@@ -256,10 +257,10 @@ class DeviceBatch:
         armijo.judge(self.arena, unit.row, self.losses.at(unit.name, params, record=record))
 
     def move_together(self, *, once: bool) -> bool:
-        """Move all units by a common factor of their steps; whether a factor was accepted."""
+        """Move all units by a common factor of their steps; whether one was accepted (False while recorded)."""
         self.do(partial(all_units.open_together, self.arena))
         params = [p for unit in self.units for p in unit.active_params()]
-        accepted = self._repeat("all units", self.arena.units, partial(self._try_together, params, once))
+        accepted = self._repeat(ALL_UNITS, self.arena.units, partial(self._try_together, params, once))
         if not accepted:
             self.do(partial(trial, self.table, self.arena))
         self.executor.skip_rest_if_accepted()
@@ -267,7 +268,7 @@ class DeviceBatch:
 
     def _try_together(self, params: Sequence[Tensor], once: bool) -> None:
         trial(self.table, self.arena)
-        all_units.judge_together(self.arena, self.units[0].row, self.losses.at("all units", params), once=once)
+        all_units.judge_together(self.arena, self.units[0].row, self.losses.at(ALL_UNITS, params), once=once)
 
     def keep(self, unit: Unit) -> None:
         """Move the unit by its remembered step, untested."""
@@ -300,7 +301,7 @@ class DeviceBatch:
         self.arena.steps += 1
 
     def _read_flags(self) -> None:
-        """Wait for the device although nothing was tried: f(w_t) may not be finite."""
+        """Wait for the device although nothing was tried, and raise if f(w_t) is not finite."""
         try:
             verdict(self.arena, read_flags(self.arena.flags[-1]))
         except OutdatedError:
@@ -312,13 +313,13 @@ class DeviceBatch:
         trial(self.table, self.arena)
 
     def report(self) -> Callable[[], StepReport]:
-        """Reads the outcome of the step from the ring of histories, units in forward order."""
+        """A function that reads the outcome of the step from the arena's history, units in forward order."""
         names = {unit.row: unit.name for unit in self.units}
         return partial(_read, self.arena.history, names, self.arena.steps - 1)
 
 
-def _scale_gradients(grads: list[Tensor], max_norm: float, scale: Tensor) -> None:
-    """Write min(1, limit / ‖g‖), or 1 if the norm is not finite: the units that it comes from are left out."""
+def _write_clipping(grads: list[Tensor], max_norm: float, scale: Tensor) -> None:
+    """Write min(1, max_norm / ‖g‖), or 1 if the norm is not finite: units with such gradients do not move."""
     norm = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).norm()
     clipped = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     torch.where(torch.isfinite(norm), clipped, torch.ones_like(clipped), out=scale)
@@ -339,7 +340,7 @@ def _unit_report(row: dict[str, float], name: str) -> UnitReport:
 
 
 def _entries(members: Sequence[list[dict]], rows: dict[int, int]) -> tuple[list[Entry], list[int]]:
-    """Every parameter's place, and the first element of every unit, with the size of the buffers at the end."""
+    """The entry of every parameter, and the first element of every unit, followed by the size of the buffers."""
     entries, starts = [], [0]
     for unit, groups in enumerate(members):
         params = [(p, g) for g in groups for p in g["params"]]

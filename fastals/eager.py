@@ -178,7 +178,7 @@ class EagerALS(torch.optim.Optimizer):
         part.direction = [self._direction(part, i, averaged) for i in range(len(part.params))]
         part.slope = float(sum((g * d).sum().double() for g, d in zip(part.grads, part.direction, strict=True)))
         moving = int(sum(torch.count_nonzero(g) for g in part.grads))
-        length = _norm(part.direction) / math.sqrt(max(moving, 1))  # RMS of d over the entries with a gradient
+        length = _norm(part.direction) / math.sqrt(max(moving, 1))  # RMS of d over the entries with g ≠ 0
         part.hidden = self._smallest_visible_step(part, length)
         return self._largest_step(part, length)
 
@@ -366,7 +366,7 @@ class EagerALS(torch.optim.Optimizer):
                 group.update({k: part.rules[k] for k in MEMORY})
 
     def _merge(self, threshold: float) -> None:
-        """Merge the unit of smallest step, if it is under the threshold, with the next smallest; two units stay."""
+        """If the smallest step is under the threshold, merge its unit with that of the next; two units stay."""
         units_by_step = sorted(self._unit_groups(), key=lambda groups: groups[0]["step_size"])
         if len(units_by_step) <= 2 or not 0 < units_by_step[0][0]["step_size"] < threshold:
             return

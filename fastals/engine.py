@@ -1,10 +1,10 @@
-"""One step from start to commit, on the host and on the device; captured steps use its parts.
+"""One step from start to commit, on the host and on the device: :meth:`Engine.step`.
 
-:meth:`Engine.step` reads as the algorithm.
+Captured steps use :meth:`Engine.is_due`, :meth:`Engine.move` and :meth:`Engine.count`.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import torch
@@ -40,7 +40,7 @@ class Partition(Protocol):
 class Engine:
     """Makes the steps of one optimizer from its groups, its state and its model.
 
-    Everything else in it (buffers, cache) is built from these: a new engine goes on with the same steps.
+    It builds buffers and cache from these, so a new engine goes on with the same steps.
 
     Args:
         groups: the optimizer's parameter groups.
@@ -70,21 +70,21 @@ class Engine:
         self._repeatable = False
 
     def step(self, closure: Closure, loss: Tensor | float | None = None) -> Tensor:
-        """Make one step and return f(w_t); whatever is raised, everything is as before.
+        """Make one step and return f(w_t); after an error everything is as before.
 
         Arguments and errors are those of :meth:`fastals.ALS.step`.
         """
         losses = self._losses(closure)
-        with torch.cuda.device_of(losses.params[0]), ExitStack() as undo:  # kernels go to the current device
-            undo.callback(uninterrupted()(losses.undo))
+        with torch.cuda.device_of(losses.params[0]), undone_on_error() as undo:  # Triton launches on the current device
+            undo.callback(losses.undo)
             start = losses.differentiate() if loss is None else losses.given(loss)
             batch = self._begin(losses, start)
-            undo.callback(uninterrupted()(batch.restore))
-            searched = self.is_due(batch.units)
-            self.move(batch, search=searched)
+            undo.callback(batch.restore)
+            search = self.is_due(batch.units)
+            self.move(batch, search=search)
             with uninterrupted():
-                self._commit(batch, searched=searched)
-                undo.pop_all()
+                self._commit(batch, searched=search)
+                undo.pop_all()  # the step is made, so nothing is undone
         return start
 
     def _losses(self, closure: Closure) -> Losses:
@@ -93,16 +93,20 @@ class Engine:
         return Losses(closure, self.params(), self.model, self.cache, self.learned, lazy=self.fused)
 
     def _begin(self, losses: Losses, start: Tensor) -> Batch:
-        """Start the mini-batch with the units that have gradients, in forward order."""
-        self._observe(losses.cache)
+        """Start the mini-batch with the units that have gradients, in forward order; at first check the closure."""
+        self._regroup_by_use(losses.cache)
         units = in_forward_order(self.partition.units, losses.cache)
         batch = self.partition.begin(losses, units, start, self.seed)
         batch.check_replay(start)
+        self._check_once(losses, start)
+        return batch
+
+    def _check_once(self, losses: Losses, start: Tensor) -> None:
+        """In the first step, check that the closure gives the same loss again."""
         if not self._repeatable:
             warn_of_processes()
             losses.check_repeatable(float(start))
             self._repeatable = True
-        return batch
 
     @staticmethod
     def is_due(units: Sequence[Unit]) -> bool:
@@ -136,8 +140,13 @@ class Engine:
             unit.show(self.state)
 
     @property
+    def parts(self) -> tuple[list[dict], dict, nn.Module | None, Settings]:
+        """Groups, state, model and settings that the engine was made with."""
+        return self.groups, self.state, self.model, self.settings
+
+    @property
     def seed(self) -> str:
-        """Of the random numbers of this step."""
+        """The seed of this step's random numbers."""
         return f"{self.settings.seed}-{self.groups[0]['count']}"
 
     def params(self) -> list[Tensor]:
@@ -155,7 +164,7 @@ class Engine:
 
     @property
     def built(self) -> Partition | None:
-        """The units and buffers that steps use now, None before the first; captured steps are made for these."""
+        """The partition in use, None before the first step; a captured step is valid for one partition only."""
         return self._partition
 
     def _build(self) -> Partition:
@@ -212,7 +221,7 @@ class Engine:
             losses.undo()
 
     def _refuse_unfrozen(self) -> None:
-        """Refuse parameters that were frozen at first and would not be trained."""
+        """Refuse a parameter that has been unfrozen but is in no unit."""
         if self._frozen is None:
             in_units = set(map(id, self.params()))
             parameters = self.model.parameters() if self.model is not None else []
@@ -220,8 +229,8 @@ class Engine:
         if any(p.requires_grad for p in self._frozen):
             check_coverage(self.groups, self.model)
 
-    def _observe(self, cache: ActivationCache | None) -> None:
-        """Before the first step, deal the parameters to the units in which the forward has used them."""
+    def _regroup_by_use(self, cache: ActivationCache | None) -> None:
+        """Before the first step, move each parameter to the unit in which the forward first used it."""
         if self.observe and cache is not None and not self.groups[0]["count"]:
             self.regroup(observed(self.groups, cache.position))
 
@@ -234,7 +243,7 @@ class Engine:
                 self._partition = None
 
     def _merge(self, threshold: float) -> None:
-        """Merge the unit of smallest step, if it is under the threshold, with the next smallest."""
+        """If the smallest step is under the threshold, merge its unit with that of the next; two units stay."""
         units = sorted(self.partition.units, key=lambda u: float(u.rules["step_size"]))
         if len(units) <= 2 or not 0 < units[0].rules["step_size"] < threshold:
             return
@@ -252,3 +261,15 @@ def in_forward_order(units: Sequence[Unit], cache: ActivationCache | None) -> li
     """The units that have a gradient, sorted by the first recorded call that they can change."""
     active = [u for u in units if u.find_active()]
     return active if cache is None else sorted(active, key=lambda u: cache.start(u.active_params()))
+
+
+@contextmanager
+def undone_on_error() -> Iterator[ExitStack]:
+    """A stack of callbacks that run if an error leaves the ``with`` block, the last one first, Ctrl-C held back."""
+    undo = ExitStack()
+    try:
+        yield undo
+    except BaseException:
+        with uninterrupted():
+            undo.close()
+        raise

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastals.buffers import Gradients, Unit, unit_groups
 from fastals.kernels import plain
-from fastals.losses import Losses
+from fastals.losses import ALL_UNITS, Losses
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import Schedule
 from fastals.search import MEMORY, Search, uniform, visible
@@ -31,7 +31,7 @@ class HostUnits:
         self.units = [Unit(members, state, adam=adam, averages=averages) for members in unit_groups(groups)]
         widest = max(self.units, key=lambda unit: unit.dtype.itemsize)
         scratch = Scratch(max(unit.size for unit in self.units), widest.dtype, widest.device)
-        keep_directions = settings.schedule in ("independent", "joint")  # whose units move together
+        keep_directions = settings.schedule in ("independent", "joint")  # these move units together
         self.passes = {unit: Passes(unit, scratch, keep_direction=keep_directions) for unit in self.units}
 
     def begin(self, losses: Losses, units: list[Unit], start: Tensor, seed: str) -> "HostBatch":
@@ -47,7 +47,7 @@ class Scratch:
 
 
 class Passes:
-    """What a step computes over the buffers of one unit.
+    """The computations of a step over the buffers of one unit.
 
     Attributes:
         d: the direction that was written last, in the shared scratch or, with ``keep_direction``, in a buffer of the
@@ -75,7 +75,7 @@ class Passes:
         return math.hypot(*(float(torch.linalg.vector_norm(g, dtype=self.unit.dtype)) for g in grads))
 
     def direct(self, averaged: bool, grad_scale: float) -> tuple[float, float]:
-        """Write the direction; returns the slope ⟨g, d⟩ and the RMS of d over the entries that have a gradient."""
+        """Write the direction; returns the slope ⟨g, d⟩ and the RMS of d over the entries with g ≠ 0."""
         if self.keep_direction and self.kept is None:
             self.kept = self.unit.buffer()
         self.d = self.scratch.d if self.kept is None else self.kept
@@ -128,7 +128,7 @@ class Passes:
     def _gradient(self) -> Tensor:
         unit, g = self.unit, self.scratch.g
         plain.snapshot([unit.members[i][0].grad for i in unit.active], unit.pick_active(unit.views(g)))
-        for gap in unit.gaps:  # another unit's gradient there would be counted
+        for gap in unit.gaps:  # the scratch may hold another unit's gradient there
             g[gap].zero_()
         return g
 
@@ -168,18 +168,18 @@ class HostBatch:
         self.weight_rms = total / math.sqrt(max(sum(unit.numel for unit in self.units), 1))
         self.grad_scale = self._clipping(settings.max_grad_norm)
         self.moves: dict[Unit, Move] = {}
-        self.proposed: dict[Unit, Search] = {}  # to be moved together
+        self.proposed: dict[Unit, Search] = {}  # their units move together
         self.joint_trials = 0
 
     def _clipping(self, max_grad_norm: float | None) -> float:
-        """min(1, limit / ‖g‖), or 1 if the norm is not finite: the units that it comes from are left out."""
+        """min(1, max_grad_norm / ‖g‖), or 1 if the norm is not finite: units with such gradients do not move."""
         if max_grad_norm is None:
             return 1.0
         norm = math.hypot(*(p.gradient_norm() for p in self.passes.values()))
         return min(1.0, max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
 
     def check_replay(self, loss: Tensor) -> None:
-        """See whether recorded outputs still give f(w_t), or still do not."""
+        """Correct :attr:`fastals.losses.Learned.replays` if it no longer holds."""
         if self.losses.replay_outdated(loss):
             self.losses.turn_replays()
 
@@ -211,7 +211,7 @@ class HostBatch:
         return self._aim(unit, averaged=False)
 
     def _aim(self, unit: Unit, *, averaged: bool) -> tuple[float, float, float]:
-        """Write the unit's direction; returns its slope, the largest step to try, and below which steps may hide."""
+        """Write the unit's direction; returns slope, largest step to try, and the step below which moves may hide."""
         self.gradients.check()
         rules, passes = unit.rules, self.passes[unit]
         slope, length = passes.direct(averaged, self.grad_scale)
@@ -240,7 +240,7 @@ class HostBatch:
         self._note(unit, search, search.eta)
 
     def move_together(self, *, once: bool) -> bool:
-        """Move all proposed units by a common factor of their steps; whether a factor was accepted."""
+        """Move all proposed units by a common factor of their steps; True if one is accepted or no unit is proposed."""
         searches, self.proposed = self.proposed, {}
         if not searches:
             return True
@@ -262,7 +262,7 @@ class HostBatch:
             self.joint_trials += 1
             for unit, search in searches.items():
                 self.passes[unit].trial(factor * search.eta)
-            loss = float(self.losses.at("all units", [p for unit in searches for p in unit.active_params()]))
+            loss = float(self.losses.at(ALL_UNITS, [p for unit in searches for p in unit.active_params()]))
             if math.isfinite(loss) and loss <= reference - visible(factor * required, self.resolution):
                 self.loss = loss
                 return factor
@@ -272,7 +272,7 @@ class HostBatch:
         return 0.0
 
     def _note(self, unit: Unit, search: Search, eta: float) -> None:
-        """Enter the outcome of a finished search, and the step that the unit has made (0: none)."""
+        """Note the outcome of a finished search and the step of the unit, 0 if it has not moved."""
         self.moves[unit] = Move(eta, search.slope, search.outcome if eta else EXHAUSTED, search.trials, search)
 
     def keep(self, unit: Unit) -> None:
@@ -313,7 +313,7 @@ class HostBatch:
                     group.update({k: unit.rules[k] for k in MEMORY})
 
     def _aim_moved(self, unit: Unit) -> None:
-        """Write the direction that the unit has moved along once more: other units have used the scratch since."""
+        """Write the direction of the unit's move again, since other units have used the scratch."""
         if self.momentum == "after":
             self._aim(unit, averaged=True)
         else:

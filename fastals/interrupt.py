@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Deliver a SIGINT that arrives in the ``with`` block after the block. Only the main thread ever gets one."""
+    """Hold a SIGINT back until the ``with`` block ends. Only the main thread ever gets one."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield

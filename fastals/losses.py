@@ -13,6 +13,7 @@ from fastals import rng
 from fastals.cache import ActivationCache, StaleRecordError
 
 Closure = Callable[[], Tensor]
+ALL_UNITS = "all units"  # the name under which trials of all units at once are verified
 
 NO_CLOSURE = (
     "ALS.step needs a closure that evaluates the loss of this mini-batch: "
@@ -25,7 +26,7 @@ class Learned:
     """Facts about the model that earlier steps have established; a changed module tree starts a new one.
 
     Attributes:
-        replays: whether recorded outputs alone gave f(w_t) in the last step.
+        replays: whether the closure gives f(w_t) from recorded outputs alone, by the last step.
         verdicts: by ``replays`` and by unit, whether a cached trial of the unit equals a full forward.
         written: indices of the module buffers that a forward writes.
     """
@@ -78,13 +79,13 @@ class Losses:
         return self.learned.trusted
 
     def restart(self) -> None:
-        """Take the present random state and module buffers as those that the step started with."""
+        """Take the present random state and module buffers as the start of the step."""
         self.before = self.after = rng.get_state(self.devices)
         for buffer, value in self.buffers:
             value.copy_(buffer)
 
     def put_buffers_back(self, refused: Tensor | None = None) -> None:
-        """Put module buffers back to their values at the start of the step; if given, only if ``refused`` is true."""
+        """Put module buffers back to their values at the start of the step; with ``refused``, only if it is true."""
         for buffer, value in self.buffers:
             if refused is not None:
                 buffer.copy_(torch.where(refused, value, buffer))
@@ -150,9 +151,9 @@ class Losses:
     def replay_outdated(self, loss: Tensor) -> Tensor:
         """Whether :attr:`Learned.replays` no longer holds, as a 0-d bool on the loss's device; nothing waits for it.
 
-        All boundary calls are replayed, so this costs almost nothing; the result is compared with f(w_t) = ``loss``.
-        It changes in the step in which the loss starts to read something besides the outputs (attentions, router
-        logits). After :meth:`turn_replays` the units are compared with full forwards anew.
+        The closure runs with all boundary calls replayed, and its loss is compared with f(w_t) = ``loss``. The two
+        differ if the loss reads more than the outputs (attentions, router logits). If the closure fails without
+        these, :attr:`Learned.replays` becomes False here.
         """
         if self.cache is None or not any(self.cache.passes):
             return torch.zeros_like(loss, dtype=torch.bool)
@@ -165,14 +166,14 @@ class Losses:
         return _same(again, loss) != self.learned.replays
 
     def turn_replays(self) -> None:
-        """Correct :attr:`Learned.replays`, which no longer holds."""
+        """Flip :attr:`Learned.replays`, which no longer holds; from now on the verdicts for its new value count."""
         self.learned.replays = not self.learned.replays
 
     def at(self, unit: str, params: Sequence[Tensor], *, record: bool = False) -> Tensor:
         """The loss at the current weights, of which only ``params`` differ from the recorded ones.
 
-        A unit's first cached trial is compared with a full forward. With ``record`` the activations can be
-        :meth:`adopt`-ed afterwards.
+        A unit's first cached trial is compared with a full forward. With ``record`` the activations are kept for
+        :meth:`adopt`.
         """
         if self.cache is None or self.trusted.get(unit) is False:
             return self._run([], record)
@@ -236,8 +237,8 @@ class Losses:
     def _replayed(self, start: list[int], record: bool = False) -> Tensor | Exception:
         """The loss with recorded outputs, or the error of a closure that needs more than these outputs.
 
-        Such an error is raised again by a second replay, and not by the full forward in between. Any other error is
-        the closure's own and is raised here.
+        After an error a full forward and a second replay follow. If only the replays fail, the error is returned. If
+        the full forward fails, or the second replay does not, the error is the closure's own and is raised.
         """
         try:
             return self._run(start, record)
@@ -262,7 +263,7 @@ class Losses:
         return self.cache.recording() if self.cache is not None else nullcontext()
 
     def _note_written(self) -> None:
-        """Note the module buffers that the first forward wrote: they are put back after every trial.
+        """Note the module buffers that the first forward wrote, with their values: every trial ends with these values.
 
         They are compared by value: batch norm updates its running statistics behind the version counter.
         """
@@ -304,6 +305,6 @@ def non_finite(loss: float) -> FloatingPointError:
 
 
 def _same(cached: Tensor, full: Tensor) -> Tensor:
-    """Whether two losses are equal: bitwise on the CPU; elsewhere addresses choose kernels, so up to some roundings."""
+    """Whether two losses are equal: bitwise on the CPU; elsewhere up to roundings, as kernels depend on addresses."""
     rounding = 0.0 if full.device.type == "cpu" else 1e-6
     return torch.isclose(cached.to(full.dtype), full, rtol=rounding, atol=rounding, equal_nan=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from itertools import chain
+from operator import is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,8 +38,8 @@ class ALS(torch.optim.Optimizer):
     Args:
         params: a model (its blocks become units and its activations are cached), the groups of
             :func:`fastals.units`, or parameters / groups as for any optimizer (one unit each).
-        lr: multiplies the largest step that may be tried (``trust`` and ``eta_max``), so that
-            schedulers attach; no learning rate, 1 is the usual value. Accepted steps are in ``group["step_size"]``.
+        lr: factor on the largest step that may be tried (``trust`` and ``eta_max``), for schedulers. It is no learning
+            rate: 1 is the usual value. Accepted steps are in ``group["step_size"]``.
         betas, eps, weight_decay: as in AdamW; the decay is decoupled and part of the tested direction.
         model: the module whose activations are cached and whose buffers (running statistics) trials leave alone;
             needed only if ``params`` is neither the model nor the groups of :func:`fastals.units`.
@@ -48,27 +49,28 @@ class ALS(torch.optim.Optimizer):
             one does not descend).
         schedule: ``"sweep"``, ``"independent"``, ``"cycle"`` or ``"joint"``, see :mod:`fastals.schedule`.
         order: order of the searches in a sweep: ``"top_down"``, ``"bottom_up"`` or ``"random"``.
-        every: search in every N-th step only and repeat the accepted steps in between, or ``"auto"`` (SaLSA), which
-            waits for the device after every step that searches.
+        every: an integer N searches in every N-th step and repeats the remembered steps in between; ``"auto"`` (SaLSA)
+            chooses the steps that search, and waits for the device after each of them.
         c: sufficient-decrease constant in (0, 1).
         backtrack: factor β in (0, 1) on rejection.
         growth: factor γ ≥ 1 on the remembered step for the next mini-batch.
         max_trials: trials per search at most; after them the unit is put back, bitwise.
-        trust: largest relative change of a unit in one step, RMS(η d) over the entries that have a gradient by
-            RMS(w) of the unit or of the model, whichever is larger (so that heads that start small and
+        trust: largest relative change of a unit in one step: RMS(η d) over the entries with a nonzero gradient,
+            divided by the larger of RMS(w) of the unit and RMS(w) of the model (so that heads that start small and
             zero-initialised adapters can move); ``None`` for no cap.
         initial: first step of a search: ``"warm"``, ``"reset"``, ``"polyak"`` or ``"random"``.
         eta_init, eta_min, eta_max: first step ever (``None``: the largest allowed), smallest and largest step.
         reference: R of the test: ``"monotone"``, ``"nonmonotone"`` (Zhang-Hager) or ``"smoothed"`` (SaLSA).
         polyak_c, nonmonotone_weight, smoothing: constants of those rules.
-        merge_below: merge the unit of smallest step with that of the next smallest, if the smallest is below this.
+        merge_below: if the smallest step of a unit is below this, merge the unit with that of the next smallest step;
+            two units stay.
         max_grad_norm: clip the gradient's norm in the direction; the slope keeps the true gradient. Use
             it in place of ``clip_grad_norm_``, which would make the test too easy.
         cache: replay activations below the unit under search.
         fused: ``"auto"`` runs the searches on the device with Triton kernels if all parameters are on one CUDA
             device in float32, bfloat16 or float16; ``True`` raises an error if they are not; ``False`` never does.
             The steps are the same up to rounding.
-        seed: of the random order and the random first step.
+        seed: seeds ``order="random"`` and ``initial="random"``.
 
     Attributes:
         last_forwards: forward passes of the last step, the first one included; a cached trial counts as the share
@@ -116,12 +118,12 @@ class ALS(torch.optim.Optimizer):
     ) -> None:
         self.settings, constants = sort_arguments(locals())
         warn_of_small_lr(lr)
-        cut_from = params if isinstance(params, nn.Module) else getattr(params, "model", None)
-        self.model = cut_from if model is None else model
         self._observe = isinstance(params, nn.Module)
+        cut_from = getattr(params, "model", None) if model is None else model
+        self.model = params if isinstance(params, nn.Module) else cut_from
         self._reports = Reports()
         self._graphed: GraphedStep | None = None
-        self.engine: Engine
+        self._engine: Engine | None = None
         super().__init__(units(params) if isinstance(params, nn.Module) else params, constants | MEMORY)
         check_coverage(self.param_groups, self.model)
         self.engine.fused  # noqa: B018  (refuses fused=True if it is not possible)
@@ -142,14 +144,14 @@ class ALS(torch.optim.Optimizer):
             ValueError: a loss that is no scalar, or that differs between two evaluations at the same weights.
             FloatingPointError: a loss that is not finite at w_t.
             RuntimeError: a closure that calls backward; parameters converted since construction.
-            ValueError: a parameter of the model has been unfrozen that is in no unit.
+            ValueError: a parameter of the model that is in no unit has been unfrozen.
 
-        Whatever is raised, by the closure too, leaves parameters, state and random generators as before.
+        After any error, of the closure too, parameters, state and random generators are as before.
         """
         if closure is None:
             if any(float(g["lr"]) for g in self.param_groups):
                 raise TypeError(NO_CLOSURE)
-            self.engine.make_state()  # torch.distributed.checkpoint steps so, with every lr at 0, to have a state
+            self.engine.make_state()  # torch.distributed.checkpoint sets every lr to 0 and steps, to get a state
             return torch.zeros(())
         return self.engine.step(closure, loss)
 
@@ -179,11 +181,13 @@ class ALS(torch.optim.Optimizer):
         """
         return self._reports.forwards
 
-    def _renew_engine(self) -> None:
-        """Build everything anew from groups, state and model, which have changed."""
-        self.engine = Engine(
-            self.param_groups, self.state, self.model, self.settings, self._reports, observe=self._observe
-        )
+    @property
+    def engine(self) -> Engine:
+        """Makes the steps; a new one if groups, state, model or settings were replaced."""
+        parts = (self.param_groups, self.state, self.model, self.settings)
+        if self._engine is None or any(map(is_not, parts, self._engine.parts)):
+            self._engine = Engine(*parts, self._reports, observe=self._observe)
+        return self._engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a unit, for example one that has just been unfrozen: ``opt.add_param_group({"params": [...]})``.
@@ -198,7 +202,7 @@ class ALS(torch.optim.Optimizer):
         index = len(self.param_groups) - 1
         group.setdefault("name", f"group{index}")
         group.setdefault("unit", index)
-        self._renew_engine()
+        self._engine = None
 
     @property
     def report(self) -> StepReport | None:
@@ -226,10 +230,12 @@ class ALS(torch.optim.Optimizer):
         self._check_moments(state_dict["state"].values())
         self._fit(state_dict["param_groups"])
         super().load_state_dict(state_dict)
+        params = [p for g in self.param_groups for p in g["params"]]
         indices = [i for g in state_dict["param_groups"] for i in g["params"]]
-        for p, i in zip(self.engine.params(), indices, strict=True):  # torch casts float state to the dtype of p
+        for p, i in zip(params, indices, strict=True):  # torch has cast the state to p's dtype
             for key, value in state_dict["state"].get(i, {}).items():
                 self.state[p][key] = value.to(p.device if value.ndim else "cpu", copy=True)
+        self._engine = None
 
     def _check_moments(self, saved: Iterable[dict[str, Any]]) -> None:
         wanted = {"exp_avg": self.settings.momentum != "none", "exp_avg_sq": self.settings.direction == "adam"}
@@ -238,7 +244,7 @@ class ALS(torch.optim.Optimizer):
                 raise ValueError(f"the state has no {name!r}: it was saved with another momentum or direction")
 
     def _fit(self, saved: list[dict[str, Any]]) -> None:
-        """Deal the parameters to the units of a saved state, if those are units of the same parameters."""
+        """Take over the units of a saved state if they hold the same parameters; refuse other units."""
         ours: list[list[str]] = [g.get("param_names", []) for g in self.param_groups]
         theirs: list[list[str]] = [g.get("param_names", []) for g in saved]
         if self._observe and len(ours) == len(theirs) and sorted(chain(*ours)) == sorted(chain(*theirs)):
@@ -256,8 +262,7 @@ class ALS(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # load_state_dict comes here with new groups and a new state
-        self._graphed = None
-        self._renew_engine()
+        self._graphed = self._engine = None
 
     def __repr__(self) -> str:
         names = ", ".join(f"{g['name']}: {sum(p.numel() for p in g['params']):,}" for g in self.param_groups)

@@ -145,7 +145,7 @@ def _by_pattern(trainable: Mapping[str, Tensor], patterns: Sequence[str]) -> dic
 
 
 def observed(groups: Sequence[dict], position: Callable[[Tensor], str]) -> list[list[str]]:
-    """Parameter names of every group, dealt anew by where a forward pass used the parameters.
+    """Parameter names of every group, with each parameter in the group in which a forward pass first used it.
 
     ``position`` gives the group's name for a parameter that has a gradient. A parameter without one, or with a
     position that is no group, stays in its group.

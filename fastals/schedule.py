@@ -41,12 +41,13 @@ class Batch(Protocol):
         """
 
     def propose(self, unit: Unit) -> None:
-        """Set the unit's first step, untested."""
+        """Set the unit's first step, untested, if its direction descends."""
 
     def move_together(self, *, once: bool) -> bool:
         """Move all units by a common factor 1, β, β² … of their steps, tested jointly; whether one was accepted.
 
-        With ``once`` only the factor 1 is tried, and every unit is credited with its part of the decrease.
+        It returns True if no unit has a step, and False while a step is recorded. With ``once`` only the factor 1 is
+        tried, and every unit is credited with its part of the decrease.
         """
 
     def keep(self, unit: Unit) -> None:
@@ -56,7 +57,7 @@ class Batch(Protocol):
         """Carry the accepted steps over to the averaged direction; the new point is not tested."""
 
     def check_replay(self, loss: Tensor) -> None:
-        """See whether recorded outputs alone still give f(w_t) = ``loss``, or still do not."""
+        """Check whether :attr:`fastals.losses.Learned.replays` still holds; f(w_t) is ``loss``."""
 
     def commit(self, state: dict) -> None:
         """Advance moments and memory and enter them in the optimizer's state; the parameters have moved already."""
@@ -77,7 +78,7 @@ def sweep(batch: Batch, order: str) -> None:
     while left:
         unit = left.pop(0)
         above = any(batch.units.index(other) > batch.units.index(unit) for other in left)
-        batch.search(unit, record=above)
+        batch.search(unit, record=above)  # the searches above replay this unit's new activations
 
 
 def independent(batch: Batch, order: str) -> None:

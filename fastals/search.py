@@ -5,9 +5,9 @@ A search starts at ``eta`` and judges one trial loss after another; η is accept
     f(w − η d) ≤ R − c η s
 
 and multiplied by ``backtrack`` otherwise. If rounding hides a decrease of c η s, in the loss or in parameters of low
-precision, the test asks for f ≤ R only: such a step is taken unless the loss rises (in the spirit of the approximate
-test of Hager and Zhang, SIAM J. Optim. 16, 2005). The memory of a unit lies in its parameter group (:data:`MEMORY`);
-:meth:`Search.remember` and :func:`schedule_next_search` write it.
+precision, the test asks for f(w − η d) ≤ R only (in the spirit of the approximate test of Hager and Zhang, SIAM J.
+Optim. 16, 2005). The memory of a unit lies in its parameter group (:data:`MEMORY`); :meth:`Search.remember` and
+:func:`schedule_next_search` write it.
 """
 
 import math
@@ -140,7 +140,7 @@ class Search:
         self.outcome, self.final_loss = ACCEPTED, loss
 
     def remember(self) -> None:
-        """Write the unit's memory. A failed search shrinks the remembered step once, not once a trial."""
+        """Write the unit's memory. After a failed search the remembered step is β times the first step tried."""
         r = self.rules
         r["average"], r["average_weight"] = zhang_hager(r, self.loss)
         if self.accepted:
@@ -160,7 +160,7 @@ def visible(decrease: float, resolution: float) -> float:
 
 
 def uniform(seed: str, unit: str) -> float:
-    """The number in [0, 1) that draws a unit's random first step in one mini-batch."""
+    """A number in [0, 1), drawn for one unit and one mini-batch, for ``initial="random"``."""
     return random.Random(f"{seed}-{unit}").random()
 
 
@@ -172,7 +172,7 @@ def initial_step(rules: MutableMapping, loss: float, slope: float, cap: float, u
     if rule == "random":
         low = min(max(rules["eta_min"], cap * 1e-4), cap)
         return low * (cap / low) ** uniform
-    if rule == "warm" and rules["step_size"]:  # a collapsed step restarts at the last trial of a search from the cap
+    if rule == "warm" and rules["step_size"]:  # at least the last trial of a search that starts at the cap
         return max(rules["growth"] * rules["step_size"], cap * rules["backtrack"] ** (rules["max_trials"] - 1))
     return rules["eta_init"] if rule == "warm" and rules["eta_init"] else cap
 
@@ -198,7 +198,7 @@ def zhang_hager(rules: MutableMapping, loss: float) -> tuple[float, float]:
 
 
 def schedule_next_search(rules: MutableMapping, every: int | str) -> None:
-    """Set the count at which the unit searches next; called after a step that has searched, ``count`` increased.
+    """Set the count at which the unit searches next; call it after a step that searched, with ``count`` increased.
 
     An integer N searches in every N-th step. ``"auto"`` is SaLSA's rule, which searches rarely while the steps do not
     change: with fast and slow means of the step size (weights 0.9 and 0.99) and r the larger over the smaller, the

@@ -93,23 +93,22 @@ def check_coverage(groups: Sequence[dict], model: nn.Module | None) -> None:
     missing = [n for i, n in trainable.items() if i not in in_units]
     if missing:
         raise ValueError(
-            f"{len(missing)} trainable parameters are in no unit, {missing[0]!r} first: pass all of them "
-            "(add_param_group for what has been unfrozen), or set requires_grad=False on those that should stay as "
-            "they are"
+            f"{len(missing)} trainable parameters are in no unit, {missing[0]!r} first: pass all of them (unfrozen "
+            "ones with add_param_group), or set requires_grad=False on those that are not to be trained"
         )
     if not in_units <= {id(p) for p in model.parameters()}:
         raise ValueError("the units hold parameters that the model does not have: pass the model they belong to")
 
 
 def warn_of_processes() -> None:
-    """Say that every process would decide by its own loss, if there are several."""
+    """Warn if there are several processes: each would decide by its own loss."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         processes = torch.distributed.get_world_size()
         if processes > 1:
             warnings.warn(
                 f"fastals: {processes} processes are running, and each decides by the loss of its own closure: weights "
-                "drift apart unless closures return the same loss everywhere (average it over the processes), and "
-                "gradients are averaged too (loss.backward() and opt.step(closure, loss=loss))",
+                "drift apart unless the closure averages the loss over the processes, and the gradients are averaged "
+                "too (loss.backward(), then opt.step(closure, loss=loss))",
                 stacklevel=4,
             )
 

@@ -1,8 +1,8 @@
 """Kernels over flat buffers, imported as ``fastals.kernels``.
 
-:mod:`fastals.kernels.plain` holds the plain torch versions, which are the CPU path. The Triton kernels are launched by
-``moments``, ``trial``, ``armijo`` and ``all_units``, over the tensors of a ``table`` and the memory of an ``arena``. These need
-Triton, so they are not imported here.
+:mod:`fastals.kernels.plain` holds the plain torch versions, which are the CPU path. The modules ``moments``,
+``trial``, ``armijo`` and ``all_units`` launch the Triton kernels, over the tensors of a ``table`` and the memory of an
+``arena``. They need Triton, so they are not imported here.
 """
 
 import os

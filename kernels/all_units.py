@@ -64,7 +64,7 @@ from fastals.kernels.table import SCALAR
 
 @triton.jit(do_not_specialize=["loss", "units"])
 def begin_kernel(state, flags, loss, units, eps, UP: tl.constexpr):
-    """Empty every row, and enter f(w_t) and the smallest change that it can show."""
+    """Empty every row; enter f(w_t) and the smallest change that the loss can show."""
     f = tl.load(loss).to(tl.float64)
     refused = (tl.abs(f) < float("inf")) == 0
     o_r = tl.arange(0, UP)
@@ -168,7 +168,7 @@ def judge_together_kernel(state, rules, lead, flags, loss, unit, units, ONCE: tl
 
 @triton.jit(do_not_specialize=["units"])
 def follow_kernel(state, units, UP: tl.constexpr):
-    """Turn every move towards the averaged direction; the loss there is not known."""
+    """Ask for every move along the averaged direction; the loss there is not known."""
     o_u = tl.arange(0, UP)
     m_u = o_u < units
     rows, batch = state + o_u * N_STATE, state + units * N_STATE
@@ -181,7 +181,7 @@ def follow_kernel(state, units, UP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["units"])
 def restore_kernel(state, units, UP: tl.constexpr):
-    """Ask for every unit to be put back, wherever it stands; between two steps, for nothing to be moved."""
+    """Ask for every unit to be put back to w_t, wherever it stands. Between two steps, ask for no move."""
     o_u = tl.arange(0, UP)
     m_u = o_u < units
     rows, loss_before = state + o_u * N_STATE, tl.load(state + units * N_STATE + BATCH_LOSS_BEFORE)
@@ -247,7 +247,7 @@ def remember_kernel(state, memory, rules, lead, history, step, units, UP: tl.con
     _learn(rows, memory + o_r * N_MEMORY, rules, m_u)
     _record(rows, history, step, o_r, units)
     tl.debug_barrier()  # every lane has read the row
-    tl.store(state + units * N_STATE + BATCH_LOSS_BEFORE, float("nan"))  # w holds no step under way any more
+    tl.store(state + units * N_STATE + BATCH_LOSS_BEFORE, float("nan"))  # no step is under way
 
 
 def begin(arena: Arena, loss: Tensor) -> None:

@@ -32,7 +32,8 @@ BATCH = (
 )  # fmt: skip
 #: Columns of ``memory``: what a unit remembers between mini-batches.
 REMEMBERED = ("step_size", "backtracks", "average", "average_weight", "mean_decrease", "mean_slope")
-#: Columns of ``rules``: the constants of a parameter group, β^(K−1), and a number in [0, 1) drawn for this step.
+#: Columns of ``rules``: the constants of a parameter group, ``floor`` = β^(max_trials − 1), and ``uniform``, drawn from
+#: [0, 1) for this step.
 RULES = (
     "beta1", "beta2", "eps", "weight_decay", "lr", "c", "backtrack", "growth", "max_trials", "trust", "initial",
     "eta_init", "eta_min", "eta_max", "floor", "reference", "polyak_c", "nonmonotone_weight", "smoothing", "uniform",
@@ -42,13 +43,15 @@ FLAGS = (
     "go", "accepted", "refused",
     "outdated",  # 1 if the activation cache is not as the host assumes; written by eager steps
 )  # fmt: skip
+#: Columns of ``sums``: ⟨g, d⟩, ‖d‖², entries with g ≠ 0, ‖w‖², entries; ⟨g, d⟩ and ‖d‖² of the averaged direction.
 SUMS = ("slope", "direction", "moving", "weights", "elements", "averaged_slope", "averaged_direction")
+#: Columns of ``constants``: β₁, 1 − β₁, β₂, 1 − β₂, 1/(1−β₁ᵗ), 1/√(1−β₂ᵗ), ε and λ of each parameter.
 CONSTANTS = ("beta1", "new1", "beta2", "new2", "correction1", "correction2", "eps", "decay")
 #: Numbers that stand for an outcome in ``state``, and for an option in ``rules``.
 OUTCOMES = ("running", "accepted", "exhausted", "not_descent", "kept")
 INITIALS = ("warm", "reset", "polyak", "random")
 REFERENCES = ("monotone", "nonmonotone", "smoothed")
-RING = 64  # steps whose states are kept for reports
+RING = 64  # steps whose states are kept for reports, at least fastals.report.KEPT_REPORTS
 SPLIT = 64  # programs that add up the partial sums of one unit
 
 
@@ -91,7 +94,7 @@ class Arena:
         self.lead = upload(torch.tensor(lead, dtype=torch.int32, device="cpu"), table.device)
         self.rounding = zeros(units)
         self.grad_scale = torch.ones(1, dtype=torch.float32, device=table.device)
-        self.steps = 0  # in the history so far, as the host counts them
+        self.steps = 0  # steps in the history, counted by the host; ``step`` is the count of the device
         self._rules: list[list[float]] = []
 
     @property

@@ -7,6 +7,7 @@ They compute the same as :class:`fastals.search.Search`, their plain version: a 
 and multiplied by the backtracking factor otherwise; the last rejection puts the unit back. If rounding hides a
 decrease of c η s, f(w − η d) ≤ R is enough. A NaN loss is a rejection, and the programs count the trials, so every
 loop on ``go`` ends. In a step whose f(w_t) is not finite (``refused``) nothing is tried and nothing is learned.
+A program that asks for a move writes the column ``move``; the next :func:`fastals.kernels.trial.trial` makes it.
 
 ``UP`` is the number of rows of ``state``, units + 1, rounded up to a power of two.
 """
@@ -95,7 +96,7 @@ def _rms(sums, unit):
 
 @triton.jit
 def _cap(sums, rules, unit, units, length, UP: tl.constexpr):
-    """Largest step: η_max, and the relative change ``trust`` of the larger of the unit's and the model's RMS."""
+    """Largest step: lr · min(η_max, trust · rms / length), rms the larger RMS of weights, the unit's or the model's."""
     o_u = tl.arange(0, UP)
     m_u = o_u < units
     weights = tl.sum(tl.load(sums + o_u * N_SUMS + SUM_WEIGHTS, mask=m_u, other=0.0))
@@ -257,7 +258,7 @@ def judge_kernel(state, rules, lead, flags, loss, unit, units):
 
 @triton.jit(do_not_specialize=["unit", "units"])
 def put_back_kernel(state, unit, units):
-    """Take back the unit's move, whatever the outcome of its search, and the loss to f(w_t)."""
+    """Ask for the unit to be put back, whatever its search has found, and set the loss to f(w_t)."""
     batch = state + units * N_STATE
     tl.store(state + unit * N_STATE + MOVE, 0.0)
     tl.store(batch + BATCH_LOSS, tl.load(batch + BATCH_LOSS_BEFORE))
@@ -297,5 +298,5 @@ def judge(arena: Arena, unit: int, loss: Tensor) -> None:
 
 
 def put_back(arena: Arena, unit: int) -> None:
-    """Ask for the unit to stand at w_t again; the result of its search stays in its row."""
+    """Ask for the unit to be put back to w_t; the result of its search stays in its row."""
     put_back_kernel[(1,)](state=arena.state, unit=unit, units=arena.units, **SCALAR)

@@ -1,4 +1,4 @@
-"""What the kernels with a program per chunk share: the chunk's place, and the direction of its elements.
+"""Shared by the kernels with a program per chunk: the chunk's place, and the direction of its elements.
 
 Prefixes in all kernels: ``i_`` index of a row, ``o_`` offsets, ``m_`` mask, ``b_`` values of a block.
 """
@@ -57,7 +57,7 @@ def offsets_of(places, layout, i_p, start, ALIGNED: tl.constexpr):
 
 @triton.jit
 def direction_of(b_g, b_m, b_v, b_w, constants, averaged, ADAM: tl.constexpr, HAS_M: tl.constexpr):
-    """X / (√v̂ + ε) + λ w, or x + λ w for SGD; x is the average m̂ if ``averaged``, else the gradient."""
+    """The direction x / (√v̂ + ε) + λ w, or x + λ w for SGD; x is the average if ``averaged``, else the gradient."""
     b_x = b_g
     if ADAM:
         b_v = tl.load(constants + CONSTANT_BETA2) * b_v + tl.load(constants + CONSTANT_NEW2) * b_g * b_g

@@ -1,4 +1,4 @@
-r"""Directions, slopes and moments of all units in one launch each.
+r"""Sums over all units at the start of a step (:func:`survey`), and the update of the moments (:func:`advance`).
 
 :func:`survey` reads g, v (m if there is one) and p, snapshots p into w and sums up, over every chunk,
 

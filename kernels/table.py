@@ -1,8 +1,8 @@
 """Addresses of the tensors of all units: a row per parameter, and a row per chunk of :data:`BLOCK` elements.
 
 Parameters and gradients stay where they are. A kernel is launched once per pair of dtypes of parameter and gradient.
-It is given an anchor, a tensor of one element, of each dtype, and adds to it the distance of the tensor from
-the anchor, counted in elements in 64 bits. So loads and stores keep their pointer type and their alignment.
+It gets an anchor of each dtype, a tensor of one element. The address of a parameter or gradient is its anchor's plus a
+distance, a number of elements in 64 bits. So loads and stores keep their pointer type and their alignment.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 BLOCK = 2048  # elements of one chunk, which one program handles in registers
 WARPS = 8  # of such a program: 8 elements a thread, two 16-byte accesses to each float32 buffer
 ALIGNED_BYTES = 64  # torch's allocators give it; 16 elements of up to 4 bytes, as the kernels tell the compiler
-LAUNCH = {"enable_fp_fusion": True}  # given, since Triton 3.9 warns if it is not and 3.10 turns it off
+LAUNCH = {"enable_fp_fusion": True}  # explicit: without it Triton 3.9 warns, and 3.10 turns it off
 BY_CHUNK, SCALAR = LAUNCH | {"num_warps": WARPS}, LAUNCH | {"num_warps": 1}
 
 #: Columns of :attr:`Chunks.rows`: parameter, number of the block within it, row of partial sums.
@@ -58,9 +58,9 @@ class Chunks:
 
 
 class Table:
-    """Rows of parameters and chunks; if a tensor has :meth:`moved`, :meth:`rebuild` before the next launch.
+    """Rows of parameters and chunks; before a launch, :meth:`moved` tells whether to call :meth:`rebuild`.
 
-    A new table must be rebuilt before its first use. The step reads the gradients once, holds them and passes them in.
+    The step reads the gradients once, holds them and passes them in.
 
     Attributes:
         layout: int64 [parameters, 4], see :data:`LAYOUT`.
@@ -96,7 +96,7 @@ class Table:
         of_all = [given.get(id(p)) for p in self.params]
         self._check(of_all)
         before = zip(self.params, of_all, self._dtypes, strict=True)
-        dtypes = [last if g is None else (p.dtype, g.dtype) for p, g, last in before]  # p may be anything without g
+        dtypes = [last if g is None else (p.dtype, g.dtype) for p, g, last in before]  # without g, p may have changed
         if self._seen is None or dtypes != self._dtypes:
             self._cut(dtypes)
         self._place(of_all)
@@ -124,7 +124,7 @@ class Table:
         self.spans = self._upload(_spans(unit, max(e.unit for e in self.entries) + 1))
         pairs = list(dict.fromkeys(dtypes))
         pair = _host(list(map(pairs.index, dtypes)))[rows[:, CHUNK.index("param")]]
-        present = pair.unique().tolist()  # all but those of parameters without elements
+        present = pair.unique().tolist()  # a parameter without elements has no chunk
         self.by_dtypes = {pairs[k]: self._chunks(pairs[k], rows[pair == k], unit[pair == k]) for k in present}
 
     def _rows(self, dtypes: Sequence[Dtypes]) -> Tensor:

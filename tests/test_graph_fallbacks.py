@@ -173,7 +173,7 @@ def test_on_a_cpu_the_call_is_the_eager_step():
 
 @interpreted
 @pytest.mark.parametrize(("options", "reason"), [({"order": "random"}, "random"), ({"merge_below": 1e-3}, "merge")])
-def test_steps_that_are_no_fixed_sequence_run_eagerly(options, reason):
+def test_steps_that_are_no_fixed_sequence_abandon_graphs(options, reason):
     _, _, step = build(**options)
     assert step.mode.name == "eager"
     assert reason in step.mode.reason

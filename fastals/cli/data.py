@@ -43,7 +43,7 @@ def load_texts(dataset: str, text_columns: Sequence[str] = (), label_column: str
     If the data has no held-out split, a fifth of it is held out, the same for every seed.
 
     Raises:
-        UserError: the data is missing or wrong; the message says what there is instead.
+        UserError: the data is missing or wrong; the message says how to correct it.
     """
     if dataset == "bbc-news":
         return _split(_bbc_news())
@@ -71,7 +71,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     try:
         frame = pandas.read_csv(path) if path.suffix == ".csv" else pandas.read_json(path, lines=True)
     except (ValueError, pandas.errors.ParserError) as error:
-        raise UserError(f"{path} can't be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
     if frame.empty:
         raise UserError(f"{path} holds no rows")
     return frame.to_dict("records")

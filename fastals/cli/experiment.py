@@ -85,7 +85,7 @@ def als_options(config: Config) -> dict[str, Any]:
 
 
 def _partition(text: str) -> str | int | list[str]:
-    """The argument ``by`` of :func:`fastals.units`: ``block``, ``model``, a number of blocks or name patterns."""
+    """The argument ``by`` of :func:`fastals.units`: ``block``, ``model``, a number of units or name patterns."""
     if text.isdigit():
         return int(text)
     return text if text in ("block", "model") else text.split(",")

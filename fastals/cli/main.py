@@ -133,7 +133,7 @@ def _show(runs: dict[str, RunFolder], folder: Path, pictures: tuple[str, str]) -
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    """The configuration of a new run; an option that was not given is not in ``arguments`` or has its default."""
+    """The configuration of a new run. An option that is not given has its default, or is missing in ``arguments``."""
     values = vars(arguments)
     options = [name.replace("-", "_") for name in ALS_OPTIONS]
     names = [f for f in Config.__dataclass_fields__ if f in values and f not in ("options", "text_column")]
@@ -221,7 +221,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     search = parser.add_argument_group("line search", "Defaults are those of fastals.ALS, or of the preset.")
     search.add_argument("--preset", default=argparse.SUPPRESS, help=f"values of a paper: {', '.join(PRESETS)}")
     search.add_argument(
-        "--units", default=defaults.units, help="block, model, a number of blocks, or name patterns separated by commas"
+        "--units", default=defaults.units, help="block, model, a number of units, or name patterns separated by commas"
     )
     for name, spec in ALS_OPTIONS.items():
         search.add_argument(f"--{name}", default=argparse.SUPPRESS, **spec)

@@ -85,7 +85,7 @@ class CudaGraphs:
     @contextmanager
     def session(self) -> Iterator[None]:
         """Surrounds captures: their cuBLAS workspaces belong to this pool, and no other program uses them."""
-        gc.collect()  # nothing that a cycle holds is freed within a capture
+        gc.collect()  # so that no cycle is freed within a capture
         torch._C._cuda_clearCublasWorkspaces()
         try:
             yield
@@ -132,7 +132,7 @@ class CudaGraphs:
                 clean.capture_end()
 
     def _stop_allocating(self) -> None:
-        """End the allocator's part in a capture that could not be ended: torch before 2.12 leaves it in."""
+        """Take the allocator out of a capture that could not be ended: torch before 2.12 leaves it in."""
         index = self.device.index or 0
         try:
             torch._C._cuda_endAllocateToPool(index, self.pool)
@@ -194,7 +194,7 @@ class CudaGraphs:
         return lambda: checked(runtime.cudaGraphLaunch(executable, self.stream.cuda_stream))
 
     def _destroy_with_self(self, made: Any, destroy: Callable[[Any], object]) -> Any:
-        """Destroy an object of the driver with this one; the driver frees a graph that still runs when it is done."""
+        """Destroy an object of the driver together with this one; a graph that still runs is freed after its run."""
         weakref.finalize(self, destroy, made).atexit = False  # at exit the context goes first
         return made
 
@@ -208,7 +208,7 @@ class CudaGraphs:
         wanted.conditional.handle = handle
         wanted.conditional.type = runtime.cudaGraphConditionalNodeType.cudaGraphCondTypeWhile
         wanted.conditional.size = 1
-        # the bindings of CUDA 13 have an argument for edge data more than those of 12
+        # the bindings of CUDA 13 take one argument more than those of 12, for edge data
         edges = [] if hasattr(runtime, "cudaGraphAddNode_v2") else [None]
         node = checked(runtime.cudaGraphAddNode(graph, [ready], *edges, 1, wanted))
         body = runtime.cudaGraph_t(int(wanted.conditional.phGraph_out[0]))
@@ -244,13 +244,13 @@ def checked(returned: tuple) -> Any:
     """
     error, *results = returned
     if int(error):
-        raise RuntimeError(f"CUDA said {error!r}")
+        raise RuntimeError(f"a CUDA call failed with {error!r}")
     return results[0] if len(results) == 1 else results
 
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Run on the stream, behind the work given to the current stream and ahead of the work that it is given later."""
+    """Run the ``with`` block on the stream, after the earlier and before the later work of the current stream."""
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     try:

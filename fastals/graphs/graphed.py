@@ -30,7 +30,9 @@ Inputs = Any  # a batch as the user has it: any nest of tensors and constants
 class Stepper(Protocol):
     """An optimizer whose steps an engine makes: :class:`fastals.ALS`."""
 
-    engine: Engine
+    @property
+    def engine(self) -> Engine:
+        """Makes the steps."""
 
     def step(self, closure: Closure) -> Tensor:
         """Make one step; hooks and schedulers of torch attach to this method."""
@@ -53,7 +55,7 @@ class Captured(NamedTuple):
 class GraphedStep:
     """Takes one step on a batch; the step is captured once per signature (shapes, dtypes, training mode).
 
-    The first steps of a signature run eagerly, as steps that count; then forward, backward, trials and updates are
+    The first steps of a signature are real steps that run eagerly; then forward, backward, trials and updates are
     captured as CUDA graphs and replayed. The step sizes are those of the eager path. Dropout masks differ
     from step to step and are the same in all trials of a step. ``p.grad`` is not kept: gradients live in the graphs'
     memory. Hooks of the optimizer run in eager steps only. If graphs cannot be used, or a capture fails, steps run
@@ -124,7 +126,7 @@ class GraphedStep:
         try:
             signature = _signature(leaves, spec, modules)
         except TypeError as error:
-            self._run_eagerly(f"the batch holds what is neither a tensor nor a constant: {error}")
+            self._abandon_graphs(f"the batch holds more than tensors and constants: {error}")
             return self._eagerly(batch)
         if self._forget_if_changed(modules) or self._seen.get(signature, 0) < WARMUP:
             return self._warm_up(signature, batch)
@@ -135,10 +137,10 @@ class GraphedStep:
         except Exception as error:
             self._drop_captures()
             loss = self._eagerly(batch)  # an error of the loss itself is raised here as in any eager step
-            self._run_eagerly(f"the capture failed: {type(error).__name__}: {error}")
+            self._abandon_graphs(f"the capture failed: {type(error).__name__}: {error}")
             warnings.warn(f"fastals: steps run eagerly, because {self._give_up}", stacklevel=2)
             return loss
-        with uninterrupted():  # the work under way on the device is finished and counted before a Ctrl-C
+        with uninterrupted():  # a Ctrl-C waits until the step is launched and counted
             return self._replay(captured, tail, leaves, searched=search)
 
     @property
@@ -148,9 +150,9 @@ class GraphedStep:
 
     def _warm_up(self, signature: Hashable, batch: Inputs) -> Tensor:
         if not self._seen:
-            gc.collect()  # programs and models in cycles would hold their device memory beside the new ones
+            gc.collect()  # frees the device memory of old programs and models that only cycles hold
         loss = self._eagerly(batch)
-        if (standing := self._standing(self._modules())) != self._identity:  # the step may have built its tables
+        if (standing := self._standing(self._modules())) != self._identity:  # the step may have built the partition
             self._programs.clear()
             self._identity = standing
         self._seen[signature] = self._seen.get(signature, 0) + 1
@@ -170,14 +172,14 @@ class GraphedStep:
         return loss
 
     def _note_draws(self, host: Tensor, devices: dict[int, Tensor]) -> None:
-        """Note whether the forward has drawn random numbers since these states, and on which side."""
+        """Note whether the forward has drawn random numbers since these states, on the host or on the device."""
         drawn = not torch.equal(host, torch.get_rng_state())
         if self._device.type == "cpu":
             self._draws |= drawn
             return
         self._draws |= any(not torch.equal(s, torch.cuda.get_rng_state(i)) for i, s in devices.items())
         if drawn and not self._give_up:
-            self._run_eagerly("the loss draws random numbers on the host, which graphs would repeat in every step")
+            self._abandon_graphs("the loss draws random numbers on the host, which graphs would repeat in every step")
 
     def _on_stream(self) -> AbstractContextManager[None]:
         if self._stream is None:
@@ -229,12 +231,12 @@ class GraphedStep:
             program.run(tail)
             loss = program.loss.clone()
             self._notes.add(program.device.arena.flags[-1])
-        program.device.arena.steps += 1
+        program.device.arena.steps += 1  # the report is that of the last of these
         engine.count(tail.batch.report(), math.nan, searched=searched)
         return loss
 
     def _modules(self) -> list[torch.nn.Module]:
-        """All modules of the model, in less than half the time of ``model.modules()``: every replayed step asks."""
+        """All modules of the model, without the names that ``model.modules()`` makes: every replayed step asks."""
         modules: dict[int, torch.nn.Module] = {}
         waiting = [self.engine.model]
         while waiting:
@@ -245,7 +247,7 @@ class GraphedStep:
         return list(modules.values())
 
     def _forget_if_changed(self, modules: list[torch.nn.Module]) -> bool:
-        """Forget all programs if anything has changed that they are made for; whether it has."""
+        """Forget all programs if anything that they depend on has changed; returns whether it has."""
         standing = self._standing(modules)
         changed = standing != self._identity
         if changed:
@@ -255,7 +257,7 @@ class GraphedStep:
         return changed
 
     def _standing(self, modules: list[torch.nn.Module]) -> Hashable:
-        """The addresses of optimizer's and model's tensors, which are trained, the modules, and the arena."""
+        """All that captured steps depend on: addresses, ``requires_grad``, the modules, and the engine's partition."""
         tensors = self.engine.params()
         for module in modules:
             tensors += [t for t in module._parameters.values() if t is not None]
@@ -268,19 +270,19 @@ class GraphedStep:
         for p in self.engine.params():
             p.grad = None
 
-    def _run_eagerly(self, reason: str) -> None:
+    def _abandon_graphs(self, reason: str) -> None:
         self._give_up = reason
         self.mode = GraphMode("eager", reason)
 
 
 class Notes:
-    """The flags of replayed steps, copied to the host, which does not wait for them."""
+    """Flags of replayed steps on their way to the host, which reads those that have arrived."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
 
     def add(self, flags: Tensor) -> None:
-        """Start a copy behind the work of the current stream."""
+        """Queue a copy on the current stream; wait for the oldest if more than :data:`MOST_NOTED` are under way."""
         if flags.device.type == "cpu":
             self._pending.append((None, flags.clone()))
             return
@@ -306,7 +308,7 @@ class Notes:
 
 
 def why_not_recorded(engine: Engine) -> str:
-    """Why steps cannot be a fixed sequence of pieces; empty if they can."""
+    """Why steps cannot be recorded as a fixed sequence of pieces; empty if they can."""
     settings = engine.settings
     if settings.order == "random":
         return "order='random' draws another sequence of searches in every step"
@@ -323,7 +325,7 @@ def why_not_graphed(engine: Engine) -> str:
 
 
 def pad(batch: Inputs, multiple: int) -> Inputs:
-    """Pad the tensors that are as long as ``input_ids`` on the right; the mask excludes the padding.
+    """Pad every tensor of the length of ``input_ids``, on the right; the mask excludes the padding.
 
     Raises:
         TypeError: the batch is no mapping with ``input_ids`` and ``attention_mask``.

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from fastals import rng
-from fastals.device import Action, DeviceBatch, DeviceUnits, EagerExecutor
+from fastals.device import Action, DeviceBatch, DeviceUnits, DirectExecutor
 from fastals.engine import Engine, in_forward_order
 from fastals.kernels import all_units
 from fastals.kernels.arena import FLAGS, Arena
 from fastals.kernels.table import Table
 from fastals.kernels.trial import trial
-from fastals.losses import Closure, Learned, Losses
+from fastals.losses import ALL_UNITS, Closure, Learned, Losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A piece that is replayed while the flag of its row is set, at least once by a host."""
+    """A piece that is replayed while the flag ``go`` of its row is set; the host replays it at least once."""
 
     piece: Any
     row: int
@@ -57,8 +57,8 @@ class Backend(Protocol):
     """Captures device work once and replays it.
 
     Attributes:
-        draws: whether the forward draws random numbers; if so, the head is replayed alone, since only its own replay
-            gives a graph its random state.
+        draws: whether the forward draws random numbers; if so, the head is not part of a launch, since a graph gets
+            its random state from its own replay only.
     """
 
     draws: bool
@@ -85,7 +85,7 @@ class Backend(Protocol):
         """State of the generator that replays draw from."""
 
     def set_rng_state(self, state: Any) -> None:
-        """Set that state."""
+        """Set the state of the generator that replays draw from."""
 
     def link(self, operations: Sequence[Operation], flags: Tensor) -> Action:
         """One launch that runs all operations, loops included, without the host.
@@ -147,7 +147,7 @@ class Tail:
     """The operations that follow the head for one sequence of searches.
 
     Attributes:
-        launch: runs all of them at once, if that is possible.
+        launch: runs all operations at once; None if that is not possible.
         whole: whether the launch runs the head as well.
         reason: why there is no launch.
     """
@@ -162,10 +162,10 @@ class Tail:
 class Program:
     """A captured step for one signature of inputs.
 
-    It has a table of its own, since its gradients lie in the graphs' memory; the arena is that of the engine's units.
+    Its gradients lie in the graphs' memory, so it has its own table; it shares the arena of the engine's partition.
 
     Args:
-        engine: of the optimizer; its searches run on the device, and its cache is verified.
+        engine: the optimizer's engine; its searches run on the device, and its cache is verified.
         closure: evaluates the loss of the static inputs.
         backend: captures and replays.
     """
@@ -193,7 +193,7 @@ class Program:
         return self.losses.differentiate()
 
     def capture_tail(self, key: object, move: Callable[[DeviceBatch], None], seed: str) -> None:
-        """Capture the tail that ``move`` makes of a mini-batch, as ``tails[key]``."""
+        """Record ``move`` on a mini-batch, and capture it as ``tails[key]``."""
         with self._gradients_in_place(), self._capturing():
             for unit in self.units:
                 unit.find_active()
@@ -220,7 +220,7 @@ class Program:
 
     @contextmanager
     def _capturing(self) -> Iterator[None]:
-        """Hold the generators: their seed may not change between captures. Keep no cast in the graphs' memory."""
+        """Capture with the generators at one state, since their seed may not change; drop casts made in a capture."""
         try:
             with rng.standing_at(self.generators), self.backend.session():
                 yield
@@ -240,7 +240,7 @@ class Program:
                 p.grad = g
 
     def run(self, tail: Tail) -> None:
-        """Replay the head and the tail; if anything is raised, weights, module buffers and generator are as before.
+        """Replay the head and the tail; after an error weights, module buffers and generator are as before.
 
         Raises:
             FloatingPointError: f(w_t) is not finite, and the host has waited for it.
@@ -291,13 +291,13 @@ class Program:
             self.backend.set_rng_state(rng_state)  # the masks of the head, in every trial
             self.backend.replay(loop.piece)
 
-        executor = EagerExecutor(self.backend.look)
+        executor = DirectExecutor(self.backend.look)
         return executor.repeat(self.device.arena, loop.row, attempt, look_first=False)
 
 
 def _settled(learned: Learned, units: Sequence[str]) -> Learned:
-    """The same facts with a verdict on every unit, so that no capture verifies the cache: unverified is untrusted."""
-    trusted = {name: learned.trusted.get(name, False) for name in [*units, "all units"]}
+    """The same facts with a verdict on every unit (False if unverified), so that no capture verifies the cache."""
+    trusted = {name: learned.trusted.get(name, False) for name in [*units, ALL_UNITS]}
     return Learned(learned.replays, {learned.replays: trusted}, learned.written)
 
 
