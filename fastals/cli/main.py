@@ -26,9 +26,9 @@ ALS_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "none: no averaged direction; after: move along it, untested; tested: search along it",
     },
     "order": {"choices": list(ORDERS), "help": "order in which the units are searched"},
-    "c": {"type": float, "help": "sufficient-decrease constant"},
+    "c": {"type": float, "help": "share of the promised decrease that a trial must deliver, between 0 and 1"},
     "trust": {"type": float, "help": "largest relative change of a unit in one step"},
-    "lr": {"type": float, "help": "factor on the largest step size"},
+    "lr": {"type": float, "help": "factor on the largest step size, no learning rate; usually 1"},
     "weight-decay": {"type": float, "help": "decoupled weight decay"},
     "merge-below": {"type": float, "help": "merge units whose step size falls below this"},
 }
