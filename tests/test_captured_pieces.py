@@ -34,7 +34,7 @@ from fastals import kernels, rng
 from fastals.graphs import graphed
 from fastals.graphs.graphed import GraphedStep
 from fastals.graphs.program import EndSkip, Loop, Run, SkipIfAccepted
-from fastals.kernels import arena, armijo, moments, table
+from fastals.kernels import all_units, arena, armijo, moments, table
 from fastals.kernels import trial as trials
 
 SPEC = importlib.util.spec_from_file_location("compile_kernels", Path(__file__).with_name("compile_kernels.py"))
@@ -250,7 +250,7 @@ def watch(monkeypatch):
     found = Watch()
     generator = Generator(found)
     found.launches, found.generator = [], generator
-    for module in (armijo, moments, trials):
+    for module in (all_units, armijo, moments, trials):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Launch(kernel, found, found.launches))
