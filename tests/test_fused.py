@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -99,6 +99,7 @@ RTOL = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
 @settings(max_examples=25, deadline=None)
+@example([[(1, torch.bfloat16, True, 1)]], "adam", False, 0.1, 4935)  # the direction and the decay nearly cancel
 @given(partition=partitions, kind=kinds, averages=st.booleans(), decay=st.sampled_from([0.0, 0.1]), seed=seeds)
 def test_survey_trial_and_advance_do_what_the_plain_versions_do(partition, kind, averages, decay, seed):
     groups, state = make_groups(partition, seed, weight_decay=decay)
@@ -127,9 +128,10 @@ def test_survey_trial_and_advance_do_what_the_plain_versions_do(partition, kind,
             moving = max(int((g != 0).sum()), 1)
             assert found["moving"] == int((g != 0).sum())
             assert found["elements"] == len(g)
-            size = math.sqrt(moving) * length * float(g.norm())
-            assert found[names[0]] == pytest.approx(slope, abs=1e-5 * size)
-            assert math.sqrt(found[names[1]]) == pytest.approx(length * math.sqrt(moving), rel=1e-5)
+            norm = length * math.sqrt(moving)
+            terms = norm + 2 * decay * twin.weight_norm  # of d = x + λ w, which may cancel
+            assert found[names[0]] == pytest.approx(slope, abs=1e-5 * terms * float(g.norm()))
+            assert math.sqrt(found[names[1]]) == pytest.approx(norm, abs=1e-5 * terms)
         assert math.sqrt(found["weights"]) == pytest.approx(twin.weight_norm, rel=1e-5)
         eta, averaged = 0.25 / (row + 1), averages
         arena.state[row, STATE.index("averaged")] = float(averaged)
