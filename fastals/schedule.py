@@ -5,7 +5,7 @@ drive searches on the host, on the device and while a step is recorded.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -93,11 +93,16 @@ def cycle(batch: Batch, order: str) -> None:
     if _first_step(batch):
         sweep(batch, order)
         return
-    turn = batch.units[batch.units[0].rules["count"] % len(batch.units)]
+    turn = batch.units[turn_of(batch.units)]
     batch.search(turn)
     for unit in batch.units:
         if unit is not turn:
             batch.keep(unit)
+
+
+def turn_of(units: Sequence[Unit]) -> int:
+    """Index of the unit that :func:`cycle` searches in this step."""
+    return units[0].rules["count"] % len(units)
 
 
 def joint(batch: Batch, order: str) -> None:

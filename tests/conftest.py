@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def fast_interpreter():
-    """The same results as by Triton's own interpreter, which test_interpreter.py compares, in about half the time."""
+    """The same results as by Triton's own interpreter, which test_interpreter.py compares, in less time."""
     if torch.cuda.is_available() or not find_spec("triton"):
         yield
         return

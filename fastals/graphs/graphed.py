@@ -20,6 +20,7 @@ from fastals.graphs.program import Backend, Program, Tail
 from fastals.interrupt import uninterrupted
 from fastals.kernels.arena import FLAGS
 from fastals.losses import Closure, non_finite
+from fastals.schedule import turn_of
 
 WARMUP = 3  # eager steps of each signature: compilation, workspaces, verification of the cache
 MOST_SEEN = 1024  # signatures whose steps are counted
@@ -208,8 +209,7 @@ class GraphedStep:
 
     def _tail(self, program: Program, search: bool) -> Tail:
         """The program's tail for this step, captured at its first use."""
-        units = program.units
-        turn = units[0].rules["count"] % len(units) if self.engine.settings.schedule == "cycle" else 0
+        turn = turn_of(program.units) if self.engine.settings.schedule == "cycle" else 0
         key = turn if search else "keep"
         if key not in program.tails:
             with self._on_stream():

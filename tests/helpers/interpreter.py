@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that has no effect: the same results in about half the time.
+"""Triton's interpreter without work that has no effect: the same results in less time.
 
 Written for the internals of Triton 3.6 and 3.9; the interpreter of any other version runs as it is.
 """
