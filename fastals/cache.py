@@ -1,103 +1,121 @@
-"""Activation cache: a trial of one unit recomputes only the part of the forward pass that the unit can change.
+"""Activation cache: a memo of the calls of modules, so that a trial computes only those calls that its unit changes.
 
-A forward pass calls *boundary* modules (the blocks and the modules beside them) one after the other; the code of
-their parents connects the calls. Recording keeps the output of every boundary call and the random state after it.
-A trial of unit u *starts* at the first call of a boundary that holds one of u's parameters: it replays the calls
-before its start and computes the others. The code of the parents always runs. Tied and shared weights need no
-special case: their unit starts at their first user.
+A forward pass calls *boundary* modules (the blocks and the modules beside them) one after the other; the code of their
+parents connects the calls and always runs. A recorded call is replayed if and only if its arguments are the recorded
+ones, its parameters and buffers have not been written since, and the generators stand where they stood. So nothing
+needs to be known of the order of the calls: one with a new argument is computed and hands a new output to the next.
 """
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastals import rng
+from fastals.calls import Aliases, Arguments, Call, Place
+from fastals.compare import Comparison, digest
+from fastals.intercept import below_compiled, intercepted
 from fastals.partition import blocks, boundaries
+from fastals.rng import Generators
+from fastals.stamps import Stamps
 
-Start = list[int]  # of each pass of the model, the index of the first call to compute
-
-
-class StaleRecordError(RuntimeError):
-    """The forward pass made other calls than the recorded one, or wrote into a recorded output."""
+Key = tuple[int, int]  # a module's id, and the number of its call in the evaluation
 
 
-@dataclass(slots=True)
-class Call:
-    """One recorded boundary call: its output, the versions of the output's tensors, and the random state after it."""
-
-    module: nn.Module
-    output: Any
-    versions: list[int]
-    state: rng.State
+class StaleRecordError(BaseException):
+    """The evaluation has replayed a call whose effects on an argument a later call needs. No closure should catch it."""
 
 
 class ActivationCache:
-    """Records and replays the boundary calls of ``model``.
-
-    Each call of the model is a pass, and each pass has a list of its boundary calls; a closure with several
-    micro-batches makes several passes.
+    """Records and replays the boundary calls of a model, and of further modules.
 
     Attributes:
+        stamps: tell whether parameters and buffers have been written.
+        changing: ids of buffers that the forward writes.
+        drawn: names of the generators to watch; None for all.
         forwards: computed (not replayed) calls of each block, by its name.
-        share: fraction of the block calls that were computed, in the last run of the closure.
-        passes: the recorded calls, pass by pass.
+        share: fraction of the block calls that were computed, in the last evaluation.
+        records: the recorded calls in their order.
+        fresh: those of the last evaluation, if they were kept.
+        replays: whether the last evaluation replayed calls.
+        outputs: what :func:`digest` says of the output of every call in the last evaluation, if asked for.
+        missed: the first call that was computed although it was recorded, and why.
+        unlike: whether such a call gave another output.
     """
 
-    def __init__(self, model: nn.Module, devices: tuple[int, ...]) -> None:
-        self.model = model
-        self.devices = devices
-        self.fingerprint = self._fingerprint()
-        unseen = _below_compiled(model)
-        self.boundaries = [b for b in boundaries(model) if id(b) not in unseen]
-        self.owners = _owners(model, self.boundaries)
-        self.names = {id(m): n for n, m in blocks(model).items()}
+    def __init__(self, model: nn.Module | None, further: Sequence[nn.Module], generators: Generators) -> None:
+        self.generators, self.stamps = generators, Stamps()
+        self.changing: Collection[int] = ()
+        self.drawn: Collection[str] | None = None
+        self.names: dict[int, str] = {}
+        self._block_names: dict[int, str] = {}
+        self.boundaries: list[nn.Module] = []
+        for i, root in enumerate([model, *further]):
+            if root is not None:
+                self._add(root, prefix=f"modules[{i - 1}]." if i else "")
+        self._places = {id(b): _places(b) for b in self.boundaries}
         self.forwards: Counter[str] = Counter()
         self.share = 1.0
-        self.passes: list[list[Call]] = []
-        self._fresh: list[list[Call]] | None = None
-        self._start: Start = []
-        self._inside = False
+        self.records: dict[Key, Call] = {}
+        self.fresh: dict[Key, Call] | None = None
+        self.replays = False
+        self._first: dict[int, int] = {}
+        self._comparison: Comparison | None = None
+        self.outputs: dict[Key, list[Tensor]] | None = None
+        self.missed, self.unlike, self._inside = "", False, False
 
-    def _fingerprint(self) -> tuple[int, ...]:
-        return tuple(map(id, self.model.modules()))
+    def _add(self, root: nn.Module, prefix: str) -> None:
+        unseen = below_compiled(root)
+        self.boundaries += [b for b in boundaries(root) if id(b) not in unseen and id(b) not in self.names]
+        self._block_names |= {id(m): prefix + n for n, m in blocks(root).items()}
+        self.names |= {id(m): prefix + n for n, m in root.named_modules()}
 
-    def outdated(self) -> bool:
-        """Whether the module tree has changed since the cache was built."""
-        return self._fingerprint() != self.fingerprint
+    def forget(self) -> None:
+        """Drop every record."""
+        self.records, self.fresh = {}, None
 
     def clear(self) -> None:
-        """Drop every recorded output."""
-        self.passes, self._fresh = [], None
+        """Drop everything that belongs to the step."""
+        self.forget()
+        self._comparison = self.outputs = None
+        self._first.clear()
+        self.stamps.clear()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Compute every boundary call of the closure that runs inside, and keep the outputs."""
-        self.clear()
-        with self._running(start=[], fresh=[]):
+        """Compute every boundary call of the closure that runs inside, and keep the calls."""
+        self.records = {}
+        with self.computing(record=True):
             yield
         self.adopt()
+        for i, call in enumerate(self.records.values()):
+            for tensor, _ in call.read:
+                self._first.setdefault(id(tensor), i)
 
     @contextmanager
-    def replaying(self, start: Start, *, record: bool = False) -> Iterator[None]:
-        """Replay the calls before ``start`` in the closure inside; with ``record`` keep its calls for :meth:`adopt`."""
-        with self._running(start, [] if record else None):
+    def computing(self, *, record: bool = False, note_outputs: bool = False) -> Iterator[None]:
+        """Compute every boundary call of the closure that runs inside; with ``record`` keep them for :meth:`adopt`."""
+        with self._running(None, record, note_outputs):
+            yield
+
+    @contextmanager
+    def replaying(
+        self, comparison: Comparison, *, record: bool = False, note_outputs: bool = False
+    ) -> Iterator[None]:
+        """Replay every boundary call that is recorded and compute the others."""
+        with self._running(comparison, record, note_outputs):
             yield
 
     def adopt(self) -> None:
-        """From now on replay the calls recorded last."""
-        if self._fresh is not None:
-            self.passes, self._fresh = self._fresh, None
+        """From now on replay the calls of the last evaluation, if they were kept."""
+        if self.fresh is not None:
+            self.records, self.fresh = self.fresh, None
 
-    def start(self, params: Iterable[Tensor]) -> Start:
-        """Index of the first call in each pass that the parameters can change; 0 if it is unknown."""
-        users = [self.owners.get(id(p)) for p in params]
-        return [min((_first(calls, owners) for owners in users), default=0) for calls in self.passes]
+    def first_use(self, params: Iterable[Tensor]) -> int:
+        """Index of the first recorded call that reads one of the parameters; 0 if none does."""
+        return min((self._first.get(id(p), 0) for p in params), default=0)
 
     def position(self, param: Tensor) -> str:
         """Name of the unit in which the forward first uses ``param``, by the order of the calls.
@@ -105,128 +123,102 @@ class ActivationCache:
         A call before the first block belongs to ``embeddings``, one between two blocks to the later block, and one
         after the last block to ``head``. Empty if Python called no block, as in a model that is compiled as a whole.
         """
-        calls, owners = self.passes[0] if self.passes else [], self.owners.get(id(param))
-        first = next((i for i, call in enumerate(calls) if owners and call.module in owners), 0)
-        block_calls = [i for i, call in enumerate(calls) if id(call.module) in self.names]
+        first = self._first.get(id(param))
+        block_calls = [i for i, (module, _) in enumerate(self.records) if module in self._block_names]
         if not block_calls:
             return ""
-        following = next((i for i in block_calls if i >= first), None)
+        following = next((i for i in block_calls if i >= (first or 0)), None)
         if following is None:
             return "head"
-        before_blocks = following == block_calls[0] and first < block_calls[0]
-        return "embeddings" if before_blocks or not owners else self.names[id(calls[following].module)]
+        if first is None or (following == block_calls[0] and first < following):
+            return "embeddings"
+        return self._block_names[list(self.records)[following][0]]
 
     @contextmanager
-    def _running(self, start: Start, fresh: list[list[Call]] | None) -> Iterator[None]:
-        """Intercept the calls inside: replay those before ``start``, and append all to ``fresh`` if given."""
-        self._start, self._fresh, self._pass, self._next_call, self._inside = start, fresh, -1, 0, False
+    def _running(self, comparison: Comparison | None, record: bool, note_outputs: bool) -> Iterator[None]:
+        self.replays = comparison is not None
+        self._comparison, self.fresh, self._aliases = comparison, {} if record else None, Aliases()
+        self.outputs = {} if note_outputs else None
+        self.missed, self.unlike, self._inside = "", False, False
+        self._calls: Counter[int] = Counter()
+        self._skipped: set[int] = set()  # modules whose effects on an opaque argument were not repeated
         self._computed_blocks = self._replayed_blocks = 0
-        with _patched([self.model], self._new_pass), _patched(self.boundaries, self._call):
+        with intercepted(self.boundaries, self._call):
             yield
+        del self._aliases
         called = self._computed_blocks + self._replayed_blocks
         self.share = self._computed_blocks / called if called else 1.0
-
-    def _new_pass(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        del module
-        self._open_pass()
-        return forward(*args, **kwargs)
-
-    def _open_pass(self) -> None:
-        self._pass, self._next_call = self._pass + 1, 0
-        if self._fresh is not None:
-            self._fresh.append([])
 
     def _call(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         if self._inside:  # a boundary inside another one belongs to the outer call
             return forward(*args, **kwargs)
-        if self._pass < 0:  # the closure calls parts of the model and never the model itself
-            self._open_pass()
-        index, self._next_call = self._next_call, self._next_call + 1
-        if self._pass < len(self._start) and index < self._start[self._pass]:
-            call = self._recorded(module, index)
-            rng.set_state(call.state)
-            output = call.output
-            self._replayed_blocks += id(module) in self.names
+        key = id(module), self._calls[id(module)]
+        self._calls[id(module)] += 1
+        arguments = Arguments(args, kwargs)
+        known = self.records.get(key) if self._comparison is not None else None
+        if known is not None and self._is_recorded(known, arguments):
+            output, call = self._replay(known), known
         else:
-            output = self._computed(module, forward, args, kwargs)
-            call = None
-        if self._fresh is not None:
-            self._fresh[self._pass].append(call or _record(module, output, rng.get_state(self.devices)))
+            output, call = self._compute(module, forward, args, kwargs, arguments)
+            self.unlike |= known is not None and known.gave_another(output, self.stamps)
+        if self.fresh is not None and call is not None:
+            self.fresh[key] = call
+        if self.outputs is not None:
+            self.outputs[key] = digest(output)
         return output
 
-    def _recorded(self, module: nn.Module, index: int) -> Call:
-        """The recorded call at this index, if it is one of the same module and its output is unchanged."""
-        calls = self.passes[self._pass]
-        if index >= len(calls) or calls[index].module is not module:
-            raise StaleRecordError("the forward called its modules in another order than the recorded one")
-        call = calls[index]
-        if _versions(call.output) != call.versions:
-            raise StaleRecordError(f"the output of a {type(module).__name__} was changed in place after its call")
-        return call
+    def _is_recorded(self, call: Call, arguments: Arguments) -> bool:
+        why = self._difference(call, arguments)
+        if why and not self.missed:
+            self.missed = f"{self.names[id(call.module)]!r}: {why}"
+        return not why
 
-    def _computed(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    def _difference(self, call: Call, arguments: Arguments) -> str:
+        """Why the call is not the recorded one; empty if it is."""
+        assert self._comparison is not None
+        if call.obstacle:
+            return call.obstacle
+        if torch.is_grad_enabled() and call.tracked:
+            return "its gradient is needed"
+        if not call.reads_the_same(self.stamps):
+            return "its parameters, its buffers or its output have been written"
+        if self.generators.moved(call.before):
+            return "random numbers were drawn before it that were not drawn the first time"
+        return "" if self._comparison.same(call, arguments, self.stamps) else "its arguments are others"
+
+    def _replay(self, call: Call) -> Any:
+        self.generators.restore(call.after)
+        if call.opaque:
+            self._skipped.add(id(call.module))
+        self._replayed_blocks += id(call.module) in self._block_names
+        return call.replay(self.stamps)
+
+    def _compute(
+        self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict, arguments: Arguments
+    ) -> tuple[Any, Call | None]:
+        if arguments.opaque and id(module) in self._skipped:
+            raise StaleRecordError
+        call = None
+        if self.fresh is not None:
+            before = self.generators.save(self.drawn)
+            call = Call(module, arguments, self._places[id(module)], self.stamps, self._aliases, before)
         self._inside = True
         try:
             output = forward(*args, **kwargs)
         finally:
             self._inside = False
-        if id(module) in self.names:
-            self.forwards[self.names[id(module)]] += 1
+        if call is not None:
+            call.note_end(
+                output, arguments, args, kwargs,
+                stamps=self.stamps, aliases=self._aliases, changing=self.changing, after=self.generators.save(self.drawn),
+            )  # fmt: skip
+        if id(module) in self._block_names:
+            self.forwards[self._block_names[id(module)]] += 1
             self._computed_blocks += 1
-        return output
+        return output, call
 
 
-def _record(module: nn.Module, output: Any, state: rng.State) -> Call:
-    detached = tree_map_only(Tensor, Tensor.detach, output)
-    return Call(module, detached, _versions(detached), state)
-
-
-def _versions(output: Any) -> list[int]:
-    return [t._version for t in tree_leaves(output) if isinstance(t, Tensor) and not t.is_inference()]
-
-
-def _first(calls: Sequence[Call], owners: list[nn.Module] | None) -> int:
-    """Index of the first call of any owner; 0 unless every use of the parameter lies in a boundary call."""
-    return next((i for i, call in enumerate(calls) if owners and call.module in owners), 0)
-
-
-def _owners(model: nn.Module, boundary_list: Sequence[nn.Module]) -> dict[int, list[nn.Module]]:
-    """The boundaries that hold each parameter, by its id; none if a module outside all boundaries holds it too."""
-    inside = {id(m): b for b in boundary_list for m in b.modules()}
-    holders: dict[int, list[nn.Module | None]] = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            holders.setdefault(id(p), []).append(inside.get(id(module)))
-    return {p: [] if None in held_by else [b for b in held_by if b is not None] for p, held_by in holders.items()}
-
-
-def _below_compiled(model: nn.Module) -> set[int]:
-    """Ids of the modules inside a compiled one, whose calls Python does not see."""
-    compiled = [m for m in model.modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None]
-    return {id(inner) for m in compiled for inner in m.modules() if inner is not m}
-
-
-@contextmanager
-def _patched(modules: Iterable[nn.Module], intercept: Callable) -> Iterator[None]:
-    """Route the calls of the modules through ``intercept`` inside the ``with`` block, and restore them after it."""
-    saved: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for module in modules:
-            name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-            saved.append((module, name, module.__dict__.get(name)))
-            object.__setattr__(module, name, _bind(intercept, module, getattr(module, name)))
-        yield
-    finally:
-        for module, name, previous in saved:
-            if previous is None:
-                object.__delattr__(module, name)
-            else:
-                object.__setattr__(module, name, previous)
-
-
-def _bind(intercept: Callable, module: nn.Module, forward: Callable) -> Callable:
-    @functools.wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return intercept(module, forward, args, kwargs)
-
-    return call
+def _places(module: nn.Module) -> list[Place]:
+    """Where the module and those inside it hold parameters and buffers."""
+    holders = [h for m in module.modules() for h in (m._parameters, m._buffers)]
+    return [(holder, name) for holder in holders for name in holder]

@@ -21,11 +21,13 @@ from fastals.kernels.table import Entry, Table
 from fastals.kernels.trial import trial
 from fastals.losses import ALL_UNITS, Losses, OutdatedError, non_finite
 from fastals.report import ACCEPTED, EXHAUSTED, StepReport, UnitReport
-from fastals.schedule import Schedule
+from fastals.schedule import Schedule, keep_all
 from fastals.search import INITIALS, REFERENCES, uniform
 from fastals.settings import Settings
+from fastals.verify import inspect
 
 Action = Callable[[], object]
+OUTDATED = FLAGS.index("outdated")
 
 
 class DeviceUnits:
@@ -105,11 +107,11 @@ class Executor(Protocol):
     def do(self, action: Action) -> None:
         """Carry out an action."""
 
-    def repeat(self, arena: Arena, row: int, attempt: Action, *, look_first: bool) -> bool | None:
-        """Attempt until the row's flag ``go`` is 0; whether a trial was accepted, None while a step is recorded.
+    def repeat(self, arena: Arena, row: int, attempt: Action) -> bool | None:
+        """Attempt until the row's flag ``go`` is 0; whether a trial was accepted, None while a step is recorded."""
 
-        With ``look_first`` the flag is read before the first attempt.
-        """
+    def look(self, arena: Arena) -> None:
+        """Read the flags of the mini-batch, if the host carries out the actions."""
 
     def skip_rest_if_accepted(self) -> None:
         """Skip the actions up to :meth:`end_skip` if the last trial was accepted."""
@@ -128,18 +130,14 @@ class DirectExecutor:
         """Carry out an action."""
         action()
 
-    def repeat(self, arena: Arena, row: int, attempt: Action, *, look_first: bool) -> bool:
+    def repeat(self, arena: Arena, row: int, attempt: Action) -> bool:
         """Attempt until the row's flag ``go`` is 0; whether a trial was accepted.
 
         Raises:
             FloatingPointError: f(w_t) is not finite.
-            OutdatedError: the attempt may have relied on a verdict about the activation cache that no longer holds.
+            OutdatedError: the attempt may have relied on what was known of the activation cache and no longer holds.
             RuntimeError: the flag is not 0 after the last trial.
         """
-        if look_first:
-            go, accepted = self._verdict(arena, row)
-            if not go:
-                return accepted
         for _ in range(arena.most_trials + 1):
             try:
                 attempt()
@@ -153,6 +151,15 @@ class DirectExecutor:
             f"a search goes on after {arena.most_trials + 1} trials, more than max_trials: the flags on the device are "
             "wrong. Please report it"
         )
+
+    def look(self, arena: Arena) -> None:
+        """Read the flags of the mini-batch.
+
+        Raises:
+            FloatingPointError: f(w_t) is not finite.
+            OutdatedError: what was known of the activation cache no longer holds.
+        """
+        self._verdict(arena, -1)
 
     def _verdict(self, arena: Arena, row: int) -> tuple[bool, bool]:
         return verdict(arena, self.read(arena.flags[row]))
@@ -174,7 +181,7 @@ def verdict(arena: Arena, flags: Sequence[int]) -> tuple[bool, bool]:
 
     Raises:
         FloatingPointError: f(w_t) is not finite.
-        OutdatedError: a verdict about the activation cache no longer holds.
+        OutdatedError: what was known of the activation cache no longer holds.
     """
     go, accepted, refused, outdated = flags
     if refused:
@@ -194,7 +201,7 @@ class DeviceBatch:
         self.device, self.arena, self.table, self.executor = device, device.arena, device.table, executor
         self.losses, self.units, self.seed, self.random = losses, units, seed, random.Random(seed)
         self.tested, self.loss_dtype = device.settings.momentum == "tested", start.dtype
-        self.gradients, self.do, self.searched = Gradients(units), executor.do, False
+        self.gradients, self.do = Gradients(units), executor.do
         device.refresh_rules(seed)
         device.refresh_table(self.gradients)
         limit = device.settings.max_grad_norm
@@ -205,24 +212,39 @@ class DeviceBatch:
 
     def check_replay(self, loss: Tensor) -> None:
         """Have the device compare recorded outputs with f(w_t) = ``loss``; the next read of a flag tells."""
-        self.arena.flags[:, FLAGS.index("outdated")] = self.losses.replay_outdated(loss)
+        self.arena.flags[:, OUTDATED] = self.losses.replay_outdated(loss)
 
     def run(self, schedule: Schedule, order: str) -> None:
-        """Make the searches of the schedule; if the first flag says that the cache was misjudged, start them again."""
+        """Make the searches of the schedule; if a flag says that the cache was misjudged, start them again."""
         try:
+            if schedule is keep_all:  # no search will read the flags
+                self.executor.look(self.arena)
             schedule(self, order)
         except OutdatedError:
-            self._restart()
-            schedule(self, order)
+            self.random = random.Random(self.seed)
+            self.rewind()
+            self.arena.flags[:, OUTDATED] = 0
+            self.losses.reconsider(self.start)
+            self.losses.trusted.clear()
+            with self.losses.waiting():  # no guess can be wrong
+                if schedule is not keep_all:
+                    inspect(self, together=self.device.settings.moves_together)
+                schedule(self, order)
 
-    def _restart(self) -> None:
-        """Correct :attr:`Learned.replays`, and go back to the start of the searches."""
+    def rewind(self) -> None:
+        """Put every unit back to w_t, and go on from there."""
         with uninterrupted():
-            self.losses.turn_replays()
-            self.random, self.searched = random.Random(self.seed), False
-            start = self.arena.state[-1, BATCH.index("loss_before")].to(self.loss_dtype, copy=True)
+            start, outdated = self.start, self.arena.flags[:, OUTDATED].clone()
             self.restore()
             all_units.begin(self.arena, start)
+            self.arena.flags[:, OUTDATED] = outdated
+        for unit in self.units:
+            self.losses.put_back(unit.active_params())
+
+    @property
+    def start(self) -> Tensor:
+        """f(w_t), on the device."""
+        return self.arena.state[-1, BATCH.index("loss_before")].to(self.loss_dtype, copy=True)
 
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, if its direction descends."""
@@ -232,43 +254,46 @@ class DeviceBatch:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""
         self.propose(unit)
         params = unit.active_params()
-        accepted = self._repeat(unit.name, unit.row, partial(self._try, unit, params, record))
+        record |= self.losses.records(unit.name)
+        accepted = self.executor.repeat(self.arena, unit.row, partial(self._try, unit, params, record))
         if put_back:
             self.do(partial(armijo.put_back, self.arena, unit.row))
         if put_back or not accepted:
             self.do(partial(trial, self.table, self.arena, unit.row))
+        if put_back or accepted is False:
+            self.do(partial(self.losses.put_back, params))
+            return
         if record and accepted is None:  # the last trial may have been rejected: evaluate the present weights
             self.do(partial(self.losses.at, unit.name, params, record=True))
-        if record and accepted is not False:
-            self.do(self.losses.adopt)
-
-    def _repeat(self, name: str, row: int, attempt: Action) -> bool | None:
-        """Repeat trials until the row's flag ``go`` is 0; whether one was accepted (None while a step is recorded).
-
-        The first trial is made before the flag is read. If the cache is unverified the flag is read first, since only
-        a trial that moves the unit can verify it.
-        """
-        self.searched = True
-        unverified = self.losses.cache is not None and name not in self.losses.trusted
-        return self.executor.repeat(self.arena, row, attempt, look_first=unverified)
+        self.do(self.losses.adopt)
 
     def _try(self, unit: Unit, params: Sequence[Tensor], record: bool) -> None:
         trial(self.table, self.arena, unit.row)
         armijo.judge(self.arena, unit.row, self.losses.at(unit.name, params, record=record))
+        self._note_doubt()
+
+    def _note_doubt(self) -> None:
+        """Have the next read of a flag tell if the trial has replayed what it should have computed."""
+        doubt = self.losses.take_doubt()
+        if doubt is not None:
+            self.arena.flags[:, OUTDATED].bitwise_or_(doubt)
 
     def move_together(self, *, once: bool) -> bool:
         """Move all units by a common factor of their steps; whether one was accepted (False while recorded)."""
         self.do(partial(all_units.open_together, self.arena))
         params = [p for unit in self.units for p in unit.active_params()]
-        accepted = self._repeat(ALL_UNITS, self.arena.units, partial(self._try_together, params, once))
+        accepted = self.executor.repeat(self.arena, self.arena.units, partial(self._try_together, params, once))
         if not accepted:
             self.do(partial(trial, self.table, self.arena))
+        if accepted is False:
+            self.do(partial(self.losses.put_back, params))
         self.executor.skip_rest_if_accepted()
         return bool(accepted)
 
     def _try_together(self, params: Sequence[Tensor], once: bool) -> None:
         trial(self.table, self.arena)
         all_units.judge_together(self.arena, self.units[0].row, self.losses.at(ALL_UNITS, params), once=once)
+        self._note_doubt()
 
     def keep(self, unit: Unit) -> None:
         """Move the unit by its remembered step, untested."""
@@ -290,22 +315,12 @@ class DeviceBatch:
         """Advance moments and memory and enter them in the optimizer's state.
 
         Raises:
-            FloatingPointError: f(w_t) is not finite, and no search has waited for it.
             RuntimeError: a trial changed the gradients.
         """
         self.gradients.check()
-        if not self.searched:
-            self._read_flags()
         self.learn()
         self.device.show(self.units, state)
         self.arena.steps += 1
-
-    def _read_flags(self) -> None:
-        """Wait for the device although nothing was tried, and raise if f(w_t) is not finite."""
-        try:
-            verdict(self.arena, read_flags(self.arena.flags[-1]))
-        except OutdatedError:
-            self.losses.turn_replays()
 
     def restore(self) -> None:
         """Put every unit back to w_t, bitwise."""

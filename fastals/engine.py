@@ -3,14 +3,16 @@
 Captured steps use :meth:`Engine.is_due`, :meth:`Engine.move` and :meth:`Engine.count`.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastals import kernels, rng
+from fastals.anatomy import Anatomy, anatomy, distinct_modules
 from fastals.buffers import Unit
 from fastals.cache import ActivationCache
 from fastals.host import HostUnits
@@ -20,7 +22,21 @@ from fastals.partition import observed
 from fastals.report import Reports, StepReport
 from fastals.schedule import SCHEDULES, Batch, keep_all
 from fastals.search import MEMORY, plain_memory, schedule_next_search
-from fastals.settings import Settings, check_coverage, warn_of_processes
+from fastals.settings import Settings, refuse_replaced, warn_of_processes
+from fastals.surroundings import FirstWriteError
+from fastals.verify import inspect
+
+
+MOST_ANATOMIES = 8  # states of the modules (training and evaluation mode) whose facts are kept
+
+
+class Known(NamedTuple):
+    """What is known of the modules in one state; it holds them and their parameters, so that ids stay theirs."""
+
+    learned: Learned
+    cache: ActivationCache | None
+    modules: list[nn.Module]
+    parameters: list[Tensor]
 
 
 class Partition(Protocol):
@@ -46,6 +62,7 @@ class Engine:
         groups: the optimizer's parameter groups.
         state: the optimizer's state.
         model: the module whose activations are cached, or None.
+        further: further modules that the closure uses.
         settings: the settings that all units share.
         reports: takes the report of every step.
         observe: whether the first forward may correct which unit a parameter belongs to.
@@ -56,17 +73,20 @@ class Engine:
         groups: list[dict],
         state: dict,
         model: nn.Module | None,
+        further: Sequence[nn.Module],
         settings: Settings,
         reports: Reports,
         *,
         observe: bool,
     ) -> None:
-        self.groups, self.state, self.model, self.settings, self.reports = groups, state, model, settings, reports
-        self.observe = observe
+        self.groups, self.state, self.model, self.further = groups, state, model, further
+        self.settings, self.reports, self.observe = settings, reports, observe
         self.cache: ActivationCache | None = None
         self.learned = Learned()
+        self.modules: list[nn.Module] = []
+        self._known: dict[Anatomy, Known] = {}
         self._partition: Partition | None = None
-        self._frozen: list[Tensor] | None = None
+        self._frozen: list[Tensor] = []
         self._repeatable = False
 
     def step(self, closure: Closure, loss: Tensor | float | None = None) -> Tensor:
@@ -74,39 +94,62 @@ class Engine:
 
         Arguments and errors are those of :meth:`fastals.ALS.step`.
         """
+        try:
+            return self._step(closure, loss)
+        except FirstWriteError as found:
+            self._watch_again(found)
+        return self._step(closure, loss)
+
+    def _step(self, closure: Closure, loss: Tensor | float | None) -> Tensor:
         losses = self._losses(closure)
         with torch.cuda.device_of(losses.params[0]), undone_on_error() as undo:  # Triton launches on the current device
-            undo.callback(losses.undo)
+            undo += losses.undoing()
             start = losses.differentiate() if loss is None else losses.given(loss)
             batch = self._begin(losses, start)
-            undo.callback(batch.restore)
+            undo.append(batch.restore)
             search = self.is_due(batch.units)
+            self._look(batch, start, search=search)
             self.move(batch, search=search)
             with uninterrupted():
                 self._commit(batch, searched=search)
-                undo.pop_all()  # the step is made, so nothing is undone
+                undo.clear()  # the step is made, so nothing is undone
         return start
 
+    def _watch_again(self, found: FirstWriteError) -> None:
+        """Have the next attempt keep what was lost in this one: values that the forward had never written before."""
+        warnings.warn(
+            f"fastals: the forward wrote {found} for the first time, and its value before is not kept. The step starts "
+            "again from the value that this forward has left",
+            stacklevel=4,
+        )
+        self.learned.written |= found.keys
+        self.learned.watched = False
+
     def _losses(self, closure: Closure) -> Losses:
-        self._refresh_cache()
-        self._refuse_unfrozen()
-        return Losses(closure, self.params(), self.model, self.cache, self.learned, lazy=self.fused)
+        self._refresh()
+        params, check = self.params(), self.settings.cache == "check"
+        if any(p.grad is not None and p.grad.shape != p.shape for p in params):
+            raise RuntimeError(
+                "a parameter was resized after its last gradient was computed: resize the model before making the "
+                "optimizer"
+            )
+        return Losses(closure, params, self.modules, self.cache, self.learned, lazy=self.fused, check=check)
 
     def _begin(self, losses: Losses, start: Tensor) -> Batch:
-        """Start the mini-batch with the units that have gradients, in forward order; at first check the closure."""
+        """Start the mini-batch with the units that have gradients, in forward order."""
         self._regroup_by_use(losses.cache)
         units = in_forward_order(self.partition.units, losses.cache)
-        batch = self.partition.begin(losses, units, start, self.seed)
-        batch.check_replay(start)
-        self._check_once(losses, start)
-        return batch
+        return self.partition.begin(losses, units, start, self.seed)
 
-    def _check_once(self, losses: Losses, start: Tensor) -> None:
-        """In the first step, check that the closure gives the same loss again."""
+    def _look(self, batch: Batch, start: Tensor, *, search: bool) -> None:
+        """Look whether the closure is repeatable, and before a search whether cached trials are right."""
+        batch.check_replay(start)
         if not self._repeatable:
             warn_of_processes()
-            losses.check_repeatable(float(start))
+            batch.losses.check_repeatable(start)
             self._repeatable = True
+        if search:
+            inspect(batch, together=self.settings.moves_together)
 
     @staticmethod
     def is_due(units: Sequence[Unit]) -> bool:
@@ -140,9 +183,9 @@ class Engine:
             unit.show(self.state)
 
     @property
-    def parts(self) -> tuple[list[dict], dict, nn.Module | None, Settings]:
-        """Groups, state, model and settings that the engine was made with."""
-        return self.groups, self.state, self.model, self.settings
+    def parts(self) -> tuple[object, ...]:
+        """Groups, state, model, further modules and settings that the engine was made with."""
+        return self.groups, self.state, self.model, self.further, self.settings
 
     @property
     def seed(self) -> str:
@@ -194,40 +237,30 @@ class Engine:
         return not reason
 
     def new_cache(self) -> ActivationCache | None:
-        """A cache of the model as it is now, or None."""
-        if self.model is None or not self.settings.cache:
+        """A cache of the modules as they are now, or None."""
+        if not self.settings.cache or not self.modules:
             return None
-        return ActivationCache(self.model, rng.cuda_devices(self.params()))
+        generators = rng.Generators(rng.cuda_devices(self.params()))
+        return ActivationCache(self.model, self.further, generators)
 
-    def _refresh_cache(self) -> None:
-        """Start a new cache if the module tree has changed, and forget the facts about the old tree."""
-        if self.cache is None or self.cache.outdated():
-            self.cache, self._frozen = self.new_cache(), None
-            if self.cache is not None:
-                self.learned = Learned()
-
-    def verify_cache(self, closure: Closure) -> None:
-        """Compare a cached trial with a full forward for every unit that has made no cached trial yet."""
-        unverified = [u for u in self.partition.units if u.name not in self.learned.trusted]
-        if self.cache is None or not unverified:
-            return
-        losses = Losses(closure, self.params(), self.model, self.cache, self.learned, lazy=True)
-        try:
-            losses.differentiate()
-            for unit in unverified:
-                if unit.find_active():
-                    losses.verify(unit.name, unit.active_params())
-        finally:
-            losses.undo()
-
-    def _refuse_unfrozen(self) -> None:
-        """Refuse a parameter that has been unfrozen but is in no unit."""
-        if self._frozen is None:
+    def _refresh(self) -> None:
+        """If the modules have changed, start a new cache, and go by what is known of modules like these."""
+        self.modules = distinct_modules([self.model, *self.further])
+        now = anatomy(self.modules)
+        if now not in self._known:
+            refuse_replaced(self.groups, self.model)
+            if len(self._known) >= MOST_ANATOMIES:
+                self._known.pop(next(iter(self._known)))
+            parts = [p for m in self.modules for p in m._parameters.values() if p is not None]
+            self._known[now] = Known(Learned(), self.new_cache(), self.modules, parts)
+        known = self._known[now]
+        if known.learned is not self.learned:
+            self.cache, self.learned = known.cache, known.learned
             in_units = set(map(id, self.params()))
-            parameters = self.model.parameters() if self.model is not None else []
-            self._frozen = [p for p in parameters if id(p) not in in_units]
+            own = self.model.parameters() if self.model is not None else []
+            self._frozen = [p for p in own if id(p) not in in_units]
         if any(p.requires_grad for p in self._frozen):
-            check_coverage(self.groups, self.model)
+            refuse_replaced(self.groups, self.model)
 
     def _regroup_by_use(self, cache: ActivationCache | None) -> None:
         """Before the first step, move each parameter to the unit in which the forward first used it."""
@@ -260,16 +293,23 @@ class Engine:
 def in_forward_order(units: Sequence[Unit], cache: ActivationCache | None) -> list[Unit]:
     """The units that have a gradient, sorted by the first recorded call that they can change."""
     active = [u for u in units if u.find_active()]
-    return active if cache is None else sorted(active, key=lambda u: cache.start(u.active_params()))
+    return active if cache is None else sorted(active, key=lambda u: cache.first_use(u.active_params()))
 
 
 @contextmanager
-def undone_on_error() -> Iterator[ExitStack]:
-    """A stack of callbacks that run if an error leaves the ``with`` block, the last one first, Ctrl-C held back."""
-    undo = ExitStack()
+def undone_on_error() -> Iterator[list[Callable[[], object]]]:
+    """A list of actions that run if an error leaves the ``with`` block, the last one first, Ctrl-C held back.
+
+    Each is tried; the error that leaves is the first one, with a note on every action that failed.
+    """
+    undo: list[Callable[[], object]] = []
     try:
         yield undo
-    except BaseException:
+    except BaseException as error:
         with uninterrupted():
-            undo.close()
+            for action in reversed(undo):
+                try:
+                    action()
+                except Exception as failed:
+                    error.add_note(f"fastals could not undo a part of the step: {type(failed).__name__}: {failed}")
         raise

@@ -31,8 +31,8 @@ class HostUnits:
         self.units = [Unit(members, state, adam=adam, averages=averages) for members in unit_groups(groups)]
         widest = max(self.units, key=lambda unit: unit.dtype.itemsize)
         scratch = Scratch(max(unit.size for unit in self.units), widest.dtype, widest.device)
-        keep_directions = settings.schedule in ("independent", "joint")  # these move units together
-        self.passes = {unit: Passes(unit, scratch, keep_direction=keep_directions) for unit in self.units}
+        together = settings.moves_together
+        self.passes = {unit: Passes(unit, scratch, keep_direction=together) for unit in self.units}
 
     def begin(self, losses: Losses, units: list[Unit], start: Tensor, seed: str) -> "HostBatch":
         """Start a mini-batch at f(w_t) = ``start`` with the units that have gradients, in forward order."""
@@ -179,9 +179,9 @@ class HostBatch:
         return min(1.0, max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
 
     def check_replay(self, loss: Tensor) -> None:
-        """Correct :attr:`fastals.losses.Learned.replays` if it no longer holds."""
+        """Correct what is known of the cache if it no longer holds."""
         if self.losses.replay_outdated(loss):
-            self.losses.turn_replays()
+            self.losses.reconsider(loss)
 
     def run(self, schedule: Schedule, order: str) -> None:
         """Make the searches of the schedule."""
@@ -232,7 +232,8 @@ class HostBatch:
             search.judge(float(self.losses.at(unit.name, unit.active_params(), record=record)))
         if put_back or not search.accepted:
             passes.trial(0.0)
-        elif record:
+            self.losses.put_back(unit.active_params())
+        else:
             self.losses.adopt()
         if put_back and search.accepted:
             self.proposed[unit] = search
@@ -269,6 +270,7 @@ class HostBatch:
             factor *= self.units[0].rules["backtrack"]
         for unit in searches:
             self.passes[unit].trial(0.0)
+            self.losses.put_back(unit.active_params())
         return 0.0
 
     def _note(self, unit: Unit, search: Search, eta: float) -> None:
@@ -323,6 +325,12 @@ class HostBatch:
         """Put every unit back to w_t, bitwise."""
         for passes in self.passes.values():
             passes.trial(0.0)
+
+    def rewind(self) -> None:
+        """Put every unit back to w_t, and go on from there."""
+        self.restore()
+        for unit in self.units:
+            self.losses.put_back(unit.active_params())
 
     def report(self) -> StepReport:
         """The outcome of every unit, in forward order."""

@@ -1,6 +1,6 @@
 """ALS: Armijo line search per unit as a ``torch.optim.Optimizer``."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import is_not
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,9 @@ class ALS(torch.optim.Optimizer):
         betas, eps, weight_decay: as in AdamW; the decay is decoupled and part of the tested direction.
         model: the module whose activations are cached and whose buffers (running statistics) trials leave alone;
             needed only if ``params`` is neither the model nor the groups of :func:`fastals.units`.
+        modules: further modules that the closure uses and this optimizer does not train (a teacher, a discriminator):
+            their buffers, and what a forward writes into their parameters, are held within a step, and their blocks
+            are cached.
         direction: ``"adam"`` or ``"sgd"`` (heavy ball with ``betas[0]``).
         momentum: ``"none"``, ``"after"`` (test along the gradient's direction, move along the averaged
             one) or ``"tested"`` (test and move along the averaged one, or along the gradient's if the averaged
@@ -66,7 +69,8 @@ class ALS(torch.optim.Optimizer):
             two units stay.
         max_grad_norm: clip the gradient's norm in the direction; the slope keeps the true gradient. Use
             it in place of ``clip_grad_norm_``, which would make the test too easy.
-        cache: replay activations below the unit under search.
+        cache: replay the calls of modules that a trial cannot change. ``"check"`` compares every cached trial with a
+            full forward and raises an error that names the call if they differ: for tests, and for closures in doubt.
         fused: ``"auto"`` runs the searches on the device with Triton kernels if all parameters are on one CUDA
             device in float32, bfloat16 or float16; ``True`` raises an error if they are not; ``False`` never does.
             The steps are the same up to rounding.
@@ -92,6 +96,7 @@ class ALS(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         model: nn.Module | None = None,
+        modules: Sequence[nn.Module] = (),
         direction: str = "adam",
         momentum: str = "none",
         schedule: str = "sweep",
@@ -112,7 +117,7 @@ class ALS(torch.optim.Optimizer):
         smoothing: float = 0.9,
         merge_below: float | None = None,
         max_grad_norm: float | None = None,
-        cache: bool = True,
+        cache: bool | str = True,
         fused: bool | str = "auto",
         seed: int = 0,
     ) -> None:
@@ -121,6 +126,7 @@ class ALS(torch.optim.Optimizer):
         self._observe = isinstance(params, nn.Module)
         cut_from = getattr(params, "model", None) if model is None else model
         self.model = params if isinstance(params, nn.Module) else cut_from
+        self.modules = list(modules)
         self._reports = Reports()
         self._graphed: GraphedStep | None = None
         self._engine: Engine | None = None
@@ -144,7 +150,8 @@ class ALS(torch.optim.Optimizer):
             ValueError: a loss that is no scalar, or that differs between two evaluations at the same weights.
             FloatingPointError: a loss that is not finite at w_t.
             RuntimeError: a closure that calls backward; parameters converted since construction.
-            ValueError: a parameter of the model that is in no unit has been unfrozen.
+            ValueError: a trainable parameter of the model is in no unit: it was unfrozen or put in place later.
+            RuntimeError: with ``cache="check"``, a cached trial is not what a full forward gives.
 
         After any error, of the closure too, parameters, state and random generators are as before.
         """
@@ -184,7 +191,7 @@ class ALS(torch.optim.Optimizer):
     @property
     def engine(self) -> Engine:
         """Makes the steps; a new one if groups, state, model or settings were replaced."""
-        parts = (self.param_groups, self.state, self.model, self.settings)
+        parts = (self.param_groups, self.state, self.model, self.modules, self.settings)
         if self._engine is None or any(map(is_not, parts, self._engine.parts)):
             self._engine = Engine(*parts, self._reports, observe=self._observe)
         return self._engine
@@ -258,7 +265,7 @@ class ALS(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._reports.read()
-        return super().__getstate__() | {k: getattr(self, k) for k in ("model", "settings", "_reports", "_observe")}
+        return super().__getstate__() | {k: getattr(self, k) for k in ("model", "modules", "settings", "_reports", "_observe")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # load_state_dict comes here with new groups and a new state

@@ -24,11 +24,13 @@ class Batch(Protocol):
         losses: evaluates the loss of this mini-batch.
         units: those that have a gradient, in forward order.
         random: draws the order of the searches.
+        seed: seeds the numbers drawn for this step.
     """
 
     losses: Losses
     units: list[Unit]
     random: random.Random
+    seed: str
 
     def run(self, schedule: "Schedule", order: str) -> None:
         """Make the searches of the schedule."""
@@ -57,13 +59,16 @@ class Batch(Protocol):
         """Carry the accepted steps over to the averaged direction; the new point is not tested."""
 
     def check_replay(self, loss: Tensor) -> None:
-        """Check whether :attr:`fastals.losses.Learned.replays` still holds; f(w_t) is ``loss``."""
+        """Check whether the closure is repeatable and still as the cache assumes; f(w_t) is ``loss``."""
 
     def commit(self, state: dict) -> None:
         """Advance moments and memory and enter them in the optimizer's state; the parameters have moved already."""
 
     def restore(self) -> None:
         """Put every unit back to w_t, bitwise."""
+
+    def rewind(self) -> None:
+        """Put every unit back to w_t, and go on from there."""
 
     def report(self) -> StepReport | Callable[[], StepReport]:
         """The outcome of the step, or a function that waits for the device and reads it."""

@@ -25,6 +25,7 @@ SETTINGS = {
     ),
     "merge_below": POSITIVE_OR_NONE,
     "max_grad_norm": POSITIVE_OR_NONE,
+    "cache": Range(lambda x: x in (True, False, "check"), "True, False or 'check'"),
     "fused": Range(lambda x: x in (True, False, "auto"), "True, False or 'auto'"),
 }
 #: The constants of the direction; those of the search are in :data:`fastals.search.RANGES`.
@@ -50,9 +51,14 @@ class Settings:
     every: int | str
     merge_below: float | None
     max_grad_norm: float | None
-    cache: bool
+    cache: bool | str
     fused: bool | str
     seed: int
+
+    @property
+    def moves_together(self) -> bool:
+        """Whether trials move all units at once."""
+        return self.schedule in ("independent", "joint")
 
     def __post_init__(self) -> None:
         for name, allowed in SETTINGS.items():
@@ -81,6 +87,20 @@ def warn_of_small_lr(lr: float) -> None:
             f"fastals: lr={float(lr):g} is no learning rate here: it multiplies the largest step that a "
             "search may try, and 1.0 is the usual value",
             stacklevel=3,
+        )
+
+
+def refuse_replaced(groups: Sequence[dict], model: nn.Module | None) -> None:
+    """Refuse trainable parameters that the model has got since the optimizer was made, and that are in no unit."""
+    if model is None:
+        return
+    in_units = {id(p) for g in groups for p in g["params"]}
+    new = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_units]
+    if new:
+        raise ValueError(
+            f"{len(new)} trainable parameters are in no unit, {new[0]!r} first: they were unfrozen, added or put in the "
+            "place of others (resize_token_embeddings, a new head) after the optimizer was made, and would never be "
+            "trained. Make the optimizer anew, pass them to add_param_group, or set requires_grad=False"
         )
 
 

@@ -14,11 +14,13 @@ FLOORS = (  # from the top; modules of one folder may use each other
     ("graphs",),
     ("engine",),
     ("host", "device"),
-    ("settings",),
+    ("settings", "verify"),
     ("schedule",),
     ("losses", "search"),
     ("buffers", "cache"),
-    ("partition", "presets", "report", "rng", "interrupt"),
+    ("compare",),
+    ("calls",),
+    ("surroundings", "stamps", "partition", "presets", "report", "rng", "interrupt", "intercept", "anatomy"),
     ("kernels",),
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}

@@ -123,7 +123,7 @@ class GraphedStep:
         if self._give_up:
             return self._eagerly(batch)
         leaves, spec = tree_flatten(batch)
-        modules = self._modules()
+        modules = self.engine.modules
         try:
             signature = _signature(leaves, spec, modules)
         except TypeError as error:
@@ -153,7 +153,7 @@ class GraphedStep:
         if not self._seen:
             gc.collect()  # frees the device memory of old programs and models that only cycles hold
         loss = self._eagerly(batch)
-        if (standing := self._standing(self._modules())) != self._identity:  # the step may have built the partition
+        if (standing := self._standing(self.engine.modules)) != self._identity:  # the step may have built the partition
             self._programs.clear()
             self._identity = standing
         self._seen[signature] = self._seen.get(signature, 0) + 1
@@ -203,7 +203,6 @@ class GraphedStep:
         batch = tree_unflatten(inputs, spec)
         backend = self._make_backend(self._device, self._stream, draws=self._draws)
         with self._on_stream():
-            self.engine.verify_cache(lambda: self.loss_fn(batch))
             program = Program(self.engine, lambda: self.loss_fn(batch), backend)
         return Captured(program, inputs)
 
@@ -214,7 +213,7 @@ class GraphedStep:
         if key not in program.tails:
             with self._on_stream():
                 program.capture_tail(key, partial(self.engine.move, search=search), self.engine.seed)
-            self._identity = self._standing(self._modules())  # a captured forward may have given the model new buffers
+            self._identity = self._standing(self.engine.modules)  # a captured forward may have given the model new buffers
         tail = program.tails[key]
         self.mode = GraphMode(
             "while" if tail.launch is not None else "host", tail.reason or "loops are nodes of the graph"
@@ -234,17 +233,6 @@ class GraphedStep:
         program.device.arena.steps += 1  # the report is that of the last of these
         engine.count(tail.batch.report(), math.nan, searched=searched)
         return loss
-
-    def _modules(self) -> list[torch.nn.Module]:
-        """All modules of the model, without the names that ``model.modules()`` makes: every replayed step asks."""
-        modules: dict[int, torch.nn.Module] = {}
-        waiting = [self.engine.model]
-        while waiting:
-            module = waiting.pop()
-            if module is not None and id(module) not in modules:
-                modules[id(module)] = module
-                waiting += module._modules.values()
-        return list(modules.values())
 
     def _forget_if_changed(self, modules: list[torch.nn.Module]) -> bool:
         """Forget all programs if anything that they depend on has changed; returns whether it has."""

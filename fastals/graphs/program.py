@@ -6,6 +6,7 @@ of a loop is a piece of its own, repeated while its flag is set. A back end capt
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -106,12 +107,14 @@ class Recorder:
         """Append to the actions since the last loop."""
         self._line.append(action)
 
-    def repeat(self, arena: Arena, row: int, attempt: Action, *, look_first: bool) -> None:
+    def repeat(self, arena: Arena, row: int, attempt: Action) -> None:
         """Record a loop; whether it will accept is not known."""
         del arena
-        assert not look_first, "a cache is verified before the capture"
         self._end_line()
         self.operations.append(Loop(self.backend.capture(attempt), row))
+
+    def look(self, arena: Arena) -> None:
+        """Nothing to do: a replay learns of its flags later."""
 
     def skip_rest_if_accepted(self) -> None:
         """Mark the start of the operations that may be skipped."""
@@ -165,7 +168,7 @@ class Program:
     Its gradients lie in the graphs' memory, so it has its own table; it shares the arena of the engine's partition.
 
     Args:
-        engine: the optimizer's engine; its searches run on the device, and its cache is verified.
+        engine: the optimizer's engine; its searches run on the device.
         closure: evaluates the loss of the static inputs.
         backend: captures and replays.
     """
@@ -176,9 +179,9 @@ class Program:
         units, cache = engine.partition.units, engine.new_cache()
         _drop_gradients(self.params)
         self.losses = Losses(
-            closure, self.params, engine.model, cache, _settled(engine.learned, [u.name for u in units]), lazy=True
+            closure, self.params, engine.modules, cache, _settled(engine.learned, [u.name for u in units]), lazy=True
         )
-        self.generators = rng.get_state(self.losses.devices)
+        self.generators = rng.get_state(self.losses.generators.devices)
         with self._capturing():
             self.head, self.loss = backend.capture_head(self._differentiate)
         self.grads = [p.grad for p in self.params]
@@ -204,8 +207,7 @@ class Program:
         batch = self.device.begin(self.losses, self.units, self.loss, seed, recorder)
         move(batch)
         recorder.end_skip()
-        if self.losses.buffers:
-            batch.do(self._put_buffers_back_if_refused)
+        batch.do(self._settle)
         batch.learn()
         operations, whole = recorder.finish(), not self.backend.draws
         linked = [Run(self.head), *operations] if whole else operations
@@ -215,8 +217,8 @@ class Program:
             named = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
             return Tail(operations, batch, None, False, f"{named}{error}")
 
-    def _put_buffers_back_if_refused(self) -> None:
-        self.losses.put_buffers_back(self.device.arena.flags[-1, FLAGS.index("refused")] != 0)
+    def _settle(self) -> None:
+        self.losses.around.settle_in_place(self.device.arena.flags[-1, FLAGS.index("refused")] != 0)
 
     @contextmanager
     def _capturing(self) -> Iterator[None]:
@@ -265,7 +267,7 @@ class Program:
             else:
                 self._run_on_host(tail.operations, before)
         except BaseException:
-            self.losses.put_buffers_back()
+            self.losses.around.put_back()
             all_units.restore(self.device.arena)
             trial(self.device.table, self.device.arena)
             raise
@@ -292,13 +294,13 @@ class Program:
             self.backend.replay(loop.piece)
 
         executor = DirectExecutor(self.backend.look)
-        return executor.repeat(self.device.arena, loop.row, attempt, look_first=False)
+        return executor.repeat(self.device.arena, loop.row, attempt)
 
 
 def _settled(learned: Learned, units: Sequence[str]) -> Learned:
-    """The same facts with a verdict on every unit (False if unverified), so that no capture verifies the cache."""
+    """The same facts with a verdict on every unit, False if unverified."""
     trusted = {name: learned.trusted.get(name, False) for name in [*units, ALL_UNITS]}
-    return Learned(learned.replays, {learned.replays: trusted}, learned.written)
+    return dataclasses.replace(learned, verdicts={learned.replays: trusted})
 
 
 def _drop_gradients(params: Sequence[Tensor]) -> None:

@@ -1,0 +1,103 @@
+"""Whether the arguments of a call are the recorded ones, and whether two outputs are equal."""
+
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastals.calls import PLAIN, Arguments, Call
+from fastals.stamps import Stamp, Stamps
+
+Guesses = dict[tuple, bool]  # by evaluation, call and argument, whether the values have been equal so far
+
+
+class Comparison:
+    """Compares arguments with recorded ones during one evaluation.
+
+    Most arguments are the recorded tensors themselves. Of a tensor that was made anew (a mask) the values decide. On
+    the CPU, and wherever the host may wait, they are compared at once. Elsewhere the host goes by what it has seen
+    before, and the device notes in ``differs`` whether that was wrong.
+
+    Args:
+        name: what is evaluated; the guesses are kept by it.
+        guesses: what the host has seen so far.
+        wait: whether the host may wait for the device.
+        unknown: what to guess of a comparison that is new.
+
+    Attributes:
+        differs: 0-d bool on the device, whether a guess was wrong; None if no guess was made.
+    """
+
+    def __init__(self, name: str, guesses: Guesses, *, wait: bool, unknown: bool = False) -> None:
+        self.name, self.guesses, self.wait, self.unknown = name, guesses, wait, unknown
+        self._compared: dict[tuple[int, int, Stamp], tuple[Tensor, bool]] = {}
+        self._unequal: list[Tensor] = []
+        self._number = 0
+
+    @property
+    def differs(self) -> Tensor | None:
+        """Whether values differed that were taken for equal."""
+        return reduce(torch.logical_or, self._unequal) if self._unequal else None
+
+    def same(self, call: Call, arguments: Arguments, stamps: Stamps) -> bool:
+        """Whether the arguments are those of the recorded call."""
+        self._number += 1
+        if len(arguments.leaves) != len(call.inputs) or arguments.shape != call.shape:
+            return False
+        leaves = zip(arguments.leaves, call.inputs, call.input_stamps, strict=True)
+        return all(
+            self._same_tensor(leaf, kept, stamp, stamps, i) if isinstance(kept, Tensor) else _same_constant(leaf, kept)
+            for i, (leaf, kept, stamp) in enumerate(leaves)
+        )
+
+    def _same_tensor(self, leaf: object, kept: Tensor, stamp: Stamp, stamps: Stamps, index: int) -> bool:
+        if stamps.of(kept) != stamp or not isinstance(leaf, Tensor):
+            return False
+        if leaf is kept:
+            return True
+        if type(leaf) is not type(kept) or not _same_layout(leaf, kept):
+            return False
+        if leaf.data_ptr() == kept.data_ptr():
+            return True
+        pair = id(leaf), id(kept), stamps.of(leaf)
+        if pair not in self._compared:  # masks go to every block
+            self._compared[pair] = leaf, self._same_values(leaf, kept, (self.name, self._number, index))
+        return self._compared[pair][1]
+
+    def _same_values(self, leaf: Tensor, kept: Tensor, key: tuple) -> bool:
+        if leaf.device.type == "cpu" or self.wait:
+            equal = torch.equal(leaf, kept)
+            if leaf.device.type != "cpu":
+                self.guesses[key] = equal and self.guesses.get(key, True)
+            return equal
+        if not self.guesses.get(key, self.unknown):
+            return False
+        self._unequal.append((leaf != kept).any())
+        return True
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device or a.layout != b.layout:
+        return False
+    return a.layout == torch.strided and not a.is_nested and a.stride() == b.stride()
+
+
+def _same_constant(leaf: object, kept: object) -> bool:
+    """Whether two constants are equal; of other objects only the type can be compared."""
+    if leaf is kept:
+        return True
+    if type(leaf) is not type(kept):
+        return False
+    return leaf == kept if isinstance(kept, PLAIN) else True
+
+
+def digest(output: Any) -> list[Tensor]:
+    """Two sums over every tensor of an output, which differ for outputs that differ."""
+    return [_sums(t.detach()) for t in tree_leaves(output) if isinstance(t, Tensor) and not t.is_sparse]
+
+
+def _sums(t: Tensor) -> Tensor:
+    flat = (torch.view_as_real(t) if t.is_complex() else t).reshape(-1).double()
+    return torch.stack([flat.sum(), flat @ torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device)])

@@ -1,0 +1,103 @@
+"""Find out for which units cached trials equal full forwards.
+
+A memo of calls cannot see what a call leaves behind (features that a hook keeps, ``self.aux``), nor what it reads
+besides its arguments and its module (a weight through a reference). So a cached trial is compared with a full forward,
+in loss and outputs, at weights of the unit that have really moved, after a forward at other weights has disturbed
+whatever a replayed call may have left.
+"""
+
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastals.losses import ALL_UNITS, Losses
+from fastals.schedule import Batch
+
+Moves = dict[str, list[Tensor]]  # parameters that a trial moves, by the name of their unit
+MOST_SEQUENCES = 8  # sequences of calls that are verified; a model with more (layer drop) is looked at now and then
+SPOT_CHECKS = 1 / 128  # part of the steps that verify one unit again: under 1 % of the time
+LOOK_AT = (
+    "Look for what a module leaves behind or reads besides its arguments: features kept by hooks, attributes such as "
+    "self.aux, outputs of layers inside a block (attentions, router logits), weights of other modules"
+)
+
+
+def inspect(batch: Batch, *, together: bool) -> None:
+    """Verify the units without a verdict, all of them after a new sequence of calls; now and then one unit again.
+
+    ``together`` says that trials move all units at once, too.
+    """
+    losses = batch.losses
+    if losses.cache is None or not losses.cache.records or losses.learned.gradients:
+        return
+    moves: Moves = {unit.name: unit.active_params() for unit in batch.units}
+    if together:
+        moves[ALL_UNITS] = [p for params in moves.values() for p in params]
+    sequence = tuple(module for module, _ in losses.cache.records)
+    seen = losses.learned.sequences
+    if sequence not in seen and len(seen) < MOST_SEQUENCES:
+        seen.add(sequence)
+        _warn_of_obstacles(losses)
+        _verify(batch, moves)
+        return
+    missing = {name: params for name, params in moves.items() if name not in losses.trusted}
+    if missing:
+        _verify(batch, missing)
+        return
+    draw, trusted = random.Random(f"{batch.seed}-spot"), [name for name in moves if losses.trusted[name]]
+    if trusted and draw.random() < SPOT_CHECKS:
+        name = draw.choice(trusted)
+        _verify(batch, {name: moves[name]})
+
+
+def _verify(batch: Batch, moves: Mapping[str, Sequence[Tensor]]) -> None:
+    """Enter the verdicts on these units; warn of a unit that loses its trust."""
+    losses, counted = batch.losses, batch.losses.forwards
+    with losses.waiting():
+        cached, everything = {}, [p for unit in batch.units for p in unit.active_params()]
+        _nudge(everything)
+        losses.outcome(ALL_UNITS, everything, replay=False)
+        batch.rewind()
+        for name, params in reversed(moves.items()):  # top down: no trial touches what those after it replay
+            _nudge(params)
+            cached[name] = losses.outcome(name, params, replay=True)
+            batch.rewind()
+        for name, params in moves.items():
+            _nudge(params)
+            full = losses.outcome(name, params, replay=False)
+            batch.rewind()
+            assert not isinstance(full, Exception)
+            _judge(losses, name, losses.difference(cached[name], full))
+    losses.forwards = counted
+
+
+def _judge(losses: Losses, name: str, difference: str) -> None:
+    if difference and losses.trusted.get(name, True):
+        warnings.warn(
+            f"fastals: trials of unit {name!r} run without the activation cache: {difference}. {LOOK_AT}", stacklevel=2
+        )
+    losses.trusted[name] = not difference
+
+
+def _warn_of_obstacles(losses: Losses) -> None:
+    """Say which calls run in every trial, and why."""
+    assert losses.cache is not None
+    found: dict[str, str] = {}
+    for call in losses.cache.records.values():
+        obstacle = call.obstacle or ("" if call.output_stands(losses.cache.stamps) else "its output is changed in place")
+        if obstacle:
+            found.setdefault(obstacle, losses.cache.names[id(call.module)])
+    for obstacle, name in found.items():
+        warnings.warn(f"fastals: calls of {name!r} are computed in every trial: {obstacle}", stacklevel=2)
+
+
+def _nudge(params: Sequence[Tensor]) -> None:
+    """Change weights by a little noise, always the same."""
+    for p in params:
+        generator = torch.Generator(p.device).manual_seed(0)
+        noise = torch.empty_like(p, requires_grad=False).uniform_(-1, 1, generator=generator)
+        weights = p.detach()
+        weights.add_(noise * (0.02 * weights.abs().mean() + 0.01))
