@@ -85,7 +85,8 @@ class Unit:
         self.members = [(p, g) for g in groups for p in g["params"]]
         params = [p for p, _ in self.members]
         self.identity = list(map(_identity, params))
-        self.dtype = max((torch.promote_types(p.dtype, torch.float32) for p in params), key=lambda t: t.itemsize)
+        reals = [p.dtype.to_real() for p in params]  # complex ones are frozen, and their place stays unused
+        self.dtype = max((torch.promote_types(t, torch.float32) for t in reals), key=lambda t: t.itemsize)
         self.device, self.rounding = params[0].device, plain.rounding(params)
         self.offsets, self.gaps, self.size = layout(params)
         self.counts = [int(state[p]["step"]) if p in state else 0 for p in params]
@@ -163,7 +164,7 @@ class Unit:
         """Refuse parameters that were replaced or converted, and gradients that cannot be used.
 
         Raises:
-            RuntimeError: a parameter was moved, converted or resized, or a gradient is sparse.
+            RuntimeError: a parameter was moved, converted or resized, or a gradient is sparse or complex.
         """
         for i in self.active:
             p, grad = self.members[i][0], self.members[i][0].grad
@@ -174,6 +175,11 @@ class Unit:
                 )
             if grad is not None and grad.is_sparse:
                 raise RuntimeError(f"unit {self.name!r} has a sparse gradient: use dense ones (sparse=False)")
+            if p.is_complex():
+                raise RuntimeError(
+                    f"unit {self.name!r} has a complex parameter of shape {tuple(p.shape)} that was frozen when the "
+                    "optimizer was made: freeze it, or hold it as real numbers with torch.view_as_real"
+                )
 
     def show(self, state: dict, *, active: bool = False) -> None:
         """Enter the parameters in the optimizer's state: those with a gradient, or all."""

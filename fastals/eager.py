@@ -22,7 +22,7 @@ from fastals.optimizer import ALS
 from fastals.partition import units
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.search import MEMORY, Search, schedule_next_search, uniform, visible
-from fastals.settings import check_coverage, sort_arguments, warn_of_small_lr
+from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_small_lr
 
 
 @dataclass(eq=False)
@@ -82,11 +82,21 @@ class EagerALS(torch.optim.Optimizer):
         warn_of_small_lr(defaults["lr"])
         self.report: StepReport | None = None
         self.margins: list[float] = []
+        self.model = params if isinstance(params, nn.Module) else bound.arguments["model"]
         super().__init__(units(params) if isinstance(params, nn.Module) else params, defaults | MEMORY)
-        check_coverage(self.param_groups, params if isinstance(params, nn.Module) else bound.arguments["model"])
-        for i, group in enumerate(self.param_groups):
-            group.setdefault("name", f"group{i}")
-            group.setdefault("unit", i)
+        check_coverage(self.param_groups, self.model)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a unit; complex parameters to be trained are refused."""
+        super().add_param_group(param_group)
+        index, group = len(self.param_groups) - 1, self.param_groups[-1]
+        try:
+            check_real(group, self.model)
+        except ValueError:
+            del self.param_groups[index]
+            raise
+        group.setdefault("name", f"group{index}")
+        group.setdefault("unit", index)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor], loss: Tensor | float | None = None) -> Tensor:  # type: ignore[override]

@@ -13,7 +13,7 @@ from fastals.losses import NO_CLOSURE
 from fastals.partition import named, units
 from fastals.report import Reports, StepReport
 from fastals.search import MEMORY, plain_memory
-from fastals.settings import check_coverage, sort_arguments, warn_of_small_lr
+from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_small_lr
 
 if TYPE_CHECKING:
     from fastals.graphs.graphed import GraphedStep, GraphMode
@@ -81,7 +81,8 @@ class ALS(torch.optim.Optimizer):
             of the blocks that it ran. NaN after a graphed step.
 
     Raises:
-        ValueError: an argument out of its range, parameters twice or units that do not fit the model.
+        ValueError: an argument out of its range, parameters twice, complex ones to be trained, or units that do not
+            fit the model.
 
     References: arXiv 2403.18506 (per-layer search, Adam direction), 2407.20650 (SaLSA), 2306.12747 (PoNoS),
     1905.09997 (SLS).
@@ -200,12 +201,17 @@ class ALS(torch.optim.Optimizer):
         """Add a unit, for example one that has just been unfrozen: ``opt.add_param_group({"params": [...]})``.
 
         Raises:
-            ValueError: a parameter that the model does not have, or that is in a unit already.
+            ValueError: a parameter that the model does not have, that is in a unit already, or that is complex.
         """
         if self.model is not None and any("param_names" in g for g in self.param_groups):
             param_group = named(param_group, self.model)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        try:
+            check_real(group, self.model)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
         index = len(self.param_groups) - 1
         group.setdefault("name", f"group{index}")
         group.setdefault("unit", index)

@@ -1,6 +1,6 @@
 """Cut a model into units: parameter groups whose step sizes are searched one by one.
 
-The transformer blocks are the entries of the outermost module lists; no model is known by name.
+The blocks are the modules that a forward pass calls one by one from the outermost lists; no model is known by name.
 """
 
 import re
@@ -74,34 +74,68 @@ def named(group: dict, model: nn.Module) -> dict:
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost repeated modules, by name, in registration order."""
-    return dict(_stacked(model, ""))
+    """The outermost repeated modules, by name, in registration order: the entries of the model's stacks.
 
-
-def _stacked(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of the blocks below ``module``; nothing inside a block is a block."""
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        if _is_stack(module, root=not prefix):
-            if any(True for _ in child.parameters()):
-                yield path, child
-        else:
-            yield from _stacked(child, f"{path}.")
-
-
-def _is_stack(module: nn.Module, root: bool) -> bool:
-    """Whether the children are blocks.
-
-    They are in a list of composite modules, in a sequence of composite modules of one type, and in a ``Sequential``
-    that is the whole model.
+    Lists of bare layers are stacks only in a model without others, and a model that is a ``Sequential`` is one itself
+    if nothing inside is, or if what is inside repeats: then its own entries are the outermost repeated modules.
     """
-    children = [c for c in module.children() if any(True for _ in c.parameters())]
-    composite = bool(children) and all(any(True for _ in c.children()) for c in children)
+    root = list(_entries(model)) if isinstance(model, nn.Sequential) else []
+    parts = root or [model]
+    found = set(_stacked(parts, _is_stack)) or set(_stacked(parts, _is_list_of_layers))
+    if root and (not found or _repeat(root, found)):
+        found = set(root)
+    return {name: module for name, module in model.named_modules() if module in found}
+
+
+def _stacked(modules: Iterable[nn.Module], is_stack: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """The entries of the outermost stacks in the modules; nothing inside an entry is looked at."""
+    for module in modules:
+        yield from _entries(module) if is_stack(module) else _stacked(module.children(), is_stack)
+
+
+def _entries(stack: nn.Module) -> Iterator[nn.Module]:
+    """The modules with parameters that code which walks through the stack calls: lists in it are opened."""
+    for child in stack.children():
+        if _is_container(child):
+            yield from _entries(child)
+        elif _has_parameters(child):
+            yield child
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether the module is never called because it has no ``forward``, as a ``ModuleList`` or a ``ModuleDict``."""
+    return getattr(module.forward, "__func__", None) is nn.Module.forward
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether it is a list with a composite module, or a sequence of composite modules of one type."""
+    children = [c for c in module.children() if _has_parameters(c)]
+    composite = [c for c in children if any(True for _ in c.children())]
     if isinstance(module, nn.ModuleList):
-        return composite
+        return bool(composite)
     if isinstance(module, nn.Sequential):
-        return root or (composite and len(children) > 1 and len({type(c) for c in children}) == 1)
+        return len(composite) == len(children) > 1 and len(set(map(type, children))) == 1
     return False
+
+
+def _is_list_of_layers(module: nn.Module) -> bool:
+    """Whether it is a list of at least two modules, which are bare layers where no list is a stack."""
+    return isinstance(module, nn.ModuleList) and len(list(_entries(module))) > 1
+
+
+def _repeat(modules: Iterable[nn.Module], found: set[nn.Module]) -> bool:
+    """Whether two of the modules that hold any of ``found`` are of one class, other than ``Sequential`` itself."""
+    holders = [type(m) for m in modules if type(m) is not nn.Sequential and _holds(m, found)]
+    return len(set(holders)) < len(holders)
+
+
+def _holds(module: nn.Module, found: set[nn.Module]) -> bool:
+    """Whether the module is one of ``found`` or has one inside."""
+    return not found.isdisjoint(module.modules())
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _by_block(model: nn.Module) -> dict[str, str]:
@@ -159,14 +193,15 @@ def observed(groups: Sequence[dict], position: Callable[[Tensor], str]) -> list[
 
 
 def boundaries(model: nn.Module) -> list[nn.Module]:
-    """The blocks, and the largest modules outside them that hold no block; a forward pass calls these one by one."""
-    stack = set(map(id, blocks(model).values()))
+    """The blocks, and the largest modules outside them that hold no block; a forward pass calls these one by one.
+
+    A container is none of them, because it is never called.
+    """
+    stack = set(blocks(model).values())
 
     def walk(module: nn.Module) -> Iterator[nn.Module]:
         for child in module.children():
-            holds_block = any(id(m) in stack for m in child.modules() if m is not child)
-            container = isinstance(child, nn.ModuleList | nn.ModuleDict)
-            if id(child) in stack or not (holds_block or container):
+            if child in stack or not (_is_container(child) or _holds(child, stack)):
                 yield child
             else:
                 yield from walk(child)

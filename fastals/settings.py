@@ -120,6 +120,19 @@ def check_coverage(groups: Sequence[dict], model: nn.Module | None) -> None:
         raise ValueError("the units hold parameters that the model does not have: pass the model they belong to")
 
 
+def check_real(group: dict, model: nn.Module | None) -> None:
+    """Refuse trainable complex parameters: slopes, norms and flat buffers are those of real numbers."""
+    names = {id(p): n for n, p in model.named_parameters()} if model is not None else {}
+    names |= {id(p): n for n, p in zip(group.get("param_names", ()), group["params"], strict=False)}
+    for p in group["params"]:
+        if p.is_complex() and p.requires_grad:
+            which = repr(names[id(p)]) if id(p) in names else f"of shape {tuple(p.shape)}"
+            raise ValueError(
+                f"the parameter {which} is complex, and the search works on real numbers: hold it as such with "
+                "torch.view_as_real and use torch.view_as_complex in forward, or freeze it with requires_grad=False"
+            )
+
+
 def warn_of_processes() -> None:
     """Warn if there are several processes: each would decide by its own loss."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -6,6 +6,7 @@ from helpers.tiny import TinyTransformer
 from torch import nn
 
 import fastals
+from fastals.eager import EagerALS
 
 
 def names(groups):
@@ -83,3 +84,62 @@ def test_merged_units_are_searched_together_until_two_are_left():
     assert [len(r) for r in reported] == [5, 4, 3, 2, 2, 2]
     assert sorted("+".join(reported[-1]).split("+")) == ["blocks.0", "blocks.1", "blocks.2", "embeddings", "head"]
     assert len(opt.param_groups) == 5
+
+
+OPTIMIZERS = pytest.mark.parametrize("optimizer", [fastals.ALS, EagerALS])
+
+
+def spectral(*, trainable):
+    """A model with a complex parameter, and that parameter."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    weight = nn.Parameter(torch.ones(2, 3, dtype=torch.cfloat), requires_grad=trainable)
+    model[1].register_parameter("spectrum", weight)
+    return model, weight
+
+
+@OPTIMIZERS
+def test_complex_parameters_are_refused_at_construction(optimizer):
+    model, weight = spectral(trainable=True)
+    advice = r"is complex.*view_as_real.*view_as_complex in forward, or freeze it"
+    for params in (model, fastals.units(model), list(model.named_parameters())):
+        with pytest.raises(ValueError, match=rf"'1.spectrum' {advice}"):
+            optimizer(params)
+    with pytest.raises(ValueError, match=rf"'1.spectrum' {advice}"):
+        optimizer(list(model.parameters()), model=model)
+    with pytest.raises(ValueError, match=rf"of shape \(2, 3\) {advice}"):
+        optimizer([weight])
+
+
+@OPTIMIZERS
+def test_a_complex_unit_is_refused_and_not_added(optimizer):
+    model, weight = spectral(trainable=False)
+    late = nn.Linear(2, 2).requires_grad_(False)
+    model.add_module("late", late)
+    opt = optimizer(model)
+    weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'1.spectrum' is complex.*view_as_real"):
+        opt.add_param_group({"params": [weight], "param_names": ["1.spectrum"]})
+    assert [g["name"] for g in opt.param_groups] == ["0", "1"]
+    weight.requires_grad_(False)
+    late.requires_grad_(True)
+    opt.add_param_group({"params": list(late.parameters()), "param_names": ["late.weight", "late.bias"]})
+    opt.step(lambda: model(torch.ones(4, 3)).square().mean())
+    assert sorted(u.name for u in opt.report.units) == ["0", "1", "group2"]
+
+
+@OPTIMIZERS
+def test_frozen_complex_parameters_are_left_alone(optimizer):
+    model, weight = spectral(trainable=False)
+    for opt in (optimizer(model), optimizer(list(model.parameters()))):
+        opt.step(lambda: (model(torch.ones(4, 3)) @ weight.abs()).square().mean())
+        assert torch.equal(weight, torch.ones_like(weight))
+
+
+def test_a_complex_parameter_unfrozen_in_its_unit_is_refused_by_the_step():
+    model, weight = spectral(trainable=False)
+    opt = fastals.ALS(list(model.parameters()))
+    weight.requires_grad_(True)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"complex parameter of shape \(2, 3\).*view_as_real"):
+        opt.step(lambda: (model(torch.ones(4, 3)) @ weight.abs()).square().mean())
+    assert all(map(torch.equal, before, model.parameters()))
