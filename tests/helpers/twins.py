@@ -114,7 +114,7 @@ def counted_leaves(model, loss_of):
     for handle in handles:
         handle.remove()
     return {
-        name: next(m for m in block.modules() if not list(m.children()) and 0 < calls[m] == calls[block])
+        name: next(m for m in block.modules() if not list(m.children()) and 0 < calls[m] == (calls[block] or calls[m]))
         for name, block in named.items()
     }
 

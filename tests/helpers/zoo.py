@@ -126,7 +126,7 @@ FUNNEL = {
 LONGFORMER = ROBERTA | {"attention_window": 4, "pad_token_id": 1}
 OPT = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "ffn_dim": 24,
-    "max_position_embeddings": 16, "dropout": 0.2, "word_embed_proj_dim": 16, "layerdrop": 0.3,
+    "max_position_embeddings": 16, "dropout": 0.2, "word_embed_proj_dim": 16, "layerdrop": 0.5,
 }  # fmt: skip
 BLOOM = {"vocab_size": 40, "hidden_size": 16, "n_layer": 3, "n_head": 2, "hidden_dropout": 0.2}
 GPT_NEO = {
@@ -147,8 +147,8 @@ MAMBA = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "state_siz
 MAMBA2 = MAMBA | {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}
 JAMBA = SMALL | {
     "num_key_value_heads": 1, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
-    "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 2, "use_mamba_kernels": False,
-    "attention_dropout": 0.2,
+    "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 2,
+    "use_mamba_kernels": False, "attention_dropout": 0.2,
 }  # fmt: skip
 RWKV = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "attention_hidden_size": 16, "context_length": 16}
 VIT = {k: v for k, v in SMALL.items() if k != "vocab_size"} | DROP | {"image_size": 8, "patch_size": 4, "num_labels": 2}
@@ -168,11 +168,11 @@ DETR = {
     "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_queries": 4, "dropout": 0.2, "num_labels": 2,
 }  # fmt: skip
 WAV2VEC2 = SMALL | {
-    "conv_dim": [8, 8], "conv_kernel": [5, 3], "conv_stride": [4, 2], "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.2, "attention_dropout": 0.2, "feat_proj_dropout": 0.2,
-    "layerdrop": 0.0, "apply_spec_augment": False, "pad_token_id": 0, "ctc_zero_infinity": True,
+    "conv_dim": [8, 8], "conv_kernel": [5, 3], "conv_stride": [4, 2], "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.2, "attention_dropout": 0.2,
+    "feat_proj_dropout": 0.2, "layerdrop": 0.0, "apply_spec_augment": False, "pad_token_id": 0,
 }  # fmt: skip
-SPEC_AUGMENT = {"apply_spec_augment": True, "mask_time_prob": 0.4, "mask_time_length": 3, "layerdrop": 0.3}
+SPEC_AUGMENT = {"apply_spec_augment": True, "mask_time_prob": 0.4, "mask_time_length": 3, "layerdrop": 0.6}
 WHISPER = {k: v for k, v in BART.items() if k != "max_position_embeddings"} | {
     "num_mel_bins": 8, "max_source_positions": 6, "max_target_positions": 16, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None,
@@ -308,9 +308,7 @@ def x_lora():
 
     with tempfile.TemporaryDirectory() as folder:
         for name in ("0", "1"):
-            config = peft.LoraConfig(
-                r=2, target_modules=PROJECTIONS, task_type="CAUSAL_LM", init_lora_weights=False
-            )
+            config = peft.LoraConfig(r=2, target_modules=PROJECTIONS, task_type="CAUSAL_LM", init_lora_weights=False)
             peft.get_peft_model(llama(), config, adapter_name=name).save_pretrained(folder)
         config = peft.XLoraConfig(
             task_type="CAUSAL_LM", hidden_size=16, xlora_depth=1, adapters={n: f"{folder}/{n}" for n in ("0", "1")}
