@@ -5,6 +5,7 @@ of the model has the same loss. :func:`build` makes an entry from a fixed seed, 
 """
 
 import random
+import tempfile
 
 import numpy as np
 import torch
@@ -253,7 +254,7 @@ PROJECTIONS = ["q_proj", "v_proj"]
 
 
 def llama(**changes):
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**(LLAMA | {"hidden_size": 16} | changes)))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**(LLAMA | changes)))
 
 
 def adapted(config, base=llama):
@@ -302,8 +303,6 @@ def lora_on_all_linear(peft):
 
 def x_lora():
     """A mixture of two LoRA adapters, weighted by a classifier that reads a first pass of the model."""
-    import tempfile
-
     import peft
 
     with tempfile.TemporaryDirectory() as folder:
