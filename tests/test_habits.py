@@ -226,7 +226,7 @@ class NumpyDropPath(nn.Module):
         self.fc = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, x):
-        return x if np.random.rand() < 0.3 else x + self.fc(x)  # noqa: NPY002
+        return x if np.random.rand() < 0.3 else x + self.fc(x)
 
 
 def drop_path_and_everything():
@@ -298,14 +298,14 @@ DRAWING = [drop_path, drop_path_and_everything, musicgen, wav2vec2, wav2vec2_wit
 @pytest.mark.parametrize("schedule", ["sweep", "independent", "joint"])
 def test_draws_from_numpy_and_python_are_held(make, schedule):
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     model, batch = make()
     Audit(model, trust=0.05, schedule=schedule).train(batch() for _ in range(4))
 
 
 def test_all_generators_stand_as_before_after_an_error():
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     model, batch = drop_path_and_everything()
     audit = Audit(model)
     for _ in range(2):

@@ -127,14 +127,14 @@ def everything_held(models: Iterable[nn.Module]) -> list[dict[str, Tensor]]:
 
 def generators() -> dict[str, Any]:
     """The states of the global generators of torch, NumPy and Python."""
-    kind, key, *rest = np.random.get_state()  # noqa: NPY002
+    kind, key, *rest = np.random.get_state()
     return {"torch": torch.get_rng_state(), "numpy": (kind, key.tolist(), *rest), "python": random.getstate()}
 
 
 def set_generators(state: dict[str, Any]) -> None:
     """Set the three generators."""
     torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
+    np.random.set_state(state["numpy"])
     random.setstate(state["python"])
 
 
