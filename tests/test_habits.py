@@ -16,6 +16,9 @@ from torch.nn import functional as F  # noqa: N812
 pytestmark = pytest.mark.filterwarnings("ignore:fastals")  # a unit may run uncached; what counts is that it is exact
 SEARCHES = [{"order": "top_down"}, {"order": "bottom_up"}, {"order": "random"},
             {"schedule": "independent"}, {"schedule": "joint"}]  # fmt: skip
+checked_searches = pytest.mark.parametrize(
+    "search", [*SEARCHES, {"cache": "check"}, {"fused": True}], ids=lambda s: "-".join(map(str, s.values()))
+)
 searches = pytest.mark.parametrize("search", SEARCHES, ids=lambda s: "-".join(s.values()))
 
 
@@ -50,7 +53,7 @@ def pseudo_labels(model, x, y, noise):
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen front"])
 @pytest.mark.parametrize("select", [hard_examples, hardest_negatives, pseudo_labels])
-@searches
+@checked_searches
 def test_a_pass_over_what_another_pass_selects(select, search, frozen):
     model = Net(outputs=8 if select is hardest_negatives else 3)
     model.inp.requires_grad_(not frozen)
@@ -66,7 +69,7 @@ def test_a_pass_over_what_another_pass_selects(select, search, frozen):
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen front"])
 @pytest.mark.parametrize("gradient", [False, True], ids=["without gradient", "with gradient"])
-@searches
+@checked_searches
 def test_self_conditioning(gradient, frozen, search):
     """With a probability of a half the model's own output is an input of its second pass."""
     model = Net(inputs=16, outputs=8)
@@ -88,7 +91,7 @@ def test_self_conditioning(gradient, frozen, search):
     assert len(twice) == 2
 
 
-@searches
+@checked_searches
 def test_a_rollout_is_fed_with_its_own_outputs(search):
     def unrolled(m, x):
         state, loss = x[:, 0], 0.0
@@ -166,7 +169,7 @@ def visible_loss(m, x, y, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("trained", ["all", "the adapter", "all but the front"])
 @pytest.mark.parametrize("use", ["always", "later"])
-@searches
+@checked_searches
 def test_blocks_that_share_a_module(dtype, trained, use, search):
     """With ``later`` only the last block uses it in the first two steps, so that the first ones cannot tell."""
     adapter = nn.Sequential(nn.Linear(16, 16), nn.Tanh()) if trained == "all but the front" else nn.Linear(16, 16)
