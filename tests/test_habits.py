@@ -8,18 +8,15 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from helpers.audit import Audit, fail_everywhere
-from helpers.nets import Net, labelled
+from helpers.audit import SEARCHES, Audit, fail_everywhere, searches
+from helpers.nets import Net, labelled, visible_loss
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastals")  # a unit may run uncached; what counts is that it is exact
-SEARCHES = [{"order": "top_down"}, {"order": "bottom_up"}, {"order": "random"},
-            {"schedule": "independent"}, {"schedule": "joint"}]  # fmt: skip
 checked_searches = pytest.mark.parametrize(
-    "search", [*SEARCHES, {"cache": "check"}, {"fused": True}], ids=lambda s: "-".join(map(str, s.values()))
+    "search", [*SEARCHES, {"cache": "check"}], ids=lambda s: "-".join(s.values())
 )
-searches = pytest.mark.parametrize("search", SEARCHES, ids=lambda s: "-".join(s.values()))
 
 
 # Passes that depend on the ones before them
@@ -150,20 +147,14 @@ class Sharing(nn.Module):
 class SharingNet(Net):
     """The blocks below the last one use the shared adapter on demand."""
 
-    def __init__(self, adapter):
-        super().__init__(blocks=[Sharing(adapter) for _ in range(4)])
+    def __init__(self, adapter, depth=4):
+        super().__init__(blocks=[Sharing(adapter) for _ in range(depth)])
 
     def forward(self, x, everywhere=True):
         x = self.inp(x)
         for block in self.blocks:
             x = block(x, everywhere or block is self.blocks[-1])
         return self.head(x)
-
-
-def visible_loss(m, x, y, **options):
-    """The loss in the dtype of the weights, beside it the scores: rounding hides a wrong loss."""
-    scores = m(x, **options)
-    return F.cross_entropy(scores.float(), y).to(scores.dtype), scores
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -185,6 +176,19 @@ def test_blocks_that_share_a_module(dtype, trained, use, search):
         everywhere = use == "always" or i >= 2
         audit.step(lambda m, x=x, y=y, everywhere=everywhere: visible_loss(m, x, y, everywhere=everywhere))
     assert audit.moved
+
+
+@pytest.mark.parametrize("habit", ["hard examples", "hardest negatives", "shared module"])
+def test_the_fused_path_follows_too(habit):
+    pytest.importorskip("triton")
+    selects = {"hard examples": hard_examples, "hardest negatives": hardest_negatives}
+    model = Net(depth=2) if habit in selects else SharingNet(nn.Linear(16, 16), depth=2)
+    batches = ((*labelled(12), 0.5 * torch.randn(12, 8)) for _ in range(3))
+    if habit in selects:
+        losses = ((lambda m, b=b: selects[habit](m, *b)) for b in batches)
+    else:
+        losses = ((lambda m, x=x, y=y: visible_loss(m, x, y)) for x, y, _ in batches)
+    Audit(model, fused=True, trust=0.3, max_trials=3).train(losses)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -313,124 +317,3 @@ def test_all_generators_stand_as_before_after_an_error():
     audit = Audit(model)
     for _ in range(2):
         fail_everywhere(audit.opt, batch(), model)
-
-
-# What a memo of pure calls cannot see
-
-
-class Gated(nn.Module):
-    """A block with a gate; what is left besides the output is up to ``leave``."""
-
-    def __init__(self, width=16):
-        super().__init__()
-        self.gate = nn.Linear(width, 4)
-        self.fc = nn.Sequential(nn.Linear(width, width), nn.Tanh())
-
-    def forward(self, x):
-        shares = self.gate(x).softmax(-1)
-        self.leave(shares)
-        return x + self.fc(x) * shares.amax(-1, keepdim=True)
-
-    def leave(self, shares):
-        pass
-
-
-class LeavingItsBalance(Gated):
-    def leave(self, shares):
-        self.aux = 4 * shares.mean(0).square().sum()
-
-
-class Features:
-    """Keeps what the blocks' inner layers return."""
-
-    def __init__(self, blocks):
-        self.kept = {}
-        for i, block in enumerate(blocks):
-            block.fc.register_forward_hook(self.keeper(i))
-
-    def keeper(self, i):
-        def keep(module, args, output):
-            self.kept[i] = output
-
-        return keep
-
-
-class Noting(Gated):
-    """Appends to a list that all blocks share."""
-
-    notes: list
-
-    def leave(self, shares):
-        self.notes.append(shares.square().mean())
-
-
-class Telling(Gated):
-    """Leaves its gate for the block above it, outside of the outputs."""
-
-    below = None
-
-    def leave(self, shares):
-        self.told = shares.mean() + (0.5 * self.below[0].told if self.below else 0.0)
-
-    def forward(self, x):
-        return super().forward(x) * (1 + self.below[0].told if self.below else 1.0)
-
-
-def kept_by_hooks():
-    model = Net(blocks=[Gated() for _ in range(4)])
-    targets = torch.randn(4, 16, 16)
-
-    def loss_of(m, x, y):
-        if not hasattr(m, "features"):  # every copy has its own
-            m.features = Features(m.blocks)
-        loss, scores = visible_loss(m, x, y)
-        inside = sum((m.features.kept[i] - targets[i]).square().mean() for i in range(4))
-        return loss + inside.to(loss.dtype), scores, inside
-
-    return model, loss_of
-
-
-def left_in_attributes():
-    def loss_of(m, x, y):
-        loss, scores = visible_loss(m, x, y)
-        balance = sum(b.aux for b in m.blocks)
-        return loss + balance, scores, balance
-
-    return Net(blocks=[LeavingItsBalance() for _ in range(4)]), loss_of
-
-
-def noted_in_a_list():
-    def loss_of(m, x, y):
-        notes = []
-        for block in m.blocks:
-            block.notes = notes
-        loss, scores = visible_loss(m, x, y)
-        return loss + sum(notes), scores
-
-    return Net(blocks=[Noting() for _ in range(4)]), loss_of
-
-
-def told_to_the_next_block():
-    model = Net(blocks=[Telling() for _ in range(4)])
-    for lower, upper in zip(model.blocks[:-1], model.blocks[1:], strict=True):
-        upper.below = (lower,)  # a tuple, so that it is no child
-    return model, visible_loss
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("make", [kept_by_hooks, left_in_attributes, noted_in_a_list, told_to_the_next_block])
-@searches
-def test_what_blocks_leave_outside_of_their_outputs_is_found_out(make, dtype, search):
-    model, loss_of = make()
-    audit = Audit(model.to(dtype), beside=True, trust=0.1, **search)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(6):
-            x, y = labelled(dtype=dtype)
-            audit.step(lambda m, x=x, y=y: loss_of(m, x, y))
-    assert audit.moved
-    told = [str(w.message) for w in caught]
-    without = [t.split("'")[1] for t in told if t.startswith("fastals: trials of unit '")]
-    assert without, "nothing was found out"
-    assert all("run without the activation cache: " in t for t in told)
-    assert len(set(without)) == len(without), "a unit is warned of once"

@@ -165,7 +165,8 @@ def test_a_frozen_teacher_is_computed_once_a_step(where):
         def loss_of(m, t, x):
             scores = m(x)
             with torch.set_grad_enabled("gradients" in where and torch.is_grad_enabled()):
-                return (scores - t(x)).square().mean()
+                wanted = t(x)
+            return (scores - wanted).square().mean()
 
     audit, computed = Audit(*models), []
     for _ in range(6):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.audit import Audit, fail_everywhere
+from helpers.audit import Audit, Deliberate, fail_everywhere, nothing_lost
 from helpers.nets import Net, labelled
 from torch import nn
 from torch.ao import quantization
@@ -209,6 +209,15 @@ def test_a_forward_that_writes_is_a_function_of_the_weights(make, schedule):
 
 
 @quantization_is_moving
+@pytest.mark.parametrize("name", ["codebook replaced 0.9", "statistics replaced", "teacher 0.9", "observers"])
+def test_it_is_one_on_the_fused_path_too(name):
+    pytest.importorskip("triton")
+    torch.manual_seed(3)
+    model, batch = WRITING[name]()
+    Audit(model.train(), fused=True, trust=0.05, max_trials=3).train(batch() for _ in range(3))
+
+
+@quantization_is_moving
 @writing
 def test_after_an_error_everything_stands_as_it_stood(make):
     torch.manual_seed(3)
@@ -216,6 +225,30 @@ def test_after_an_error_everything_stands_as_it_stood(make):
     opt = fastals.ALS(model.train(), trust=0.05, max_trials=4)
     for _ in range(2):
         fail_everywhere(opt, batch(), model)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "data"])
+def test_an_error_halfway_through_a_forward(how):
+    """The head raises at its n-th call, when the blocks below it have written."""
+    model, batch = centred(how)
+    opt = fastals.ALS(model)
+    calls = 0
+
+    def fail(module, args):
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise Deliberate
+
+    model.head.register_forward_pre_hook(fail)
+    for _ in range(2):
+        loss_of = batch()
+        for failing in range(1, 5):  # noqa: B007
+            calls = 0
+            with nothing_lost(opt, model, error=Deliberate):
+                opt.step(lambda loss_of=loss_of: loss_of(model))
+        failing = 0
+        opt.step(lambda loss_of=loss_of: loss_of(model))
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced", "data"])
@@ -302,6 +335,24 @@ def test_after_an_error_the_other_model_stands_as_it_stood(kind):
     for _ in range(2):
         noise = torch.randn(16, 4)
         fail_everywhere(opt, lambda g, d, noise=noise: fooling(g, d, noise), generator, other)
+
+
+def followed(student, teacher, x):
+    """A mean teacher that the closure moves before it asks it."""
+    with torch.no_grad():
+        for p, q in zip(student.parameters(), teacher.parameters(), strict=True):
+            q.lerp_(p, 0.1)
+        wanted = teacher(x)
+    return (student(x + 0.1 * torch.randn_like(x)) - wanted).square().mean()
+
+
+@schedules
+def test_the_frozen_weights_of_another_model_are_held(schedule):
+    audit = Audit(Net(), Net().requires_grad_(False), trust=0.05, schedule=schedule)
+    xs = (torch.randn(16, 8) for _ in range(4))
+    audit.train((lambda s, t, x=x: followed(s, t, x)) for x in xs)
+    x = torch.randn(16, 8)
+    fail_everywhere(audit.opt, lambda s, t: followed(s, t, x), *audit.models)
 
 
 @pytest.mark.parametrize("kind", ["batch norm", "spectral norm"])

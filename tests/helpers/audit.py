@@ -21,6 +21,9 @@ from torch import Tensor, nn
 import fastals
 
 LossOf = Callable[..., Any]
+SEARCHES = [{"order": "top_down"}, {"order": "bottom_up"}, {"order": "random"},
+            {"schedule": "independent"}, {"schedule": "joint"}]  # fmt: skip
+searches = pytest.mark.parametrize("search", SEARCHES, ids=lambda s: "-".join(s.values()))
 
 
 class Audit:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 calls: Counter[int] = Counter()  # computed forwards of each counted block, by its id
 
@@ -47,3 +48,9 @@ def counted(model: nn.Module) -> list[nn.Module]:
 def labelled(size: int = 16, inputs: int = 8, classes: int = 3, *, dtype: torch.dtype = torch.float32) -> Any:
     """A batch of random inputs with random labels."""
     return torch.randn(size, inputs).to(dtype), torch.randint(classes, (size,))
+
+
+def visible_loss(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """The loss in the dtype of the weights, and beside it the scores, for rounding may hide a wrong loss."""
+    scores = model(x, **options)
+    return F.cross_entropy(scores.float(), y).to(scores.dtype), scores
