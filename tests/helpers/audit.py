@@ -71,10 +71,12 @@ class Audit:
 
         after = generators()
         truth = self._plain(loss_of, start, before, w_t, backward=True)
-        assert_same(report.loss_before, float(truth[0]))
-        left = [everything_held(self.models), self._grads(self.models), after]
-        assert_same(left, [self._with_weights(), self._grads(self.twins), generators()])
-        assert_same(report.loss_after, float(self._plain(loss_of, start, before, self._weights())[0]))
+        _agree("loss_before", report.loss_before, float(truth[0]))
+        _agree("buffers and frozen weights after the step", everything_held(self.models), self._with_weights())
+        _agree("gradients after the step", self._grads(self.models), self._grads(self.twins))
+        _agree("generators after the step", after, generators())
+        at_new_weights = self._plain(loss_of, start, before, self._weights())
+        _agree("loss_after", report.loss_after, float(at_new_weights[0]))
         if self.slow is None:
             truths = [self._plain(loss_of, start, before, weights) for weights, _ in evaluations]
             wrong = [
@@ -86,8 +88,8 @@ class Audit:
         else:
             set_generators(before)
             self.slow.step(loss_of)
-            assert_same(report.as_dict(), self.slow.opt.report.as_dict())
-            assert_same(everything_held(self.models), everything_held(self.slow.models))
+            _agree("reports with and without the cache", report.as_dict(), self.slow.opt.report.as_dict())
+            _agree("models with and without it", everything_held(self.models), everything_held(self.slow.models))
         set_generators(after)
 
     def _weights(self) -> list[Tensor]:
@@ -151,7 +153,7 @@ def nothing_lost(opt: fastals.ALS, *models: nn.Module, error: Any, match: str | 
     before, owned = _everything(opt, models), _tensors_of(models)
     with pytest.raises(error, match=match) as raised:
         yield raised
-    assert_same(_everything(opt, models), before)
+    _agree_on_all(_everything(opt, models), before)
     now = _tensors_of(models)
     assert now.keys() == owned.keys()
     assert all(now[name] is tensor for name, tensor in owned.items()), "a tensor has been replaced"
@@ -173,7 +175,7 @@ def fail_everywhere(opt: fastals.ALS, loss_of: LossOf, *models: nn.Module) -> No
         try:
             opt.step(failing)
         except Deliberate:
-            assert_same(_everything(opt, models), before)
+            _agree_on_all(_everything(opt, models), before)
             assert all(_tensors_of(models)[name] is tensor for name, tensor in owned.items()), f"evaluation {index}"
             assert opt.report is report
         else:
@@ -199,12 +201,25 @@ def _tensors_of(models: Iterable[nn.Module]) -> dict[str, Tensor | None]:
     return tensors
 
 
+def _agree(what: str, got: Any, wanted: Any) -> None:
+    """Equal to the last bit; otherwise the error says what is not."""
+    try:
+        assert_same(got, wanted)
+    except AssertionError as error:
+        raise AssertionError(f"wrong: {what}") from error
+
+
+def _agree_on_all(now: dict[str, Any], before: dict[str, Any]) -> None:
+    for what, value in before.items():
+        _agree(f"{what} after an error", now[what], value)
+
+
 def _tensors(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal to the last bit; NaN equals NaN."""
+    """Whether two tensors have the same type, shape and values; NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a, b) or (a.numel() == 1 and math.isnan(a) and math.isnan(b))
