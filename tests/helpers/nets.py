@@ -1,0 +1,56 @@
+"""Small networks of blocks for the tests of training habits."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+calls: Counter[int] = Counter()  # computed forwards of each counted block, by its id
+
+
+class Block(nn.Module):
+    """A residual layer that counts its forwards where no copy of it is counted."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The residual stream behind the block."""
+        calls[id(self)] += 1
+        return x + self.fc(x)
+
+
+class Net(nn.Module):
+    """A layer in front, blocks, and a head; the blocks may be handed over."""
+
+    def __init__(self, inputs: int = 8, outputs: int = 3, width: int = 16, depth: int = 3, blocks: Any = None) -> None:
+        super().__init__()
+        self.inp = nn.Linear(inputs, width)
+        self.blocks = nn.ModuleList(blocks or (Block(width) for _ in range(depth)))
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs of the head."""
+        x = self.inp(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def counted(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model whose forwards are counted."""
+    return [m for m in model.modules() if isinstance(m, Block)]
+
+
+def labelled(size: int = 16, inputs: int = 8, classes: int = 3, *, dtype: torch.dtype = torch.float32) -> Any:
+    """A batch of random inputs with random labels."""
+    return torch.randn(size, inputs).to(dtype), torch.randint(classes, (size,))
+
+
+def visible_loss(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """The loss in the dtype of the weights, and beside it the scores, for rounding may hide a wrong loss."""
+    scores = model(x, **options)
+    return F.cross_entropy(scores.float(), y).to(scores.dtype), scores
