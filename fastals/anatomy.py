@@ -14,7 +14,7 @@ def anatomy(modules: Iterable[nn.Module]) -> Anatomy:
     """
     parts: list[object] = []
     for m in modules:
-        parts += id(m), m.training, len(m._buffers), id(m.__dict__.get("forward"))
+        parts += id(m), m.training, len(m._buffers)
         parts += map(id, m._parameters.values())
         for hooks in (m._forward_hooks, m._forward_pre_hooks):
             parts += (id(getattr(hook, "__code__", hook)) for hook in hooks.values())

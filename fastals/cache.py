@@ -25,7 +25,7 @@ Key = tuple[int, int]  # a module's id, and the number of its call in the evalua
 
 
 class StaleRecordError(BaseException):
-    """The evaluation has replayed a call whose effects on an argument a later call needs. No closure should catch it."""
+    """The evaluation has replayed a call whose effects on an argument a later call needs; no closure catches it."""
 
 
 class ActivationCache:
@@ -101,9 +101,7 @@ class ActivationCache:
             yield
 
     @contextmanager
-    def replaying(
-        self, comparison: Comparison, *, record: bool = False, note_outputs: bool = False
-    ) -> Iterator[None]:
+    def replaying(self, comparison: Comparison, *, record: bool = False, note_outputs: bool = False) -> Iterator[None]:
         """Replay every boundary call that is recorded and compute the others."""
         with self._running(comparison, record, note_outputs):
             yield
@@ -137,11 +135,11 @@ class ActivationCache:
     @contextmanager
     def _running(self, comparison: Comparison | None, record: bool, note_outputs: bool) -> Iterator[None]:
         self.replays = comparison is not None
-        self._comparison, self.fresh, self._aliases = comparison, {} if record else None, Aliases()
+        self._comparison, self.fresh, self._aliases = comparison, {} if record else None, Aliases(self.stamps)
         self.outputs = {} if note_outputs else None
         self.missed, self.unlike, self._inside = "", False, False
         self._calls: Counter[int] = Counter()
-        self._skipped: set[int] = set()  # modules whose effects on an opaque argument were not repeated
+        self._skipped: dict[int, list[Any]] = {}  # objects on which the effects of a module were not repeated
         self._computed_blocks = self._replayed_blocks = 0
         with intercepted(self.boundaries, self._call):
             yield
@@ -158,6 +156,7 @@ class ActivationCache:
         known = self.records.get(key) if self._comparison is not None else None
         if known is not None and self._is_recorded(known, arguments):
             output, call = self._replay(known), known
+            self._skipped.setdefault(id(module), []).extend(arguments.opaque)
         else:
             output, call = self._compute(module, forward, args, kwargs, arguments)
             self.unlike |= known is not None and known.gave_another(output, self.stamps)
@@ -188,15 +187,13 @@ class ActivationCache:
 
     def _replay(self, call: Call) -> Any:
         self.generators.restore(call.after)
-        if call.opaque:
-            self._skipped.add(id(call.module))
         self._replayed_blocks += id(call.module) in self._block_names
         return call.replay(self.stamps)
 
     def _compute(
         self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict, arguments: Arguments
     ) -> tuple[Any, Call | None]:
-        if arguments.opaque and id(module) in self._skipped:
+        if any(a is b for a in arguments.opaque for b in self._skipped.get(id(module), ())):
             raise StaleRecordError
         call = None
         if self.fresh is not None:

@@ -5,7 +5,7 @@ import enum
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import is_not
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,19 @@ Place = tuple[Holder, str]
 PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size, type(None), slice)
 
 
+DEEPEST = 4  # levels of attributes at which tensors are looked for in an object
+
+
 class Arguments:
     """The arguments of a call, flat.
 
-    Containers and dataclasses are taken apart, and so are objects that hold tensors as attributes. Of any other object
-    only the type is known (``opaque``).
+    Containers and dataclasses are taken apart, and so are objects that hold tensors as attributes. Any other object is
+    ``opaque``, such as a cache of keys and values.
     """
 
     def __init__(self, args: tuple, kwargs: dict) -> None:
         self.leaves, self.shape = flatten((args, kwargs))
-        self.opaque = any(not isinstance(leaf, (Tensor, *PLAIN)) for leaf in self.leaves)
+        self.opaque = [leaf for leaf in self.leaves if not isinstance(leaf, (Tensor, *PLAIN))]
 
 
 def flatten(tree: Any) -> tuple[list[Any], list[Any]]:
@@ -47,6 +50,21 @@ def flatten(tree: Any) -> tuple[list[Any], list[Any]]:
             flat += more
             shape += type(leaf), below
     return flat, shape
+
+
+def contents(thing: Any, depth: int = DEEPEST) -> list[Any]:
+    """Tensors and constants inside an object, through containers and attributes; of other objects inside the type."""
+    if isinstance(thing, (Tensor, *PLAIN)):
+        return [thing]
+    found: list[Any] = [type(thing)]
+    if isinstance(thing, dict):
+        parts: Any = thing.values()
+    else:
+        parts = thing if isinstance(thing, (list, tuple)) else getattr(thing, "__dict__", {}).values()
+    if depth and not callable(thing):
+        for part in parts:
+            found += contents(part, depth - 1)
+    return found
 
 
 def _attributes(leaf: Any) -> dict[str, Any] | None:
@@ -87,18 +105,34 @@ class Write:
 
 
 class Aliases:
-    """Detached aliases of the tensors that are recorded during one evaluation, one for each."""
+    """What is kept of the tensors and objects that are recorded during one evaluation, once for each.
 
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+    The alias of a tensor shares storage and version and holds no graph. Of an opaque object the contents are kept that
+    it had when it was first an argument: what calls do to it later belongs to these calls.
+    """
+
+    def __init__(self, stamps: Stamps) -> None:
+        self._stamps = stamps
+        self._known: dict[int, tuple[Any, Any]] = {}
 
     def of(self, leaf: Any) -> Any:
-        """The alias of a tensor: it shares storage and version, and holds no graph. Other leaves are kept as they are."""
-        if not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter):
+        """The alias of a tensor, the contents of an opaque object, or a constant or parameter itself."""
+        if isinstance(leaf, (nn.Parameter, *PLAIN)):
             return leaf
         if id(leaf) not in self._known:
-            self._known[id(leaf)] = leaf, leaf.detach()
+            self._known[id(leaf)] = leaf, leaf.detach() if isinstance(leaf, Tensor) else self._contents(leaf)
         return self._known[id(leaf)][1]
+
+    def _contents(self, thing: Any) -> "Contents":
+        leaves = [self.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in contents(thing)]
+        return Contents(leaves, [self._stamps.of(t) if isinstance(t, Tensor) else 0 for t in leaves])
+
+
+class Contents(NamedTuple):
+    """What an opaque object held, with the stamps of the tensors."""
+
+    leaves: list[Any]
+    stamps: list[Stamp]
 
 
 class Call:
@@ -120,7 +154,7 @@ class Call:
         before: States,
     ) -> None:
         """Note what the call is about to read."""
-        self.module, self.shape, self.opaque = module, arguments.shape, arguments.opaque
+        self.module, self.shape = module, arguments.shape
         self.places, self.before, self.after = places, before, before
         self.inputs = [aliases.of(leaf) for leaf in arguments.leaves]
         self.input_stamps = [stamps.of(t) if isinstance(t, Tensor) else 0 for t in self.inputs]
@@ -156,9 +190,7 @@ class Call:
                 self.writes.append(Write.of(place, now, stamps))
         self.after = after
 
-    def _find_obstacle(
-        self, output: Sequence[Any], before: Sequence[Any], now: Sequence[Any], stamps: Stamps
-    ) -> str:
+    def _find_obstacle(self, output: Sequence[Any], before: Sequence[Any], now: Sequence[Any], stamps: Stamps) -> str:
         noted = zip(self.inputs, self.input_stamps, strict=True)
         written = any(isinstance(t, Tensor) and stamps.of(t) != stamp for t, stamp in noted)
         if written or len(now) != len(before) or any(map(is_not, now, before)):

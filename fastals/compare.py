@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastals.calls import PLAIN, Arguments, Call
+from fastals.calls import Arguments, Call, Contents, contents
 from fastals.stamps import Stamp, Stamps
 
 Guesses = dict[tuple, bool]  # by evaluation, call and argument, whether the values have been equal so far
@@ -32,7 +32,7 @@ class Comparison:
 
     def __init__(self, name: str, guesses: Guesses, *, wait: bool, unknown: bool = False) -> None:
         self.name, self.guesses, self.wait, self.unknown = name, guesses, wait, unknown
-        self._compared: dict[tuple[int, int, Stamp], tuple[Tensor, bool]] = {}
+        self._compared: dict[tuple[int, int, Stamp], tuple[object, bool]] = {}
         self._unequal: list[Tensor] = []
         self._number = 0
 
@@ -47,10 +47,26 @@ class Comparison:
         if len(arguments.leaves) != len(call.inputs) or arguments.shape != call.shape:
             return False
         leaves = zip(arguments.leaves, call.inputs, call.input_stamps, strict=True)
-        return all(
-            self._same_tensor(leaf, kept, stamp, stamps, i) if isinstance(kept, Tensor) else _same_constant(leaf, kept)
-            for i, (leaf, kept, stamp) in enumerate(leaves)
-        )
+        return all(self._same(leaf, kept, stamp, stamps, i) for i, (leaf, kept, stamp) in enumerate(leaves))
+
+    def _same(self, leaf: object, kept: object, stamp: Stamp, stamps: Stamps, index: int) -> bool:
+        if isinstance(kept, Tensor):
+            return self._same_tensor(leaf, kept, stamp, stamps, index)
+        if isinstance(kept, Contents):
+            return self._same_contents(leaf, kept, stamps, index)
+        return leaf is kept or (type(leaf) is type(kept) and leaf == kept)
+
+    def _same_contents(self, thing: object, kept: Contents, stamps: Stamps, index: int) -> bool:
+        """Whether an opaque object held the recorded contents when it was first an argument."""
+        pair = id(thing), id(kept), 0
+        if pair not in self._compared:
+            leaves = contents(thing)
+            same = len(leaves) == len(kept.leaves) and all(
+                self._same(leaf, was, stamp, stamps, index)
+                for leaf, was, stamp in zip(leaves, kept.leaves, kept.stamps, strict=True)
+            )
+            self._compared[pair] = thing, same
+        return self._compared[pair][1]
 
     def _same_tensor(self, leaf: object, kept: Tensor, stamp: Stamp, stamps: Stamps, index: int) -> bool:
         if stamps.of(kept) != stamp or not isinstance(leaf, Tensor):
@@ -82,15 +98,6 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device or a.layout != b.layout:
         return False
     return a.layout == torch.strided and not a.is_nested and a.stride() == b.stride()
-
-
-def _same_constant(leaf: object, kept: object) -> bool:
-    """Whether two constants are equal; of other objects only the type can be compared."""
-    if leaf is kept:
-        return True
-    if type(leaf) is not type(kept):
-        return False
-    return leaf == kept if isinstance(kept, PLAIN) else True
 
 
 def digest(output: Any) -> list[Tensor]:

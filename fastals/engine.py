@@ -26,7 +26,6 @@ from fastals.settings import Settings, refuse_replaced, warn_of_processes
 from fastals.surroundings import FirstWriteError
 from fastals.verify import inspect
 
-
 MOST_ANATOMIES = 8  # states of the modules (training and evaluation mode) whose facts are kept
 
 
@@ -83,7 +82,7 @@ class Engine:
         self.settings, self.reports, self.observe = settings, reports, observe
         self.cache: ActivationCache | None = None
         self.learned = Learned()
-        self.modules: list[nn.Module] = []
+        self.modules: list[nn.Module] = []  # as the last step has found them
         self._known: dict[Anatomy, Known] = {}
         self._partition: Partition | None = None
         self._frozen: list[Tensor] = []
@@ -126,7 +125,7 @@ class Engine:
         self.learned.watched = False
 
     def _losses(self, closure: Closure) -> Losses:
-        self._refresh()
+        self.refresh()
         params, check = self.params(), self.settings.cache == "check"
         if any(p.grad is not None and p.grad.shape != p.shape for p in params):
             raise RuntimeError(
@@ -243,9 +242,13 @@ class Engine:
         generators = rng.Generators(rng.cuda_devices(self.params()))
         return ActivationCache(self.model, self.further, generators)
 
-    def _refresh(self) -> None:
+    def find_modules(self) -> list[nn.Module]:
+        """All modules that a step looks after, as they are now."""
+        return distinct_modules([self.model, *self.further])
+
+    def refresh(self) -> None:
         """If the modules have changed, start a new cache, and go by what is known of modules like these."""
-        self.modules = distinct_modules([self.model, *self.further])
+        self.modules = self.find_modules()
         now = anatomy(self.modules)
         if now not in self._known:
             refuse_replaced(self.groups, self.model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastals import rng
 from fastals.cache import ActivationCache, Key, StaleRecordError
-from fastals.compare import Comparison, Guesses
+from fastals.compare import Comparison, Guesses, digest
 from fastals.surroundings import Key as Written
 from fastals.surroundings import Surroundings
 
@@ -36,7 +36,8 @@ class Learned:
         written: buffers and untrained parameters that a forward writes.
         drawn: names of the generators that it draws from; None as long as this is not known.
         gradients: whether the closure needs gradients inside (``torch.autograd.grad``) to give its loss.
-        rounds: whether the loss without gradients differs from that with gradients by rounding.
+        rounds: whether outputs without gradients differ from those with gradients by rounding, so that a step takes one
+            more forward to record its calls.
         guesses: see :class:`fastals.compare.Comparison`.
         sequences: the sequences of calls for which the verdicts were found.
     """
@@ -137,7 +138,14 @@ class Losses:
         loss.backward()
         self.after = self.generators.save()
         self.around.note_after()
+        if self.learned.rounds:
+            self.record_again()
         return loss.detach()
+
+    def record_again(self) -> None:
+        """Record the calls of a forward without gradients, as trials make them."""
+        self._run(record=True)
+        self.adopt()
 
     def given(self, loss: Tensor | float) -> Tensor:
         """f(w_t), with the caller's gradients in ``p.grad``; ``loss`` is the value that the caller computed.
@@ -276,14 +284,25 @@ class Losses:
         """
         if not math.isfinite(float(loss)):
             raise non_finite(float(loss))
-        full = self._run()
+        full = self._run(note_outputs=True)
         if not bool(_same(full, loss, rounds=True)) and not self.learned.gradients:
             self.learned.gradients = True  # without gradients torch may take another path
             full = self._run()
         if not bool(_same(full, loss, rounds=True)):
             self.learned.gradients = False
             raise not_repeatable(loss, full, self._unlike_call())
+        self._compare_with_records()
         return full
+
+    def _compare_with_records(self) -> None:
+        """Find out whether the full forward just made has rounded otherwise than the recorded one."""
+        if self.cache is None or self.learned.gradients or self.learned.rounds or self._unlike:
+            return
+        outputs, stamps = self.cache.outputs or {}, self.cache.stamps
+        calls = [(key, c) for key, c in self.cache.records.items() if key in outputs and c.output_stands(stamps)]
+        self.learned.rounds = any(not _same_outputs(digest(call.output), outputs[key]) for key, call in calls)
+        if self.learned.rounds:
+            self.record_again()
 
     def _unlike_call(self) -> str:
         """The first call that is not the recorded one when the closure runs again at w_t."""
@@ -316,9 +335,7 @@ class Losses:
     def _comparison(self, name: str, *, unknown: bool = False) -> Comparison:
         return Comparison(name, self.learned.guesses, wait=self.wait, unknown=unknown)
 
-    def _run(
-        self, comparison: Comparison | None = None, *, record: bool = False, note_outputs: bool = False
-    ) -> Tensor:
+    def _run(self, comparison: Comparison | None = None, *, record: bool = False, note_outputs: bool = False) -> Tensor:
         """One evaluation from the start of the step: in full, or with calls replayed."""
 
         def running() -> AbstractContextManager:
@@ -410,7 +427,7 @@ class Losses:
         full = Outcome(self._run(note_outputs=True), self.cache.outputs or {})
         self.forwards, self.cache.fresh, self.cache.share = counted, fresh, share
         if reason := self.difference(cached, full):
-            raise RuntimeError(f"cache='check': trial of unit {unit!r}: {reason}")
+            raise wrong_trial(unit, reason)
         return loss
 
     def difference(self, cached: Outcome | Exception, full: Outcome) -> str:
@@ -470,6 +487,11 @@ def non_finite(loss: float) -> FloatingPointError:
         f"the loss at the current weights is {loss}: the step was refused and nothing moved. Look at "
         "this mini-batch and at the weights (a padded row without labels, an overflow in half precision)"
     )
+
+
+def wrong_trial(unit: str, difference: str) -> RuntimeError:
+    """The error of ``cache="check"``."""
+    return RuntimeError(f"cache='check' has found a wrong trial of unit {unit!r}: {difference}")
 
 
 def not_repeatable(first: Tensor, again: Tensor, unlike: str) -> ValueError:

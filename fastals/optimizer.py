@@ -271,7 +271,9 @@ class ALS(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._reports.read()
-        return super().__getstate__() | {k: getattr(self, k) for k in ("model", "modules", "settings", "_reports", "_observe")}
+        return super().__getstate__() | {
+            k: getattr(self, k) for k in ("model", "modules", "settings", "_reports", "_observe")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # load_state_dict comes here with new groups and a new state

@@ -76,13 +76,13 @@ def named(group: dict, model: nn.Module) -> dict:
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost repeated modules, by name, in registration order: the entries of the model's stacks.
 
-    Lists of bare layers are stacks only in a model without others, and a model that is a ``Sequential`` is one itself
-    if nothing inside is, or if what is inside repeats: then its own entries are the outermost repeated modules.
+    Lists of bare layers are stacks only in a model without others. A model that is a ``Sequential`` is one itself only
+    if nothing inside is.
     """
     root = list(_entries(model)) if isinstance(model, nn.Sequential) else []
     parts = root or [model]
     found = set(_stacked(parts, _is_stack)) or set(_stacked(parts, _is_list_of_layers))
-    if root and (not found or _repeat(root, found)):
+    if root and not found:
         found = set(root)
     return {name: module for name, module in model.named_modules() if module in found}
 
@@ -121,12 +121,6 @@ def _is_stack(module: nn.Module) -> bool:
 def _is_list_of_layers(module: nn.Module) -> bool:
     """Whether it is a list of at least two modules, which are bare layers where no list is a stack."""
     return isinstance(module, nn.ModuleList) and len(list(_entries(module))) > 1
-
-
-def _repeat(modules: Iterable[nn.Module], found: set[nn.Module]) -> bool:
-    """Whether two of the modules that hold any of ``found`` are of one class, other than ``Sequential`` itself."""
-    holders = [type(m) for m in modules if type(m) is not nn.Sequential and _holds(m, found)]
-    return len(set(holders)) < len(holders)
 
 
 def _holds(module: nn.Module, found: set[nn.Module]) -> bool:

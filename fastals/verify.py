@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastals.losses import ALL_UNITS, Losses
+from fastals.losses import ALL_UNITS, Losses, wrong_trial
 from fastals.schedule import Batch
 
 Moves = dict[str, list[Tensor]]  # parameters that a trial moves, by the name of their unit
@@ -75,6 +75,13 @@ def _verify(batch: Batch, moves: Mapping[str, Sequence[Tensor]]) -> None:
 
 
 def _judge(losses: Losses, name: str, difference: str) -> None:
+    """Enter a verdict.
+
+    Raises:
+        RuntimeError: there is a difference, and ``cache="check"`` asks for an error.
+    """
+    if difference and losses.check:
+        raise wrong_trial(name, f"{difference}. {LOOK_AT}")
     if difference and losses.trusted.get(name, True):
         warnings.warn(
             f"fastals: trials of unit {name!r} run without the activation cache: {difference}. {LOOK_AT}", stacklevel=2
@@ -87,7 +94,9 @@ def _warn_of_obstacles(losses: Losses) -> None:
     assert losses.cache is not None
     found: dict[str, str] = {}
     for call in losses.cache.records.values():
-        obstacle = call.obstacle or ("" if call.output_stands(losses.cache.stamps) else "its output is changed in place")
+        obstacle = call.obstacle or (
+            "" if call.output_stands(losses.cache.stamps) else "its output is changed in place"
+        )
         if obstacle:
             found.setdefault(obstacle, losses.cache.names[id(call.module)])
     for obstacle, name in found.items():

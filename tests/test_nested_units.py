@@ -156,7 +156,6 @@ CASES = {
     ),
     "alone-in-sequential": (lambda: nn.Sequential(ResNet()), [f"0.{n}" for n in STAGES]),
     "sequential": (lambda: nn.Sequential(linear(), nn.Tanh(), Res(), linear()), ["0", "2", "3"]),
-    "repeated-in-sequential": (lambda: nn.Sequential(linear(), Branches(), Branches()), ["0", "1", "2"]),
 }
 
 

@@ -19,7 +19,7 @@ from fastals.engine import Engine
 from fastals.graphs.program import Backend, Program, Tail
 from fastals.interrupt import uninterrupted
 from fastals.kernels.arena import FLAGS
-from fastals.losses import Closure, non_finite
+from fastals.losses import Closure, OutdatedError, non_finite
 from fastals.schedule import turn_of
 
 WARMUP = 3  # eager steps of each signature: compilation, workspaces, verification of the cache
@@ -119,11 +119,12 @@ class GraphedStep:
             batch = dict(batch)
         if self.pad_to_multiple_of is not None:
             batch = pad(batch, self.pad_to_multiple_of)
-        self._notes.raise_if_refused()
+        if self._notes.read():
+            self._start_over("a trial that was replayed should have been computed; it counted as rejected")
         if self._give_up:
             return self._eagerly(batch)
         leaves, spec = tree_flatten(batch)
-        modules = self.engine.modules
+        modules = self.engine.find_modules()
         try:
             signature = _signature(leaves, spec, modules)
         except TypeError as error:
@@ -141,8 +142,12 @@ class GraphedStep:
             self._abandon_graphs(f"the capture failed: {type(error).__name__}: {error}")
             warnings.warn(f"fastals: steps run eagerly, because {self._give_up}", stacklevel=2)
             return loss
-        with uninterrupted():  # a Ctrl-C waits until the step is launched and counted
-            return self._replay(captured, tail, leaves, searched=search)
+        try:
+            with uninterrupted():  # a Ctrl-C waits until the step is launched and counted
+                return self._replay(captured, tail, leaves, searched=search)
+        except OutdatedError:
+            self._start_over("a trial that was replayed should have been computed")
+            return self._warm_up(signature, batch)
 
     @property
     def pool_bytes(self) -> int:
@@ -153,7 +158,9 @@ class GraphedStep:
         if not self._seen:
             gc.collect()  # frees the device memory of old programs and models that only cycles hold
         loss = self._eagerly(batch)
-        if (standing := self._standing(self.engine.modules)) != self._identity:  # the step may have built the partition
+        if (
+            standing := self._standing(self.engine.find_modules())
+        ) != self._identity:  # the step may have built the partition
             self._programs.clear()
             self._identity = standing
         self._seen[signature] = self._seen.get(signature, 0) + 1
@@ -213,7 +220,9 @@ class GraphedStep:
         if key not in program.tails:
             with self._on_stream():
                 program.capture_tail(key, partial(self.engine.move, search=search), self.engine.seed)
-            self._identity = self._standing(self.engine.modules)  # a captured forward may have given the model new buffers
+            self._identity = self._standing(
+                self.engine.find_modules()
+            )  # a captured forward may have given the model new buffers
         tail = program.tails[key]
         self.mode = GraphMode(
             "while" if tail.launch is not None else "host", tail.reason or "loops are nodes of the graph"
@@ -253,6 +262,12 @@ class GraphedStep:
         trained = tuple(map(attrgetter("requires_grad"), tensors))
         return tuple(map(Tensor.data_ptr, tensors)), trained, tuple(map(id, modules)), self.engine.built
 
+    def _start_over(self, reason: str) -> None:
+        """Forget all programs: what was known of the activation cache no longer holds."""
+        warnings.warn(f"fastals: steps are captured anew: {reason}", stacklevel=3)
+        self._programs.clear()
+        self._seen.clear()
+
     def _drop_captures(self) -> None:
         self._programs.clear()
         for p in self.engine.params():
@@ -282,22 +297,27 @@ class Notes:
         if len(self._pending) > MOST_NOTED and oldest is not None:
             oldest.synchronize()
 
-    def raise_if_refused(self) -> None:
-        """Raise if an earlier step was refused and its flags have arrived.
+    def read(self) -> bool:
+        """Read the flags that have arrived; whether a step has found that the cache was misjudged.
 
         Raises:
-            FloatingPointError: f(w_t) was not finite in that step.
+            FloatingPointError: f(w_t) was not finite in one of the steps.
         """
-        refused = False
+        refused = outdated = False
         while self._pending and (self._pending[0][0] is None or self._pending[0][0].query()):
-            refused |= bool(self._pending.popleft()[1][FLAGS.index("refused")])
+            flags = self._pending.popleft()[1]
+            refused |= bool(flags[FLAGS.index("refused")])
+            outdated |= bool(flags[FLAGS.index("outdated")])
         if refused:
             raise non_finite(math.nan)
+        return outdated
 
 
 def why_not_recorded(engine: Engine) -> str:
     """Why steps cannot be recorded as a fixed sequence of pieces; empty if they can."""
     settings = engine.settings
+    if settings.cache == "check":
+        return "cache='check' compares every trial on the host"
     if settings.order == "random":
         return "order='random' draws another sequence of searches in every step"
     if settings.merge_below is not None:

@@ -62,7 +62,7 @@ class Judged:
         e = self.evaluations[i]
         if i > 0 and e.same_point(self.evaluations[0]):
             return True
-        return i + 1 < len(self.evaluations) and e.same_point(self.evaluations[i + 1])
+        return any(map(e.same_point, self.evaluations[i + 1 :]))
 
 
 def judged_step(opt, model, loss_of, leaves):
