@@ -48,7 +48,7 @@ EXPECTED: dict[str, str | Row] = {
     "deberta-v2": STACK,
     "modernbert": STACK,
     "xlnet": STACK,
-    "funnel": Row(3, (3, None, None, 3, 2), checks=2),  # the encoder's blocks are lists, which nobody calls
+    "funnel": Row(4, (4, 4, 3, 2, 1, 0)),
     "longformer": STACK,
     "gpt2": STACK,
     "gpt-neo": STACK,
@@ -127,6 +127,7 @@ BOTTOM_UP = (
     "t5", "bart-layerdrop", "swin", "resnet", "detr", "wav2vec2-spec-augment", "whisper", "clip", "lora",
     "lora-all-linear-tied", "adalora", "prefix-tuning", "lokr", "x-lora",
 )  # fmt: skip
+OVERWRITTEN = ("wav2vec2-spec-augment",)  # the mask is written into the output of a module
 MARKS = {
     "boft": pytest.mark.skipif(torch.cuda.is_available(), reason="it compiles a CUDA extension"),
 }
@@ -166,6 +167,8 @@ def test_every_loss_is_that_of_a_full_forward_and_no_block_is_computed_in_vain(n
             assert step.forwards.total() <= at_most, f"measured: {measured(step, searched, names, order)}"
     uncached = () if row == STACK else row.uncached
     complaints = [str(w.message) for w in caught if str(w.message).startswith("fastals")]
+    if name in OVERWRITTEN:
+        complaints = [c for c in complaints if "its output is changed in place" not in c]
     assert not [c for c in complaints if not any(f"{end}' run without the activation cache" in c for end in uncached)]
     differences = [d for step in steps for d in step.differences(settled=bool(uncached))]
     differences += [("end", r.loss_after, s.end) for s, r in zip(steps, reports, strict=True) if s.end != r.loss_after]
