@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-import pytest
 import torch
 from helpers.random_models import (
     ALIASING,
+    ARGUMENTS,
+    BEHIND_COUNTERS,
     CLOSURES,
     DRAWING,
     GLUES,
@@ -34,7 +35,7 @@ from hypothesis import strategies as st
 import fastals
 
 STEPS = 3
-PURE = {"plain": KINDS["plain"]} | DRAWING | SHARING | {k: ALIASING[k] for k in ("tuple", "dict", "list")}
+PURE = DRAWING | ARGUMENTS | SHARING | {k: ALIASING[k] for k in ("tuple", "dict", "list")}
 
 
 def many(examples):
@@ -109,10 +110,27 @@ def footprint(model):
 
 
 def comparable(others):
-    """The state with NumPy's generator as plain numbers."""
-    torch_state, numpy_state, python_state = others["generators"]
-    plain = [x.tolist() if isinstance(x, np.ndarray) else x for x in numpy_state]
-    return others | {"generators": [torch_state, plain, python_state]}
+    """The state with the generators by name, and NumPy's as plain numbers."""
+    of_torch, of_numpy, of_python = others["generators"]
+    of_numpy = [x.tolist() if isinstance(x, np.ndarray) else x for x in of_numpy]
+    return others | {"generators": {"of torch": of_torch, "of NumPy": of_numpy, "of Python": of_python}}
+
+
+def assert_all_same(found, expected):
+    """All parts equal to the last bit; otherwise an error that names those that differ."""
+    differing = []
+    found = flat(found)
+    for part, value in flat(expected).items():
+        try:
+            assert_same(found[part], value)
+        except AssertionError:
+            differing.append(part)
+    assert not differing
+
+
+def flat(parts):
+    """Names and values of a dict of dicts."""
+    return {f"{k} {n}": v for k, inner in parts.items() for n, v in inner.items()}
 
 
 # The twin and the watch over a step
@@ -184,8 +202,8 @@ class Watch:
     def check(self, noticed):
         """Refuse wrong evaluations.
 
-        Where the step has warned of what a memo cannot see, the wrong ones by which it noticed are allowed: those with
-        a right one at the same weights.
+        Once fastals has warned of what a memo cannot see, those by which it notices are allowed: the same step has
+        made a right one at the same weights.
         """
         left = [w for w in self.wrong if not (noticed and w.weights in self.right)]
         assert not left, f"{len(left)} of {self.count + 1} evaluations are wrong: {left[0]}"
@@ -226,7 +244,7 @@ class Run:
                 watch.check(noticed=False)
                 raise AssertionError("the step failed though no evaluation is wrong") from error
         self.warned += [str(w.message) for w in caught]
-        watch.check(noticed=bool(caught))
+        watch.check(noticed=bool(self.warned))
         assert_same(value, start)
         self.check_report(watch, start)
         self.check_what_is_left(watch, weights, given)
@@ -256,37 +274,37 @@ class Run:
                 self.twin.zero_grad()
                 evaluate(self.case, self.twin, *watch.batch).backward()
                 expected, grads = rest(self.twin), gradients(self.twin)
-        left = comparable(rest(self.model))
-        for part, value in comparable(expected).items():
-            assert_same((part, left[part]), (part, value))
-        assert_same(gradients(self.model), grads)
+        assert_all_same(
+            comparable(rest(self.model)) | {"gradients": gradients(self.model)},
+            comparable(expected) | {"gradients": grads},
+        )
         self.check_footprint()
 
     def check_footprint(self):
         assert footprint(self.model) == self.footprint
         assert not any({"forward", "_call_impl"} & set(m.__dict__) for m in self.model.modules())
 
-    def failing_step(self, number, place, error):
-        """A step whose evaluations from this one on fail; whether there were so many, and then nothing has changed."""
+    def failing_step(self, number, place, error, *, lasting):
+        """A step in which this evaluation fails, and with ``lasting`` the later ones too: nothing may change."""
         batch = next(self.batches)
         loss = self.differentiate(batch) if self.case.given else None
-        watch = Watch(self.case, self.model, self.twin, batch, {n: (error, place) for n in range(number, 1000)})
-        before, report = self.everything(), self.opt.report
+        failing = range(number, 1000) if lasting else [number]
+        watch = Watch(self.case, self.model, self.twin, batch, dict.fromkeys(failing, (error, place)))
+        before, report, raised = self.everything(), self.opt.report, None
         with warnings_of_fastals() as caught:
             try:
                 self.opt.step(watch, loss)
-            except BaseException as raised:
-                watch.check(noticed=bool(caught))
-                if raised is not error:
-                    raise AssertionError(f"raised instead of {error!r}: {raised!r}") from raised
-        if watch.count < number:
-            return False
-        after = self.everything()
-        for part, value in before.items():
-            assert_same((part, after[part]), (part, value))
-        assert self.opt.report is report
+            except BaseException as outcome:
+                raised = outcome
+        self.warned += [str(w.message) for w in caught]
+        watch.check(noticed=bool(self.warned))
+        reached = watch.count >= number
+        if raised is not (error if reached else None):
+            raise AssertionError(f"the step ended with {raised!r}") from raised
+        if reached:
+            assert_all_same(self.everything(), before)
+            assert self.opt.report is report
         self.check_footprint()
-        return True
 
     def everything(self):
         state = {"weights": trained(self.model), "gradients": gradients(self.model)}
@@ -328,7 +346,7 @@ def test_tensors_and_containers_that_others_write_to(case):
 
 
 @many(60)
-@given(cases(SHARING | {"peeking": KINDS["peeking"]}, glues=("plain", "residual")))
+@given(cases((*SHARING, "peeking"), glues=("plain", "residual", "twice")))
 def test_weights_with_several_users(case):
     check(case)
 
@@ -339,7 +357,19 @@ def test_side_effects(case):
     check(case)
 
 
-@many(70)
+@many(60)
+@given(cases(("plain", "list"), glues=("plain", *BEHIND_COUNTERS)))
+def test_writes_behind_the_version_counters(case):
+    check(case)
+
+
+@many(60)
+@given(cases(ARGUMENTS, glues=("plain", "residual", "selects"), closures=("one pass", "micro-batches", "selection")))
+def test_arguments_besides_the_activations(case):
+    check(case)
+
+
+@many(80)
 @given(cases(("plain", "dropout"), glues=GLUES))
 def test_code_between_the_blocks(case):
     check(case)
@@ -351,14 +381,14 @@ def test_closures(case):
     check(case)
 
 
-@many(100)
+@many(150)
 @given(cases(KINDS, glues=GLUES, closures=tuple(CLOSURES)))
 def test_everything_at_once(case):
     check(case)
 
 
 @many(60)
-@given(cases(PURE, glues=("plain", "residual", "dropout", "skips")))
+@given(cases(PURE, glues=("plain", "residual", "dropout", "twice", "skips", "tosses")))
 def test_calls_that_hide_nothing_are_replayed_without_a_warning(case):
     assert check(case).warned == []
 
@@ -385,15 +415,21 @@ class InjectedError(Exception):
     """Raised by the closure in a test."""
 
 
-@many(80)
-@given(
-    cases(KINDS, glues=GLUES, closures=tuple(CLOSURES)),
-    st.lists(st.tuples(st.integers(0, 8), st.sampled_from(["before", "inside", "after"])), min_size=1, max_size=3),
-    st.sampled_from([InjectedError, RuntimeError, KeyboardInterrupt]),
+FAILURE = st.fixed_dictionaries(
+    {
+        "number": st.integers(0, 8),
+        "place": st.sampled_from(["before", "inside", "after"]),
+        "error": st.sampled_from([InjectedError, RuntimeError, KeyboardInterrupt]).map(lambda kind: kind("injected")),
+        "lasting": st.booleans(),
+    }
 )
-def test_an_error_leaves_everything_as_it_was(case, failures, kind):
+
+
+@many(80)
+@given(cases(KINDS, glues=GLUES, closures=tuple(CLOSURES)), st.lists(FAILURE, min_size=1, max_size=3))
+def test_an_error_leaves_everything_as_it_was(case, failures):
     """It is also the one that is raised, and the steps after it are right."""
     run = Run(case, cache=True)
-    for number, place in failures:
-        run.failing_step(number, place, kind("in the closure"))
+    for failure in failures:
+        run.failing_step(**failure)
         run.step()

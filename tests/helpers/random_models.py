@@ -10,12 +10,14 @@ subtract what they or others write in place, and never multiply by it.
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 WIDTH, VOCAB, SIZE = 4, 5, 4  # of the model, of its tokens, of a mini-batch
@@ -109,6 +111,14 @@ class BatchNorm(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.norm(self.linear(x))
+
+
+class SpectralNorm(Block):
+    """Each use of the weight goes on with a power iteration, whose vectors are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        spectral_norm(self.linear)
 
 
 class Replaced(Block):
@@ -226,6 +236,24 @@ class Stores(Block):
         return x + hidden
 
 
+class Masked(Block):
+    """Takes a mask, which the parent makes anew for each call."""
+
+    takes = "mask"
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + self.hidden(x).masked_fill(mask, 0.0)
+
+
+class Scaled(Block):
+    """Takes a number, which the parent reads off its input."""
+
+    takes = "scale"
+
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return x + scale * self.hidden(x)
+
+
 class Hooked(Block):
     """A hook on the block keeps its output, which the loss reads."""
 
@@ -288,20 +316,22 @@ class Checkpointed(Block):
 
 DRAWING = {"dropout": Dropout, "numpy draw": NumpyDraw, "python draw": PythonDraw}
 WRITING = {
-    "batch norm": BatchNorm, "replaced buffer": Replaced, "late buffer": Late, "codebook": Codebook,
-    "buffer data": Data, "moving copy": MovingCopy, "checkpointed": Checkpointed,
+    "batch norm": BatchNorm, "spectral norm": SpectralNorm, "replaced buffer": Replaced, "late buffer": Late,
+    "codebook": Codebook, "buffer data": Data, "moving copy": MovingCopy, "checkpointed": Checkpointed,
 }  # fmt: skip
 ALIASING = {
     "writes input": WritesInput, "returns input": ReturnsInput, "tuple": NestedTuple, "dict": NestedDict,
     "list": NestedList,
 }  # fmt: skip
+ARGUMENTS = {"masked": Masked, "scaled": Scaled}
 SHARING = {"shared": Shared}
 HIDDEN = {
     "appends": Appends, "stores": Stores, "hooked": Hooked, "hooked inside": HookedInside, "auxiliary": Auxiliary,
     "peeking": Peeking,
 }  # fmt: skip
-KINDS: dict[str, type[Block]] = {"plain": Block} | DRAWING | WRITING | ALIASING | SHARING | HIDDEN
-GLUES = ("plain", "residual", "dropout", "in place", "skips", "selects")
+KINDS: dict[str, type[Block]] = {"plain": Block} | DRAWING | WRITING | ALIASING | ARGUMENTS | SHARING | HIDDEN
+GLUES = ("plain", "residual", "dropout", "in place", "twice", "skips", "tosses", "selects")
+BEHIND_COUNTERS = ("in place data",)
 
 
 class Teacher(nn.Module):
@@ -344,7 +374,7 @@ class Model(nn.Module):
         self._connect()
         for block, spec in zip(self.blocks, case.blocks, strict=True):
             if spec.frozen:
-                block.requires_grad_(False)
+                (block.linear if isinstance(block, Shared) else block).requires_grad_(False)
 
     def _connect(self) -> None:
         """Give the blocks what they share, peek at and keep."""
@@ -373,7 +403,7 @@ class Model(nn.Module):
             x = x + self.feed(condition)
         if shift is not None:
             x = x + shift
-        held = {"memory": [], "store": {}}
+        held: dict[str, Any] = {"memory": [], "store": {}}
         for block, glue in zip(self.blocks, self.glues, strict=True):
             x = self._glued(block, glue, x, held)
         if self.fuse is not None:
@@ -386,7 +416,11 @@ class Model(nn.Module):
         """The block's output after what the parent does around its call."""
 
         def call(x: Tensor) -> Tensor:
-            return unpacked(block(x, held[block.takes]) if hasattr(block, "takes") else block(x))
+            if not hasattr(block, "takes"):
+                return unpacked(block(x))
+            held["mask"] = torch.arange(WIDTH) == 1
+            held["scale"] = round(float(x.detach().mean()), 1)
+            return unpacked(block(x, **{block.takes: held[block.takes]}))
 
         match glue:
             case "residual":
@@ -395,15 +429,28 @@ class Model(nn.Module):
                 return F.dropout(call(x), 0.2, self.training)
             case "in place":
                 return call(x).mul_(1.1)
-            case "skips" if float(x.detach().mean()) > 0:
-                if isinstance(block, Auxiliary):
-                    block.aux = None
+            case "in place data":
+                x = call(x)
+                x.data.mul_(1.1)
                 return x
+            case "twice":
+                return call(call(x))
+            case "skips" if float(x.detach().mean()) > 0:
+                return skipped(block, x)
+            case "tosses" if np.random.rand() < 0.4:
+                return skipped(block, x)
             case "selects":
                 count = 2 + int(float(x.detach().mean()) > 0)
                 rows = x.detach().square().sum(1).argsort(descending=True, stable=True)[:count]
                 return x.index_copy(0, rows, call(x[rows]))
         return call(x)
+
+
+def skipped(block: nn.Module, x: Tensor) -> Tensor:
+    """The input; the block leaves nothing for the loss."""
+    if isinstance(block, Auxiliary):
+        block.aux = None
+    return x
 
 
 def unpacked(output: Tensor | tuple | dict | list) -> Tensor:
