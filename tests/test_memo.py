@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 
 import fastals
 
-STEPS = 3
+STEPS = 4
 PURE = DRAWING | ARGUMENTS | SHARING | {k: ALIASING[k] for k in ("tuple", "dict", "list")}
 
 

@@ -588,6 +588,7 @@ OPTIONS = st.fixed_dictionaries(
         "momentum": st.sampled_from(["none", "none", "after"]),
         "trust": st.sampled_from([0.01, 0.05, 0.3]),
         "max_trials": st.integers(2, 4),
+        "c": st.sampled_from([0.1, 0.5, 0.95]),  # the larger, the more trials are rejected
     }
 )
 
@@ -603,7 +604,7 @@ def cases(
         frozen=st.sampled_from([False, False, False, True]),
     )
     drawn = {
-        "blocks": st.lists(block, min_size=1, max_size=4).map(tuple),
+        "blocks": (st.lists(block, min_size=1, max_size=4) | st.lists(block, min_size=3, max_size=4)).map(tuple),
         "tied": st.booleans(),
         "token": st.booleans(),
         "closure": st.sampled_from(closures),
