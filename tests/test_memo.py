@@ -125,7 +125,7 @@ def assert_all_same(found, expected):
             assert_same(found[part], value)
         except AssertionError:
             differing.append(part)
-    assert not differing
+    assert not differing, f"different: {differing}"
 
 
 def flat(parts):
@@ -144,6 +144,10 @@ class Wrong:
     weights: bytes
     seen: object
     true: float
+
+    @property
+    def raised(self):
+        return isinstance(self.seen, BaseException)
 
     def __str__(self):
         return f"evaluation {self.number} gave {self.seen!r}, a full forward {self.true!r}"
@@ -164,12 +168,13 @@ class Watch:
 
     def __post_init__(self):
         self.before = rest(self.model)
-        self.truths, self.right, self.wrong, self.count = {}, set(), [], -1
+        self.truths, self.right, self.wrong, self.count, self.first = {}, set(), [], -1, b""
 
     def __call__(self):
         self.count += 1
         weights = trained(self.model)
         key = b"".join(w.contiguous().view(torch.uint8).numpy().tobytes() for w in weights.values())
+        self.first = self.first or key
         if key not in self.truths:
             self.truths[key] = self.truth(weights)
         true = self.truths[key]
@@ -202,10 +207,14 @@ class Watch:
     def check(self, noticed):
         """Refuse wrong evaluations.
 
-        Once fastals has warned of what a memo cannot see, those by which it notices are allowed: the same step has
-        made a right one at the same weights.
+        Those by which fastals notices something are allowed, if the step has made a right one at the same weights:
+        it notices by an error what a closure needs, by looking at w_t again what the loss reads, and with a warning
+        what a memo cannot see. No trial is at w_t.
         """
-        left = [w for w in self.wrong if not (noticed and w.weights in self.right)]
+        allowed = [
+            w for w in self.wrong if w.weights in self.right and (noticed or w.raised or w.weights == self.first)
+        ]
+        left = [w for w in self.wrong if w not in allowed]
         assert not left, f"{len(left)} of {self.count + 1} evaluations are wrong: {left[0]}"
 
 
@@ -297,6 +306,7 @@ class Run:
             except BaseException as outcome:
                 raised = outcome
         self.warned += [str(w.message) for w in caught]
+        watch.wrong = [w for w in watch.wrong if not (w.raised and raised is error)]  # there was no time to repeat it
         watch.check(noticed=bool(self.warned))
         reached = watch.count >= number
         if raised is not (error if reached else None):
@@ -321,73 +331,73 @@ def check(case, cache=True):
 # Losses and states
 
 
-@many(60)
+@many(30)
 @given(cases(("plain",), closures=("one pass", "micro-batches", "without gradient")))
 def test_plain_blocks(case):
     check(case)
 
 
-@many(60)
+@many(40)
 @given(cases(DRAWING, glues=("plain", "dropout", "skips"), closures=("one pass", "micro-batches")))
 def test_random_draws(case):
     check(case)
 
 
-@many(70)
+@many(50)
 @given(cases(WRITING, closures=("one pass", "micro-batches", "second in eval")))
 def test_buffers_and_frozen_weights_that_the_forward_writes(case):
     check(case)
 
 
-@many(70)
+@many(50)
 @given(cases(ALIASING, glues=("plain", "residual", "in place")))
 def test_tensors_and_containers_that_others_write_to(case):
     check(case)
 
 
-@many(60)
+@many(50)
 @given(cases((*SHARING, "peeking"), glues=("plain", "residual", "twice")))
 def test_weights_with_several_users(case):
     check(case)
 
 
-@many(70)
+@many(60)
 @given(cases(HIDDEN, closures=("one pass", "micro-batches")))
 def test_side_effects(case):
     check(case)
 
 
-@many(60)
+@many(40)
 @given(cases(("plain", "list"), glues=("plain", *BEHIND_COUNTERS)))
 def test_writes_behind_the_version_counters(case):
     check(case)
 
 
-@many(60)
+@many(40)
 @given(cases(ARGUMENTS, glues=("plain", "residual", "selects"), closures=("one pass", "micro-batches", "selection")))
 def test_arguments_besides_the_activations(case):
     check(case)
 
 
-@many(80)
+@many(60)
 @given(cases(("plain", "dropout"), glues=GLUES))
 def test_code_between_the_blocks(case):
     check(case)
 
 
-@many(80)
+@many(70)
 @given(cases(("plain", "dropout"), closures=tuple(CLOSURES)))
 def test_closures(case):
     check(case)
 
 
-@many(150)
+@many(100)
 @given(cases(KINDS, glues=GLUES, closures=tuple(CLOSURES)))
 def test_everything_at_once(case):
     check(case)
 
 
-@many(60)
+@many(40)
 @given(cases(PURE, glues=("plain", "residual", "dropout", "twice", "skips", "tosses")))
 def test_calls_that_hide_nothing_are_replayed_without_a_warning(case):
     assert check(case).warned == []
@@ -396,13 +406,13 @@ def test_calls_that_hide_nothing_are_replayed_without_a_warning(case):
 # The same without a memo, and with one that is checked in every trial
 
 
-@many(50)
+@many(30)
 @given(cases(KINDS, glues=GLUES, closures=tuple(CLOSURES)))
 def test_without_the_cache(case):
     assert check(case, cache=False).warned == []
 
 
-@many(50)
+@many(40)
 @given(cases(KINDS, glues=GLUES, closures=tuple(CLOSURES)))
 def test_a_checked_cache_finds_nothing(case):
     check(case, cache="check")
@@ -425,7 +435,7 @@ FAILURE = st.fixed_dictionaries(
 )
 
 
-@many(80)
+@many(60)
 @given(cases(KINDS, glues=GLUES, closures=tuple(CLOSURES)), st.lists(FAILURE, min_size=1, max_size=3))
 def test_an_error_leaves_everything_as_it_was(case, failures):
     """It is also the one that is raised, and the steps after it are right."""
