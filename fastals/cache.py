@@ -122,7 +122,7 @@ class ActivationCache:
         after the last block to ``head``. Empty if Python called no block, as in a model that is compiled as a whole.
         """
         first = self._first.get(id(param))
-        block_calls = [i for i, (module, _) in enumerate(self.records) if module in self._block_names]
+        block_calls = [i for i, (module, n) in enumerate(self.records) if module in self._block_names and not n]
         if not block_calls:
             return ""
         following = next((i for i in block_calls if i >= (first or 0)), None)

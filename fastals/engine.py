@@ -6,6 +6,7 @@ Captured steps use :meth:`Engine.is_due`, :meth:`Engine.move` and :meth:`Engine.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from fastals.partition import observed
 from fastals.report import Reports, StepReport
 from fastals.schedule import SCHEDULES, Batch, keep_all
 from fastals.search import MEMORY, plain_memory, schedule_next_search
-from fastals.settings import Settings, refuse_replaced, warn_of_processes
+from fastals.settings import Settings, refuse_replaced, refuse_resized, warn_of_processes
 from fastals.surroundings import FirstWriteError
 from fastals.verify import inspect
 
@@ -104,6 +105,7 @@ class Engine:
         with torch.cuda.device_of(losses.params[0]), undone_on_error() as undo:  # Triton launches on the current device
             undo += losses.undoing()
             start = losses.differentiate() if loss is None else losses.given(loss)
+            undo.append(partial(self.regroup, [g["param_names"] for g in self.groups if "param_names" in g]))
             batch = self._begin(losses, start)
             undo.append(batch.restore)
             search = self.is_due(batch.units)
@@ -121,17 +123,13 @@ class Engine:
             "again from the value that this forward has left",
             stacklevel=4,
         )
-        self.learned.written |= found.keys
+        self.learned.memory.written |= found.keys
         self.learned.watched = False
 
     def _losses(self, closure: Closure) -> Losses:
         self.refresh()
         params, check = self.params(), self.settings.cache == "check"
-        if any(p.grad is not None and p.grad.shape != p.shape for p in params):
-            raise RuntimeError(
-                "a parameter was resized after its last gradient was computed: resize the model before making the "
-                "optimizer"
-            )
+        refuse_resized(self.groups)
         return Losses(closure, params, self.modules, self.cache, self.learned, lazy=self.fused, check=check)
 
     def _begin(self, losses: Losses, start: Tensor) -> Batch:
@@ -272,6 +270,8 @@ class Engine:
 
     def regroup(self, names: list[list[str]]) -> None:
         """Deal the same parameters to the groups by name."""
+        if not names:
+            return
         by_name = {n: p for g in self.groups for n, p in zip(g["param_names"], g["params"], strict=True)}
         for group, members in zip(self.groups, names, strict=True):
             if members != group["param_names"]:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from fastals import rng
 from fastals.cache import ActivationCache, Key, StaleRecordError
 from fastals.compare import Comparison, Guesses, digest
-from fastals.surroundings import Key as Written
-from fastals.surroundings import Surroundings
+from fastals.surroundings import Memory, Surroundings
 
 Closure = Callable[[], Tensor]
 ALL_UNITS = "all units"  # the name of trials of all units at once
@@ -33,7 +32,7 @@ class Learned:
         replays: whether the closure gives f(w_t) from recorded outputs alone, by the last step.
         verdicts: by ``replays`` and by unit, whether a cached trial of the unit equals a full forward.
         watched: whether a step has looked at everything that the forward writes and draws.
-        written: buffers and untrained parameters that a forward writes.
+        memory: of buffers and untrained parameters that a forward writes.
         drawn: names of the generators that it draws from; None as long as this is not known.
         gradients: whether the closure needs gradients inside (``torch.autograd.grad``) to give its loss.
         rounds: whether outputs without gradients differ from those with gradients by rounding, so that a step takes one
@@ -45,7 +44,7 @@ class Learned:
     replays: bool = True
     verdicts: dict[bool, dict[str, bool]] = field(default_factory=lambda: {True: {}, False: {}})
     watched: bool = False
-    written: set[Written] = field(default_factory=set)
+    memory: Memory = field(default_factory=Memory)
     drawn: set[str] | None = None
     gradients: bool = False
     rounds: bool = False
@@ -100,7 +99,7 @@ class Losses:
         self.lazy, self.check, self.wait = lazy, check, not lazy or not learned.watched
         self.generators = rng.Generators(rng.cuda_devices(params)) if cache is None else cache.generators
         self.before = self.after = self.generators.save()
-        self.around = Surroundings(modules, set(map(id, params)), learned.written, watch=not learned.watched)
+        self.around = Surroundings(modules, set(map(id, params)), learned.memory, watch=not learned.watched)
         others = [p.tensor for p in self.around.places if p.tensor.requires_grad]
         self.grads = [(p, p.grad) for p in params]
         self.other_grads = [(p, p.grad) for p in others]
@@ -267,7 +266,7 @@ class Losses:
         assert self.cache is not None
         counted = self.forwards
         full = self.check_repeatable(loss)
-        if self._unlike:
+        if self._unlike and not self.learned.gradients and not self._gives_the_same_outputs_twice():
             raise not_repeatable(loss, full, self._unlike)
         if not self.learned.gradients:
             with self.waiting():
@@ -304,6 +303,14 @@ class Losses:
         if self.learned.rounds:
             self.record_again()
 
+    def _gives_the_same_outputs_twice(self) -> bool:
+        assert self.cache is not None
+        outputs = []
+        for _ in range(2):
+            self._run(note_outputs=True)
+            outputs.append(self.cache.outputs or {})
+        return all(_same_outputs(outputs[0].get(key), output) for key, output in outputs[1].items())
+
     def _unlike_call(self) -> str:
         """The first call that is not the recorded one when the closure runs again at w_t."""
         if self.cache is None or not self.cache.records:
@@ -329,7 +336,7 @@ class Losses:
         grads = [partial(setattr, p, "grad", grad) for p, grad in self.grads + self.other_grads]
         forget = [self.cache.clear] if self.cache is not None else []
         return [
-            *forget, *grads, self.around.put_back, torch.clear_autocast_cache, partial(self.generators.restore, self.before)
+            *forget, *grads, self.around.undo, torch.clear_autocast_cache, partial(self.generators.restore, self.before)
         ]  # fmt: skip
 
     def _comparison(self, name: str, *, unknown: bool = False) -> Comparison:
@@ -362,29 +369,42 @@ class Losses:
         """An evaluation without gradients, or with gradients if the closure takes some inside.
 
         Raises:
-            RuntimeError: the closure calls backward.
+            BackwardError: the closure calls backward.
         """
         if not self.learned.gradients:
             try:
-                return self._evaluate(running(), torch.no_grad())
+                with self._no_backward():
+                    return self._evaluate(running(), torch.no_grad())
             except RuntimeError as error:
-                if "grad" not in str(error):
+                if isinstance(error, BackwardError) or "grad" not in str(error):
                     raise
             self._rewind()
-        self.learned.gradients, needed = True, self.learned.gradients
+        needed, self.learned.gradients = self.learned.gradients, True
+        try:
+            with self._no_backward():
+                loss = self._evaluate(running(), torch.enable_grad())
+            needed = True
+        finally:
+            self.learned.gradients = needed
+        return loss
+
+    @contextmanager
+    def _no_backward(self) -> Iterator[None]:
+        """Hide the gradients inside the ``with`` block.
+
+        Raises:
+            BackwardError: there are new ones.
+        """
         held = [(p, p.grad) for p in self.params]
         for p in self.params:
             p.grad = None
         try:
-            loss = self._evaluate(running(), torch.enable_grad())
-            needed |= not (called := any(p.grad is not None for p in self.params))
+            yield
+            if any(p.grad is not None for p in self.params):
+                raise BackwardError
         finally:
-            self.learned.gradients = needed
             for p, grad in held:
                 p.grad = grad
-        if called:
-            raise RuntimeError("the closure called backward in a trial: let it return the loss only")
-        return loss
 
     def _evaluate(self, running: AbstractContextManager, gradients: AbstractContextManager) -> Tensor:
         """Call the closure.
@@ -475,6 +495,13 @@ class Losses:
     def _refuse_non_finite(self, loss: Tensor) -> None:
         if not self.lazy and not bool(torch.isfinite(loss)):
             raise non_finite(float(loss))
+
+
+class BackwardError(RuntimeError):
+    """The closure called backward in a trial."""
+
+    def __init__(self) -> None:
+        super().__init__("the closure called backward in a trial: let it return the loss only")
 
 
 class OutdatedError(Exception):

@@ -104,6 +104,18 @@ def refuse_replaced(groups: Sequence[dict], model: nn.Module | None) -> None:
         )
 
 
+def refuse_resized(groups: Sequence[dict]) -> None:
+    """Refuse parameters that do not have the shape of their last gradient any more."""
+    for group in groups:
+        for i, p in enumerate(group["params"]):
+            if p.grad is not None and p.grad.shape != p.shape:
+                name = group["param_names"][i] if "param_names" in group else f"a parameter of {group['name']}"
+                raise RuntimeError(
+                    f"{name} was {tuple(p.grad.shape)} when its last gradient was computed and is {tuple(p.shape)} now: "
+                    "resize the model before making the optimizer"
+                )
+
+
 def check_coverage(groups: Sequence[dict], model: nn.Module | None) -> None:
     """Refuse units that leave out trainable parameters of the model, or hold parameters that it does not have."""
     if model is None:

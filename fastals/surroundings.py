@@ -1,7 +1,7 @@
 """What the loss reads and writes besides the trained weights: module buffers and untrained parameters.
 
-All evaluations of a step start from the same surroundings, so that they are evaluations of one function. Tensors are
-copied only if the forward writes them: before the first write in a step that watches, at the start of every later step.
+All evaluations of a step start from the same surroundings, so that they are evaluations of one function. Large tensors
+are copied only if the forward writes them.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Holder = dict[str, Tensor | None]  # ``_buffers`` or ``_parameters`` of a module
 Key = tuple[int, str]  # a holder's id and a name in it
+SMALL = 1 << 16  # elements of a tensor of which a copy is kept in any case
 
 
 class FirstWriteError(Exception):
@@ -35,19 +37,35 @@ class Place(NamedTuple):
     version: int
     address: int
 
+    @property
+    def key(self) -> Key:
+        """The place, for as long as its module lives."""
+        return id(self.holder), self.name
+
+    @property
+    def stands(self) -> bool:
+        """Whether torch has seen no write, and the storage is the same."""
+        return self.version == _version(self.tensor) and self.address == _address(self.tensor)
+
 
 @dataclass(slots=True)
 class Kept:
-    """A tensor that the forward writes, with its storage and its values."""
+    """A tensor with its storage and its values at some time."""
 
     tensor: Tensor
     storage: Tensor  # an alias, since ``tensor.data`` may be assigned
     values: Tensor
+    version: int
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Kept":
         """The tensor as it is now."""
-        return cls(tensor, tensor.detach(), tensor.detach().clone())
+        return cls(tensor, tensor.detach(), tensor.detach().clone(), _version(tensor))
+
+    @property
+    def stands(self) -> bool:
+        """Whether torch has seen no write, and the storage is the same."""
+        return self.version == _version(self.tensor) and _address(self.storage) == _address(self.tensor)
 
     def put_back(self) -> None:
         """Give the tensor its storage and its values again."""
@@ -56,29 +74,53 @@ class Kept:
         self.tensor.detach().copy_(self.values)
 
 
+class Memory:
+    """What steps have found out about writes, and copies of small tensors that no forward has written so far.
+
+    Attributes:
+        written: places of tensors that a forward writes.
+        spare: copies by the ids of the tensors; they last until the tensor is written.
+    """
+
+    def __init__(self) -> None:
+        self.written: set[Key] = set()
+        self.spare: dict[int, Kept] = {}
+
+    def copy_of(self, tensor: Tensor) -> Kept:
+        """A copy of the tensor, the one of an earlier step if it still holds."""
+        kept = self.spare.get(id(tensor))
+        if kept is None or kept.tensor is not tensor or not kept.stands:
+            kept = self.spare[id(tensor)] = Kept.of(tensor)
+        return kept
+
+
 class Surroundings:
     """Buffers and untrained parameters of modules, as they stood at the start of the step.
+
+    Small tensors have a copy in any case. A large one has one if an earlier step has seen it written, or if this step
+    watches: then it is copied before its first write.
 
     Args:
         modules: the modules, each once.
         trained: ids of the parameters that the optimizer moves.
-        written: where earlier steps have found tensors that the forward writes; new finds are added.
-        watch: look at every operation, and keep a tensor before its first write.
+        memory: lasts from step to step.
+        watch: look at every operation.
 
     Attributes:
         places: every tensor that is not trained.
-        kept: by their ids, the tensors that the forward writes.
+        kept: by their ids, the tensors that an evaluation has written in this step, or writes as a rule.
     """
 
-    def __init__(
-        self, modules: Iterable[nn.Module], trained: Collection[int], written: set[Key], *, watch: bool
-    ) -> None:
-        self.written, self.watch = written, watch
+    def __init__(self, modules: Iterable[nn.Module], trained: Collection[int], memory: Memory, *, watch: bool) -> None:
+        self.memory, self.watch = memory, watch
         holders: list[Holder] = []
+        unseen: set[Key] = set()  # statistics that batch norms write without torch's knowledge
         for module in modules:
             holders.append(module._buffers)
             if any(id(p) not in trained for p in module._parameters.values()):
                 holders.append(module._parameters)
+            if isinstance(module, _NormBase) and module.training:
+                unseen |= {(id(module._buffers), name) for name in module._buffers}
         self.start: list[tuple[Holder, Holder]] = [(h, dict(h)) for h in holders]
         self.places = [
             Place(holder, name, t, _version(t), _address(t))
@@ -86,23 +128,30 @@ class Surroundings:
             for name, t in start.items()
             if t is not None and id(t) not in trained
         ]
-        self.storages = [p.tensor.detach() for p in self.places] if watch else []
         self.kept: dict[int, Kept] = {}
         self.after: dict[int, Kept] = {}
         self.after_start = self.start  # the holders as one forward leaves them
+        self._spare: dict[int, Kept] = {}
         for place in self.places:
-            if (id(place.holder), place.name) in written:
-                self._keep(place)
+            if place.key in memory.written or place.key in unseen:
+                self.kept[id(place.tensor)] = Kept.of(place.tensor)
+            elif place.tensor.numel() <= SMALL:
+                self._spare[id(place.tensor)] = memory.copy_of(place.tensor)
+        self._storages = {id(p.tensor): p.tensor.detach() for p in self.places} if watch else {}
 
     def _keep(self, place: Place) -> None:
         if id(place.tensor) not in self.kept:
-            self.kept[id(place.tensor)] = Kept.of(place.tensor)
-            self.written.add((id(place.holder), place.name))
+            self.kept[id(place.tensor)] = self._spare.get(id(place.tensor)) or Kept.of(place.tensor)
+            self.memory.written.add(place.key)
 
     @property
     def changing(self) -> list[Tensor]:
-        """The tensors that an evaluation may write: all of them if this step watches."""
-        return [p.tensor for p in self.places] if self.watch else self.written_tensors
+        """The tensors that evaluations may write and that can be put back."""
+        return (
+            [p.tensor for p in self.places]
+            if self.watch
+            else [k.tensor for k in (*self.kept.values(), *self._spare.values())]
+        )
 
     @property
     def written_tensors(self) -> list[Tensor]:
@@ -126,23 +175,24 @@ class Surroundings:
                 yield
         else:
             yield
-        self._find_writes()
+        if lost := self._find_writes():
+            raise FirstWriteError([p.name for p in lost], {p.key for p in lost})
 
-    def _find_writes(self) -> None:
+    def _find_writes(self) -> list[Place]:
+        """Keep what has been written and can still be kept; returns the others."""
         lost: list[Place] = []
-        for i, place in enumerate(self.places):
-            if place.version == _version(place.tensor) and place.address == _address(place.tensor):
+        for place in self.places:
+            if place.stands or id(place.tensor) in self.kept:
                 continue
-            if id(place.tensor) in self.kept:
-                continue
-            if self.watch and place.version == _version(place.tensor):  # ``.data`` was assigned: the old one is here
-                storage = self.storages[i]
-                self.kept[id(place.tensor)] = Kept(place.tensor, storage, storage.clone())
-                self.written.add((id(place.holder), place.name))
+            if id(place.tensor) in self._spare:
+                self._keep(place)
+            elif self.watch and place.version == _version(place.tensor):  # ``.data`` was assigned: the old one is here
+                storage = self._storages[id(place.tensor)]
+                self.kept[id(place.tensor)] = Kept(place.tensor, storage, storage.clone(), place.version)
+                self.memory.written.add(place.key)
             else:
                 lost.append(place)
-        if lost:
-            raise FirstWriteError([p.name for p in lost], {(id(p.holder), p.name) for p in lost})
+        return lost
 
     def note_after(self) -> None:
         """Note what one forward has left."""
@@ -154,6 +204,11 @@ class Surroundings:
         _refill(self.start)
         for kept in self.kept.values():
             kept.put_back()
+
+    def undo(self) -> None:
+        """The same after an evaluation that an error has ended."""
+        self._find_writes()
+        self.put_back()
 
     def settle(self) -> None:
         """Put everything where one forward has left it."""

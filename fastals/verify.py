@@ -104,9 +104,9 @@ def _warn_of_obstacles(losses: Losses) -> None:
 
 
 def _nudge(params: Sequence[Tensor]) -> None:
-    """Change weights by a little noise, always the same."""
+    """Change weights by noise, always the same: enough to show in a loss of low precision."""
     for p in params:
         generator = torch.Generator(p.device).manual_seed(0)
         noise = torch.empty_like(p, requires_grad=False).uniform_(-1, 1, generator=generator)
         weights = p.detach()
-        weights.add_(noise * (0.02 * weights.abs().mean() + 0.01))
+        weights.add_(noise * (0.5 * weights.abs().mean() + 0.05))

@@ -331,7 +331,7 @@ class Traced:
         learned = self.opt.engine.learned
         learned.watched, learned.drawn = True, set()
         if make is normed:
-            learned.written = {(id(m._buffers), name) for m in model.modules() for name in m._buffers}
+            learned.memory.written = {(id(m._buffers), name) for m in model.modules() for name in m._buffers}
         for group in self.opt.param_groups:
             group["count"] = graphed.WARMUP
 

@@ -62,7 +62,7 @@ class Telling(Gated):
     below = None
 
     def leave(self, shares):
-        self.told = shares.mean() + (0.5 * self.below[0].told if self.below else 0.0)
+        self.told = shares.square().mean() + (0.5 * self.below[0].told if self.below else 0.0)
 
     def forward(self, x):
         return super().forward(x) * (1 + self.below[0].told if self.below else 1.0)
