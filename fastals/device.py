@@ -228,7 +228,7 @@ class DeviceBatch:
             self.losses.trusted.clear()
             with self.losses.waiting():  # no guess can be wrong
                 if schedule is not keep_all:
-                    inspect(self, together=self.device.settings.moves_together)
+                    inspect(self)
                 schedule(self, order)
 
     def rewind(self) -> None:

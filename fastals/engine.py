@@ -146,7 +146,7 @@ class Engine:
             batch.losses.check_repeatable(start)
             self._repeatable = True
         if search:
-            inspect(batch, together=self.settings.moves_together)
+            inspect(batch)
 
     @staticmethod
     def is_due(units: Sequence[Unit]) -> bool:

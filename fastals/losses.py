@@ -173,8 +173,13 @@ class Losses:
         return self.cache.recording() if self.cache is not None else nullcontext()
 
     def records(self, unit: str) -> bool:
-        """Whether trials of the unit are always recorded: if it is not trusted, they are all that later ones may replay."""
-        return self.cache is not None and not self.trusted.get(unit, False)
+        """Whether trials of the unit are full forwards, which are recorded: they are all that later ones may replay."""
+        return self.cache is not None and not self._trusts(unit)
+
+    def _trusts(self, unit: str) -> bool:
+        if unit == ALL_UNITS:
+            return all(self.trusted.values())
+        return self.trusted.get(unit, False)
 
     def at(self, unit: str, params: Sequence[Tensor], *, record: bool = False) -> Tensor:
         """The loss at the current weights, of which only ``params`` have changed since the last evaluation.

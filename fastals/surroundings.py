@@ -69,7 +69,7 @@ class Kept:
 
     def put_back(self) -> None:
         """Give the tensor its storage and its values again."""
-        if _address(self.tensor) != _address(self.storage):
+        if _address(self.tensor) != _address(self.storage) or self.tensor.shape != self.storage.shape:
             self.tensor.data = self.storage
         self.tensor.detach().copy_(self.values)
 

@@ -19,23 +19,19 @@ from fastals.schedule import Batch
 Moves = dict[str, list[Tensor]]  # parameters that a trial moves, by the name of their unit
 MOST_SEQUENCES = 8  # sequences of calls that are verified; a model with more (layer drop) is looked at now and then
 SPOT_CHECKS = 1 / 128  # part of the steps that verify one unit again: under 1 % of the time
+DISTURBING, MOVING = 4.0, 0.5  # noise, relative to the weights: it must show in a loss of low precision
 LOOK_AT = (
     "Look for what a module leaves behind or reads besides its arguments: features kept by hooks, attributes such as "
     "self.aux, outputs of layers inside a block (attentions, router logits), weights of other modules"
 )
 
 
-def inspect(batch: Batch, *, together: bool) -> None:
-    """Verify the units without a verdict, all of them after a new sequence of calls; now and then one unit again.
-
-    ``together`` says that trials move all units at once, too.
-    """
+def inspect(batch: Batch) -> None:
+    """Verify the units without a verdict, all of them after a new sequence of calls; now and then one unit again."""
     losses = batch.losses
     if losses.cache is None or not losses.cache.records or losses.learned.gradients:
         return
     moves: Moves = {unit.name: unit.active_params() for unit in batch.units}
-    if together:
-        moves[ALL_UNITS] = [p for params in moves.values() for p in params]
     sequence = tuple(module for module, _ in losses.cache.records)
     seen = losses.learned.sequences
     if sequence not in seen and len(seen) < MOST_SEQUENCES:
@@ -58,15 +54,15 @@ def _verify(batch: Batch, moves: Mapping[str, Sequence[Tensor]]) -> None:
     losses, counted = batch.losses, batch.losses.forwards
     with losses.waiting():
         cached, everything = {}, [p for unit in batch.units for p in unit.active_params()]
-        _nudge(everything)
+        _nudge(everything, DISTURBING)
         losses.outcome(ALL_UNITS, everything, replay=False)
         batch.rewind()
         for name, params in reversed(moves.items()):  # top down: no trial touches what those after it replay
-            _nudge(params)
+            _nudge(params, MOVING)
             cached[name] = losses.outcome(name, params, replay=True)
             batch.rewind()
         for name, params in moves.items():
-            _nudge(params)
+            _nudge(params, MOVING)
             full = losses.outcome(name, params, replay=False)
             batch.rewind()
             assert not isinstance(full, Exception)
@@ -103,10 +99,10 @@ def _warn_of_obstacles(losses: Losses) -> None:
         warnings.warn(f"fastals: calls of {name!r} are computed in every trial: {obstacle}", stacklevel=2)
 
 
-def _nudge(params: Sequence[Tensor]) -> None:
-    """Change weights by noise, always the same: enough to show in a loss of low precision."""
+def _nudge(params: Sequence[Tensor], scale: float) -> None:
+    """Add noise to weights, always the same; ``scale`` is relative to their mean absolute value."""
     for p in params:
         generator = torch.Generator(p.device).manual_seed(0)
         noise = torch.empty_like(p, requires_grad=False).uniform_(-1, 1, generator=generator)
         weights = p.detach()
-        weights.add_(noise * (0.5 * weights.abs().mean() + 0.05))
+        weights.add_(noise * (scale * (weights.abs().mean() + 0.1)))

@@ -23,7 +23,7 @@ from fastals.kernels import all_units
 from fastals.kernels.arena import FLAGS, Arena
 from fastals.kernels.table import Table
 from fastals.kernels.trial import trial
-from fastals.losses import ALL_UNITS, Closure, Learned, Losses
+from fastals.losses import Closure, Learned, Losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +299,7 @@ class Program:
 
 def _settled(learned: Learned, units: Sequence[str]) -> Learned:
     """The same facts with a verdict on every unit, False if unverified."""
-    trusted = {name: learned.trusted.get(name, False) for name in [*units, ALL_UNITS]}
+    trusted = {name: learned.trusted.get(name, False) for name in units}
     return dataclasses.replace(learned, verdicts={learned.replays: trusted})
 
 
