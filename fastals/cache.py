@@ -154,8 +154,9 @@ class ActivationCache:
         self._calls[id(module)] += 1
         arguments = Arguments(args, kwargs)
         known = self.records.get(key) if self._comparison is not None else None
+        call: Call | None = known
         if known is not None and self._is_recorded(known, arguments):
-            output, call = self._replay(known), known
+            output = self._replay(known)
             self._skipped.setdefault(id(module), []).extend(arguments.opaque)
         else:
             output, call = self._compute(module, forward, args, kwargs, arguments)
@@ -205,10 +206,8 @@ class ActivationCache:
         finally:
             self._inside = False
         if call is not None:
-            call.note_end(
-                output, arguments, args, kwargs,
-                stamps=self.stamps, aliases=self._aliases, changing=self.changing, after=self.generators.save(self.drawn),
-            )  # fmt: skip
+            after = self.generators.save(self.drawn)
+            call.note_end(output, arguments, args, kwargs, self.stamps, self._aliases, self.changing, after)
         if id(module) in self._block_names:
             self.forwards[self._block_names[id(module)]] += 1
             self._computed_blocks += 1

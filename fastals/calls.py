@@ -172,7 +172,6 @@ class Call:
         before: Arguments,
         args: tuple,
         kwargs: dict,
-        *,
         stamps: Stamps,
         aliases: Aliases,
         changing: Collection[int],

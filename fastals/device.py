@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from fastals.buffers import Flat, Gradients, Unit, layout, unit_groups
+from fastals.errors import OutdatedError, non_finite
 from fastals.interrupt import uninterrupted
 from fastals.kernels import all_units, armijo
 from fastals.kernels.arena import BATCH, FLAGS, OUTCOMES, REMEMBERED, RING, RULES, STATE, Arena
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.table import Entry, Table
 from fastals.kernels.trial import trial
-from fastals.losses import ALL_UNITS, Losses, OutdatedError, non_finite
+from fastals.learned import ALL_UNITS
+from fastals.losses import Losses
+from fastals.repeatable import reconsider, replay_outdated
 from fastals.report import ACCEPTED, EXHAUSTED, StepReport, UnitReport
 from fastals.schedule import Schedule, keep_all
 from fastals.search import INITIALS, REFERENCES, uniform
@@ -212,7 +215,7 @@ class DeviceBatch:
 
     def check_replay(self, loss: Tensor) -> None:
         """Have the device compare recorded outputs with f(w_t) = ``loss``; the next read of a flag tells."""
-        self.arena.flags[:, OUTDATED] = self.losses.replay_outdated(loss)
+        self.arena.flags[:, OUTDATED] = replay_outdated(self.losses, loss)
 
     def run(self, schedule: Schedule, order: str) -> None:
         """Make the searches of the schedule; if a flag says that the cache was misjudged, start them again."""
@@ -224,8 +227,8 @@ class DeviceBatch:
             self.random = random.Random(self.seed)
             self.rewind()
             self.arena.flags[:, OUTDATED] = 0
-            self.losses.reconsider(self.start)
-            self.losses.trusted.clear()
+            reconsider(self.losses, self.start)
+            self.losses.learned.trusted.clear()
             with self.losses.waiting():  # no guess can be wrong
                 if schedule is not keep_all:
                     inspect(self)

@@ -16,10 +16,13 @@ from fastals import kernels, rng
 from fastals.anatomy import Anatomy, anatomy, distinct_modules
 from fastals.buffers import Unit
 from fastals.cache import ActivationCache
+from fastals.evaluation import Closure
 from fastals.host import HostUnits
 from fastals.interrupt import uninterrupted
-from fastals.losses import Closure, Learned, Losses
+from fastals.learned import Learned
+from fastals.losses import Losses
 from fastals.partition import observed
+from fastals.repeatable import check_repeatable
 from fastals.report import Reports, StepReport
 from fastals.schedule import SCHEDULES, Batch, keep_all
 from fastals.search import MEMORY, plain_memory, schedule_next_search
@@ -36,7 +39,7 @@ class Known(NamedTuple):
     learned: Learned
     cache: ActivationCache | None
     modules: list[nn.Module]
-    parameters: list[Tensor]
+    parameters: Sequence[Tensor]
 
 
 class Partition(Protocol):
@@ -143,7 +146,7 @@ class Engine:
         batch.check_replay(start)
         if not self._repeatable:
             warn_of_processes()
-            batch.losses.check_repeatable(start)
+            check_repeatable(batch.losses, start)
             self._repeatable = True
         if search:
             inspect(batch)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fastals.buffers import Gradients, Unit, unit_groups
 from fastals.kernels import plain
-from fastals.losses import ALL_UNITS, Losses
+from fastals.learned import ALL_UNITS
+from fastals.losses import Losses
+from fastals.repeatable import reconsider, replay_outdated
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import Schedule
 from fastals.search import MEMORY, Search, uniform, visible
@@ -180,8 +182,8 @@ class HostBatch:
 
     def check_replay(self, loss: Tensor) -> None:
         """Correct what is known of the cache if it no longer holds."""
-        if self.losses.replay_outdated(loss):
-            self.losses.reconsider(loss)
+        if replay_outdated(self.losses, loss):
+            reconsider(self.losses, loss)
 
     def run(self, schedule: Schedule, order: str) -> None:
         """Make the searches of the schedule."""

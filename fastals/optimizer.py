@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastals.engine import Engine
-from fastals.losses import NO_CLOSURE
+from fastals.errors import NO_CLOSURE
 from fastals.partition import named, units
 from fastals.report import Reports, StepReport
 from fastals.search import MEMORY, plain_memory

@@ -98,7 +98,7 @@ def refuse_replaced(groups: Sequence[dict], model: nn.Module | None) -> None:
     new = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_units]
     if new:
         raise ValueError(
-            f"{len(new)} trainable parameters are in no unit, {new[0]!r} first: they were unfrozen, added or put in the "
+            f"{len(new)} trainable parameters are in no unit, {new[0]!r} first: they were unfrozen, added or put in "
             "place of others (resize_token_embeddings, a new head) after the optimizer was made, and would never be "
             "trained. Make the optimizer anew, pass them to add_param_group, or set requires_grad=False"
         )
@@ -111,8 +111,8 @@ def refuse_resized(groups: Sequence[dict]) -> None:
             if p.grad is not None and p.grad.shape != p.shape:
                 name = group["param_names"][i] if "param_names" in group else f"a parameter of {group['name']}"
                 raise RuntimeError(
-                    f"{name} was {tuple(p.grad.shape)} when its last gradient was computed and is {tuple(p.shape)} now: "
-                    "resize the model before making the optimizer"
+                    f"{name} was {tuple(p.grad.shape)} when its last gradient was computed and is {tuple(p.shape)} "
+                    "now: resize the model before making the optimizer"
                 )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Holder = dict[str, Tensor | None]  # ``_buffers`` or ``_parameters`` of a module
+Holder = dict[str, Any]  # ``_buffers`` or ``_parameters`` of a module: tensors or None
 Key = tuple[int, str]  # a holder's id and a name in it
 SMALL = 1 << 16  # elements of a tensor of which a copy is kept in any case
 

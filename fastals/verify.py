@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastals.losses import ALL_UNITS, Losses, wrong_trial
+from fastals.errors import wrong_trial
+from fastals.losses import Losses
 from fastals.schedule import Batch
 
 Moves = dict[str, list[Tensor]]  # parameters that a trial moves, by the name of their unit
@@ -39,11 +40,11 @@ def inspect(batch: Batch) -> None:
         _warn_of_obstacles(losses)
         _verify(batch, moves)
         return
-    missing = {name: params for name, params in moves.items() if name not in losses.trusted}
+    missing = {name: params for name, params in moves.items() if name not in losses.learned.trusted}
     if missing:
         _verify(batch, missing)
         return
-    draw, trusted = random.Random(f"{batch.seed}-spot"), [name for name in moves if losses.trusted[name]]
+    draw, trusted = random.Random(f"{batch.seed}-spot"), [name for name in moves if losses.learned.trusted[name]]
     if trusted and draw.random() < SPOT_CHECKS:
         name = draw.choice(trusted)
         _verify(batch, {name: moves[name]})
@@ -52,21 +53,21 @@ def inspect(batch: Batch) -> None:
 def _verify(batch: Batch, moves: Mapping[str, Sequence[Tensor]]) -> None:
     """Enter the verdicts on these units; warn of a unit that loses its trust."""
     losses, counted = batch.losses, batch.losses.forwards
+    assert losses.cache is not None
     with losses.waiting():
         cached, everything = {}, [p for unit in batch.units for p in unit.active_params()]
         _nudge(everything, DISTURBING)
-        losses.outcome(ALL_UNITS, everything, replay=False)
+        losses.full()
         batch.rewind()
-        for name, params in reversed(moves.items()):  # top down: no trial touches what those after it replay
+        for name, params in reversed(list(moves.items())):  # top down: no trial touches what those after it replay
             _nudge(params, MOVING)
-            cached[name] = losses.outcome(name, params, replay=True)
+            cached[name] = losses.cached(name, params)
             batch.rewind()
         for name, params in moves.items():
             _nudge(params, MOVING)
-            full = losses.outcome(name, params, replay=False)
+            full = losses.full()
             batch.rewind()
-            assert not isinstance(full, Exception)
-            _judge(losses, name, losses.difference(cached[name], full))
+            _judge(losses, name, full.difference(cached[name], losses.cache.names))
     losses.forwards = counted
 
 
@@ -78,11 +79,11 @@ def _judge(losses: Losses, name: str, difference: str) -> None:
     """
     if difference and losses.check:
         raise wrong_trial(name, f"{difference}. {LOOK_AT}")
-    if difference and losses.trusted.get(name, True):
+    if difference and losses.learned.trusted.get(name, True):
         warnings.warn(
             f"fastals: trials of unit {name!r} run without the activation cache: {difference}. {LOOK_AT}", stacklevel=2
         )
-    losses.trusted[name] = not difference
+    losses.learned.trusted[name] = not difference
 
 
 def _warn_of_obstacles(losses: Losses) -> None:

@@ -15,12 +15,14 @@ FLOORS = (  # from the top; modules of one folder may use each other
     ("engine",),
     ("host", "device"),
     ("settings", "verify"),
-    ("schedule",),
+    ("schedule", "repeatable"),
     ("losses", "search"),
+    ("evaluation",),
+    ("learned",),
     ("buffers", "cache"),
     ("compare",),
     ("calls",),
-    ("surroundings", "stamps", "partition", "presets", "report", "rng", "interrupt", "intercept", "anatomy"),
+    ("surroundings", "stamps", "partition", "presets", "report", "rng", "interrupt", "intercept", "anatomy", "errors"),
     ("kernels",),
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}

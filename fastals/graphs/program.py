@@ -19,11 +19,13 @@ from torch import Tensor
 from fastals import rng
 from fastals.device import Action, DeviceBatch, DeviceUnits, DirectExecutor
 from fastals.engine import Engine, in_forward_order
+from fastals.evaluation import Closure
 from fastals.kernels import all_units
 from fastals.kernels.arena import FLAGS, Arena
 from fastals.kernels.table import Table
 from fastals.kernels.trial import trial
-from fastals.losses import Closure, Learned, Losses
+from fastals.learned import Learned
+from fastals.losses import Losses
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,44 @@
+"""Errors that a closure can cause, and that steps raise by themselves."""
+
+from torch import Tensor
+
+NO_CLOSURE = (
+    "ALS.step needs a closure that evaluates the loss of this mini-batch: "
+    "opt.step(lambda: model(**batch).loss), or opt.step(closure, loss=loss) after loss.backward()"
+)
+
+
+class BackwardError(RuntimeError):
+    """The closure called backward in a trial."""
+
+    def __init__(self) -> None:
+        super().__init__("the closure called backward in a trial: let it return the loss only")
+
+
+class OutdatedError(Exception):
+    """A flag of the device says that what is known of the activation cache no longer holds."""
+
+
+def non_finite(loss: float) -> FloatingPointError:
+    """The error for a loss that is not finite at the start of a step."""
+    return FloatingPointError(
+        f"the loss at the current weights is {loss}: the step was refused and nothing moved. Look at "
+        "this mini-batch and at the weights (a padded row without labels, an overflow in half precision)"
+    )
+
+
+def wrong_trial(unit: str, difference: str) -> RuntimeError:
+    """The error of ``cache="check"``."""
+    return RuntimeError(f"cache='check' has found a wrong trial of unit {unit!r}: {difference}")
+
+
+def not_repeatable(first: Tensor, again: Tensor, unlike: str) -> ValueError:
+    """The error for a closure that is not a function of the weights; ``unlike`` is the first call that differs."""
+    where = f" The first call that differs is that of {unlike}." if unlike else ""
+    return ValueError(
+        f"the closure returned {float(first):.9g} and then {float(again):.9g} for the same weights, but it must be the "
+        f"same function at every call of a step.{where} Usual causes: it takes a new batch at each call (take it "
+        "before opt.step), it draws random numbers from a generator of its own (the global ones of torch, NumPy and "
+        "Python are held), it carries a state over from call to call (a recurrent state, a counter, a cache), or a "
+        "fast path of evaluation mode computes something else without gradients (model.train())"
+    )

@@ -1,0 +1,231 @@
+"""Evaluations of a closure: every one of a step is of the same function of the trained weights."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastals import rng
+from fastals.cache import ActivationCache, Key, StaleRecordError
+from fastals.compare import Comparison, same_loss, same_outputs
+from fastals.errors import NO_CLOSURE, BackwardError
+from fastals.learned import Learned
+from fastals.surroundings import Surroundings
+
+Closure = Callable[[], Tensor]
+
+
+class Outcome(NamedTuple):
+    """A loss, and the digests of the outputs of all boundary calls."""
+
+    loss: Tensor
+    outputs: dict[Key, list[Tensor]]
+
+    def difference(self, cached: "Outcome | Exception", names: dict[int, str]) -> str:
+        """How a cached trial differs from this full forward, with the first call that does; empty if it does not."""
+        if isinstance(cached, Exception):
+            return f"{type(cached).__name__}: {cached}"
+        pairs = ((key, cached.outputs.get(key), output) for key, output in self.outputs.items())
+        first = next((key for key, a, b in pairs if not same_outputs(a, b)), None)
+        if first is None and bool(same_loss(cached.loss, self.loss)):
+            return ""
+        place = "" if first is None else f", first in call {first[1] + 1} of {names[first[0]]!r}"
+        return f"a cached trial gave {float(cached.loss)}, a full forward {float(self.loss)}{place}"
+
+
+class Evaluations:
+    """Evaluates a closure, always from the same generators, buffers and untrained parameters.
+
+    Args:
+        closure: evaluates the loss.
+        params: the trained parameters.
+        modules: all modules that the closure may use.
+        cache: replays calls of modules, or None.
+        learned: what earlier steps have found out.
+        lazy: whether comparisons of values must not wait for the device, but in a step that finds everything out.
+
+    Attributes:
+        forwards: full forwards so far, the first one included; a cached trial is a part of one.
+        wait: whether comparisons of values may wait for the device.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: Sequence[Tensor],
+        modules: Sequence[nn.Module],
+        cache: ActivationCache | None,
+        learned: Learned,
+        *,
+        lazy: bool = False,
+    ) -> None:
+        self.closure, self.params, self.cache, self.learned = closure, params, cache, learned
+        self.wait = not lazy or not learned.watched
+        self.generators = rng.Generators(rng.cuda_devices(params)) if cache is None else cache.generators
+        self.before = self.after = self.generators.save()
+        self.around = Surroundings(modules, set(map(id, params)), learned.memory, watch=not learned.watched)
+        self.forwards = 1.0
+        if cache is not None:
+            cache.drawn, cache.changing = learned.drawn, self.around.kept
+            cache.stamps.at_start([*params, *self.around.changing])
+
+    def restart(self) -> None:
+        """Take the present generators and buffers as the start of the step."""
+        self.before = self.after = self.generators.save()
+        self.around.restart()
+
+    def comparison(self, name: str, *, unknown: bool = False) -> Comparison:
+        """Compares arguments in an evaluation of this name."""
+        return Comparison(name, self.learned.guesses, wait=self.wait, unknown=unknown)
+
+    def run(self, comparison: Comparison | None = None, *, record: bool = False, note_outputs: bool = False) -> Tensor:
+        """One evaluation from the start of the step: in full, or with calls replayed."""
+
+        def running() -> AbstractContextManager:
+            if self.cache is None:
+                return nullcontext()
+            if comparison is None:
+                return self.cache.computing(record=record, note_outputs=note_outputs)
+            return self.cache.replaying(comparison, record=record, note_outputs=note_outputs)
+
+        self.rewind()
+        try:
+            return self.quietly(running).detach()
+        finally:
+            self.forwards += self.cache.share if self.cache is not None else 1.0
+
+    def rewind(self) -> None:
+        """Go back to the start of the step with everything but the trained weights."""
+        self.generators.restore(self.before)
+        self.around.put_back()
+        if self.cache is not None:
+            self.cache.stamps.put_back(self.around.written_tensors)
+
+    def quietly(self, running: Callable[[], AbstractContextManager]) -> Tensor:
+        """An evaluation without gradients, or with gradients if the closure takes some inside.
+
+        Raises:
+            BackwardError: the closure calls backward.
+        """
+        if not self.learned.gradients:
+            try:
+                with self._no_backward():
+                    return self.evaluate(running(), torch.no_grad())
+            except RuntimeError as error:
+                if isinstance(error, BackwardError) or "grad" not in str(error):
+                    raise
+            self.rewind()
+        needed, self.learned.gradients = self.learned.gradients, True
+        try:
+            with self._no_backward():
+                loss = self.evaluate(running(), torch.enable_grad())
+            needed = True
+        finally:
+            self.learned.gradients = needed
+        return loss
+
+    @contextmanager
+    def _no_backward(self) -> Iterator[None]:
+        """Hide the gradients inside the ``with`` block.
+
+        Raises:
+            BackwardError: there are new ones.
+        """
+        held = [(p, p.grad) for p in self.params]
+        for p in self.params:
+            p.grad = None
+        try:
+            yield
+            if any(p.grad is not None for p in self.params):
+                raise BackwardError
+        finally:
+            for p, grad in held:
+                p.grad = grad
+
+    def evaluate(self, running: AbstractContextManager, gradients: AbstractContextManager) -> Tensor:
+        """Call the closure.
+
+        Raises:
+            StaleRecordError: it drew from a generator that was not watched while calls were replayed.
+        """
+        torch.clear_autocast_cache()  # casts of the weights before this evaluation are stale
+        with _no_fast_path(), self.around.evaluation(), running, gradients:
+            loss = checked(self.closure())
+        drawn = self.learned.drawn
+        if drawn is None or self.cache is None:
+            return loss
+        if moved := self.generators.moved({n: s for n, s in self.before.items() if n not in drawn}):
+            drawn |= moved
+            self.cache.forget()
+            if self.cache.replays:
+                raise StaleRecordError
+        return loss
+
+    def recording(self) -> AbstractContextManager:
+        """Surrounds the evaluation whose calls trials replay."""
+        return self.cache.recording() if self.cache is not None else nullcontext()
+
+    def replayed(self, comparison: Comparison, *, note_outputs: bool = False) -> Tensor | Exception:
+        """The loss with recorded outputs, or the error of a closure that needs more than these outputs.
+
+        After an error a full forward and a second replay follow. If only the replays fail, the error is returned. If
+        the full forward fails, or the second replay does not, the error is the closure's own and is raised.
+        """
+        try:
+            return self.run(comparison, note_outputs=note_outputs)
+        except StaleRecordError:
+            return self.run(note_outputs=note_outputs)
+        except Exception as error:
+            self.run()
+            try:
+                self.run(comparison)
+            except Exception:
+                return error
+            raise
+
+    def record_again(self) -> None:
+        """Record the calls of a forward without gradients, as trials make them."""
+        self.run(record=True)
+        self.adopt()
+
+    def adopt(self) -> None:
+        """From now on replay the calls of the last evaluation, if they were kept."""
+        if self.cache is not None:
+            self.cache.adopt()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Comparisons of values may wait for the device inside the ``with`` block."""
+        waited, self.wait = self.wait, True
+        try:
+            yield
+        finally:
+            self.wait = waited
+
+
+def checked(loss: object) -> Tensor:
+    """The loss as a 0-d tensor.
+
+    Raises:
+        TypeError, ValueError: it is no scalar tensor.
+    """
+    if loss is None:
+        raise TypeError(f"the closure returned None. {NO_CLOSURE}")
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the closure returned a {type(loss).__name__}, not a tensor: return the loss (outputs.loss)")
+    if loss.numel() != 1:
+        raise ValueError(f"the closure returned a loss of shape {tuple(loss.shape)}: reduce it to a scalar")
+    return loss.reshape(())
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Keep torch from the fast path of transformer layers, which it takes only where no gradient is needed."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -1,0 +1,105 @@
+"""Look whether a closure is the same function at every call, and whether its loss reads recorded outputs alone."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastals.compare import digest, same_loss, same_outputs
+from fastals.errors import non_finite, not_repeatable
+from fastals.losses import Losses
+
+AGAIN = "f(w_t)"  # the name of an evaluation at w_t
+
+
+def replay_outdated(losses: Losses, loss: Tensor) -> Tensor:
+    """Whether what is known of the closure no longer holds, as a 0-d bool on the loss's device; nothing waits for it.
+
+    The closure runs with all boundary calls replayed, and its loss is compared with f(w_t) = ``loss``. The two differ
+    if the loss reads more than the outputs (attentions, router logits), and if the closure is not repeatable. If the
+    closure fails without these, :attr:`fastals.learned.Learned.replays` becomes False here.
+    """
+    no = torch.zeros_like(loss, dtype=torch.bool)
+    cache, learned = losses.cache, losses.learned
+    if cache is None or not cache.records or learned.gradients:
+        return no
+    counted, comparison = losses.forwards, losses.comparison(AGAIN, unknown=True)
+    again = losses.replayed(comparison)
+    losses.forwards, losses.unlike = counted, cache.missed if cache.unlike else ""
+    if learned.gradients:  # it has just been found out
+        return no
+    if not isinstance(again, Tensor):
+        learned.replays = False
+        return no
+    outdated = same_loss(again, loss, rounds=learned.rounds) != learned.replays
+    if comparison.differs is not None:
+        outdated = outdated | comparison.differs
+    return outdated | bool(losses.unlike)
+
+
+def reconsider(losses: Losses, loss: Tensor) -> None:
+    """Correct what is known of the closure after :func:`replay_outdated`; waits for the device.
+
+    Raises:
+        ValueError: the closure is not repeatable; f(w_t) was ``loss``.
+    """
+    counted, learned = losses.forwards, losses.learned
+    full = check_repeatable(losses, loss)
+    if losses.unlike and not learned.gradients and not _gives_the_same_outputs_twice(losses):
+        raise not_repeatable(loss, full, losses.unlike)
+    if not learned.gradients:
+        with losses.waiting():
+            again = losses.replayed(losses.comparison(AGAIN))
+        learned.replays = isinstance(again, Tensor) and bool(same_loss(again, full))
+        learned.rounds |= not bool(same_loss(full, loss))
+    losses.forwards = counted
+
+
+def check_repeatable(losses: Losses, loss: Tensor) -> Tensor:
+    """The loss of another full forward at w_t; the closure may turn out to need gradients for it.
+
+    Raises:
+        ValueError: it is not f(w_t) = ``loss``, up to rounding.
+    """
+    if not math.isfinite(float(loss)):
+        raise non_finite(float(loss))
+    learned = losses.learned
+    full = losses.run(note_outputs=True)
+    if not bool(same_loss(full, loss, rounds=True)) and not learned.gradients:
+        learned.gradients = True  # without gradients torch may take another path
+        full = losses.run()
+    if not bool(same_loss(full, loss, rounds=True)):
+        learned.gradients = False
+        raise not_repeatable(loss, full, _unlike_call(losses))
+    _compare_with_records(losses)
+    return full
+
+
+def _compare_with_records(losses: Losses) -> None:
+    """Find out whether the full forward just made has rounded otherwise than the recorded one."""
+    cache, learned = losses.cache, losses.learned
+    if cache is None or learned.gradients or learned.rounds or losses.unlike:
+        return
+    outputs = cache.outputs or {}
+    calls = [(key, c) for key, c in cache.records.items() if key in outputs and c.output_stands(cache.stamps)]
+    learned.rounds = any(not same_outputs(digest(call.output), outputs[key]) for key, call in calls)
+    if learned.rounds:
+        losses.record_again()
+
+
+def _gives_the_same_outputs_twice(losses: Losses) -> bool:
+    assert losses.cache is not None
+    outputs = []
+    for _ in range(2):
+        losses.run(note_outputs=True)
+        outputs.append(losses.cache.outputs or {})
+    return all(same_outputs(outputs[0].get(key), output) for key, output in outputs[1].items())
+
+
+def _unlike_call(losses: Losses) -> str:
+    """The first call that is not the recorded one when the closure runs again at w_t."""
+    if losses.cache is None or not losses.cache.records:
+        return ""
+    with losses.waiting():
+        again = losses.replayed(losses.comparison(AGAIN))
+    return losses.cache.missed if isinstance(again, Tensor) else ""
