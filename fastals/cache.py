@@ -42,7 +42,7 @@ class ActivationCache:
         replays: whether the last evaluation replayed calls.
         outputs: what :func:`digest` says of the output of every call in the last evaluation, if asked for.
         missed: the first call that was computed although it was recorded, and why.
-        unlike: whether such a call gave another output.
+        unlike: whether such a call gave another output in an evaluation at w_t.
     """
 
     def __init__(self, model: nn.Module | None, further: Sequence[nn.Module], generators: Generators) -> None:
@@ -56,6 +56,7 @@ class ActivationCache:
             if root is not None:
                 self._add(root, prefix=f"modules[{i - 1}]." if i else "")
         self._places = {id(b): _places(b) for b in self.boundaries}
+        self._attributes = {id(b): [m.__dict__ for m in b.modules()] for b in self.boundaries}
         self.forwards: Counter[str] = Counter()
         self.share = 1.0
         self.records: dict[Key, Call] = {}
@@ -160,7 +161,8 @@ class ActivationCache:
             self._skipped.setdefault(id(module), []).extend(arguments.opaque)
         else:
             output, call = self._compute(module, forward, args, kwargs, arguments)
-            self.unlike |= known is not None and known.gave_another(output, self.stamps)
+            if known is not None and self._comparison is not None and self._comparison.at_start:
+                self.unlike |= known.gave_another(output, self.stamps)
         if self.fresh is not None and call is not None:
             self.fresh[key] = call
         if self.outputs is not None:
@@ -182,9 +184,11 @@ class ActivationCache:
             return "its gradient is needed"
         if not call.reads_the_same(self.stamps):
             return "its parameters, its buffers or its output have been written"
+        if not self._comparison.same(call, arguments, self.stamps):
+            return "its arguments are others"
         if self.generators.moved(call.before):
             return "random numbers were drawn before it that were not drawn the first time"
-        return "" if self._comparison.same(call, arguments, self.stamps) else "its arguments are others"
+        return ""
 
     def _replay(self, call: Call) -> Any:
         self.generators.restore(call.after)
@@ -199,7 +203,8 @@ class ActivationCache:
         call = None
         if self.fresh is not None:
             before = self.generators.save(self.drawn)
-            call = Call(module, arguments, self._places[id(module)], self.stamps, self._aliases, before)
+            inside = self._places[id(module)], self._attributes[id(module)]
+            call = Call(module, arguments, *inside, self.stamps, self._aliases, before)
         self._inside = True
         try:
             output = forward(*args, **kwargs)

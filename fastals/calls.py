@@ -1,5 +1,6 @@
 """Recorded calls of modules: what went in, what the call read, wrote and drew, and what came out."""
 
+import copy
 import dataclasses
 import enum
 from collections.abc import Collection, Sequence
@@ -13,13 +14,16 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastals.rng import States
 from fastals.stamps import Stamp, Stamps
-from fastals.surroundings import Holder
+from fastals.surroundings import Holder, Kept
 
 Place = tuple[Holder, str]
 PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size, type(None), slice)
 
 
+KNOWN = (Tensor, *PLAIN)
+CONSTANTS = frozenset((bool, int, float, complex, str, bytes, type(None)))  # the most frequent types of leaves
 DEEPEST = 4  # levels of attributes at which tensors are looked for in an object
+MOST = 1000  # parts of an object that are looked at
 
 
 class Arguments:
@@ -31,40 +35,59 @@ class Arguments:
 
     def __init__(self, args: tuple, kwargs: dict) -> None:
         self.leaves, self.shape = flatten((args, kwargs))
-        self.opaque = [leaf for leaf in self.leaves if not isinstance(leaf, (Tensor, *PLAIN))]
+        others = [leaf for leaf in self.leaves if type(leaf) not in CONSTANTS]
+        self.opaque = [leaf for leaf in others if not isinstance(leaf, KNOWN)]
 
 
-def flatten(tree: Any) -> tuple[list[Any], list[Any]]:
+def flatten(tree: Any, depth: int = DEEPEST) -> tuple[list[Any], list[Any]]:
     """The leaves of a nest of containers and objects, and its shape, which can be compared."""
     leaves, spec = tree_flatten(tree)
     shape: list[Any] = [spec]
-    if all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
+    if all(type(leaf) in CONSTANTS or isinstance(leaf, KNOWN) for leaf in leaves):
         return leaves, shape
     flat: list[Any] = []
     for leaf in leaves:
-        inside = _attributes(leaf)
+        inside = _attributes(leaf) if depth else None
         if inside is None:
             flat.append(leaf)
         else:
-            more, below = flatten(inside)
+            more, below = flatten(inside, depth - 1)
             flat += more
             shape += type(leaf), below
     return flat, shape
 
 
 def contents(thing: Any, depth: int = DEEPEST) -> list[Any]:
-    """Tensors and constants inside an object, through containers and attributes; of other objects inside the type."""
-    if isinstance(thing, (Tensor, *PLAIN)):
+    """Tensors and constants inside an object, through containers and attributes.
+
+    Of a function or a module only the type is taken, and of an object without attributes the object itself.
+    """
+    if isinstance(thing, KNOWN):
         return [thing]
+    if hasattr(thing, "tobytes"):  # NumPy's arrays and scalars
+        return [str(thing.dtype), torch.Size(thing.shape), thing.tobytes()]
     found: list[Any] = [type(thing)]
-    if isinstance(thing, dict):
-        parts: Any = thing.values()
-    else:
-        parts = thing if isinstance(thing, (list, tuple)) else getattr(thing, "__dict__", {}).values()
-    if depth and not callable(thing):
-        for part in parts:
+    if callable(thing) or not depth:
+        return found
+    parts = _parts(thing)
+    if parts is None:
+        return [thing]
+    for part in parts:
+        if len(found) < MOST:
             found += contents(part, depth - 1)
     return found
+
+
+def _parts(thing: Any) -> list[Any] | None:
+    """What a container holds, or the attributes of an object; None if it has none."""
+    if isinstance(thing, dict):
+        return [*thing.keys(), *thing.values()]
+    if isinstance(thing, (list, tuple)):
+        return list(thing)
+    slots = [name for cls in type(thing).__mro__ for name in getattr(cls, "__slots__", ())]
+    if not slots and not hasattr(thing, "__dict__"):
+        return None
+    return [*(getattr(thing, name, None) for name in slots), *getattr(thing, "__dict__", {}).values()]
 
 
 def _attributes(leaf: Any) -> dict[str, Any] | None:
@@ -79,36 +102,54 @@ def _attributes(leaf: Any) -> dict[str, Any] | None:
 
 @dataclass(slots=True)
 class Write:
-    """What a call has left at a place of its module: a tensor, its values, and its stamp."""
+    """What a call has left at a place of its module: a tensor with its values, and its stamp."""
 
     place: Place
-    tensor: Tensor | None
-    values: Tensor | None
+    kept: Kept | None
     stamp: Stamp
 
     @classmethod
     def of(cls, place: Place, tensor: Tensor | None, stamps: Stamps) -> "Write":
         """The tensor as it is now, with a stamp of its own."""
         if tensor is None:
-            return cls(place, None, None, 0)
+            return cls(place, None, 0)
         stamp = stamps.new()
         stamps.stand(tensor, stamp)
-        return cls(place, tensor, tensor.detach().clone(), stamp)
+        return cls(place, Kept.of(tensor), stamp)
 
     def repeat(self, stamps: Stamps) -> None:
         """Leave the same again."""
         holder, name = self.place
-        holder[name] = self.tensor
-        if self.tensor is not None and self.values is not None:
-            self.tensor.detach().copy_(self.values)
-            stamps.stand(self.tensor, self.stamp)
+        holder[name] = None if self.kept is None else self.kept.tensor
+        if self.kept is not None:
+            self.kept.put_back()
+            stamps.stand(self.kept.tensor, self.stamp)
+
+
+def tensor_attributes(modules: Sequence[dict[str, Any]]) -> dict[tuple[int, str], Tensor]:
+    """The tensors among the attributes of modules, which are given by their ``__dict__``."""
+    return {(i, n): v for i, attributes in enumerate(modules) for n, v in attributes.items() if type(v) is Tensor}
+
+
+class Recorded(NamedTuple):
+    """An object among the outputs that is known by its attributes, with what is kept of them."""
+
+    thing: Any
+    attributes: dict[str, Any]
+
+    def again(self) -> Any:
+        """A copy with the recorded attributes."""
+        made = copy.copy(self.thing)
+        for name, value in self.attributes.items():
+            object.__setattr__(made, name, value)
+        return made
 
 
 class Aliases:
     """What is kept of the tensors and objects that are recorded during one evaluation, once for each.
 
-    The alias of a tensor shares storage and version and holds no graph. Of an opaque object the contents are kept that
-    it had when it was first an argument: what calls do to it later belongs to these calls.
+    The alias of a tensor with a graph shares storage and version; a tensor without one is kept itself. Of an opaque
+    object the contents are kept that it had when it was first an argument: what calls do to it later belongs to them.
     """
 
     def __init__(self, stamps: Stamps) -> None:
@@ -116,8 +157,8 @@ class Aliases:
         self._known: dict[int, tuple[Any, Any]] = {}
 
     def of(self, leaf: Any) -> Any:
-        """The alias of a tensor, the contents of an opaque object, or a constant or parameter itself."""
-        if isinstance(leaf, (nn.Parameter, *PLAIN)):
+        """The alias of a tensor with a graph, the contents of an opaque object, or anything else itself."""
+        if isinstance(leaf, PLAIN) or (isinstance(leaf, Tensor) and (not leaf.requires_grad or leaf.is_leaf)):
             return leaf
         if id(leaf) not in self._known:
             self._known[id(leaf)] = leaf, leaf.detach() if isinstance(leaf, Tensor) else self._contents(leaf)
@@ -149,21 +190,25 @@ class Call:
         module: nn.Module,
         arguments: Arguments,
         places: Sequence[Place],
+        attributes: Sequence[dict[str, Any]],
         stamps: Stamps,
         aliases: Aliases,
         before: States,
     ) -> None:
-        """Note what the call is about to read."""
+        """Note what the call is about to read; ``attributes`` has the ``__dict__`` of the modules inside."""
         self.module, self.shape = module, arguments.shape
         self.places, self.before, self.after = places, before, before
         self.inputs = [aliases.of(leaf) for leaf in arguments.leaves]
         self.input_stamps = [stamps.of(t) if isinstance(t, Tensor) else 0 for t in self.inputs]
         tensors = (holder.get(name) for holder, name in places)
         self.read = [(t, stamps.of(t)) for t in tensors]
+        self.training = [a.get("training") for a in attributes]
         self.writes: list[Write] = []
+        self.attributes, self.attributes_before = attributes, tensor_attributes(attributes)
+        self.left: list[tuple[int, str, Tensor]] = []  # tensors that the call has left as attributes
         self.output: list[Any] = []
         self.output_spec: TreeSpec | None = None
-        self.output_stamps: list[Stamp] = []
+        self.output_stamps: list[tuple[Tensor, Stamp]] = []
         self.obstacle, self.tracked = "", True
 
     def note_end(
@@ -181,12 +226,19 @@ class Call:
         leaves, self.output_spec = tree_flatten(output)
         self.obstacle = self._find_obstacle(leaves, before.leaves, flatten((args, kwargs))[0], stamps)
         self.tracked = not torch.is_grad_enabled() or any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
-        self.output = [aliases.of(leaf) for leaf in leaves]
-        self.output_stamps = [stamps.of(t) if isinstance(t, Tensor) else 0 for t in self.output]
+        self.output = [_recorded(leaf, aliases) for leaf in leaves]
+        kept = [v for leaf in self.output for v in (leaf.attributes.values() if isinstance(leaf, Recorded) else [leaf])]
+        self.output_stamps = [(t, stamps.of(t)) for t in kept if isinstance(t, Tensor)]
         for place, (tensor, stamp) in zip(self.places, self.read, strict=True):
             now = place[0].get(place[1])
             if now is not tensor or id(now) in changing or stamps.of(now) != stamp:
                 self.writes.append(Write.of(place, now, stamps))
+        for (i, name), tensor in tensor_attributes(self.attributes).items():
+            if self.attributes_before.get((i, name)) is not tensor:
+                alias = aliases.of(tensor)
+                self.left.append((i, name, alias))
+                self.output_stamps.append((alias, stamps.of(alias)))
+        self.attributes_before = {}
         self.after = after
 
     def _find_obstacle(self, output: Sequence[Any], before: Sequence[Any], now: Sequence[Any], stamps: Stamps) -> str:
@@ -194,33 +246,54 @@ class Call:
         written = any(isinstance(t, Tensor) and stamps.of(t) != stamp for t, stamp in noted)
         if written or len(now) != len(before) or any(map(is_not, now, before)):
             return "it changes its arguments in place"
-        if any(not isinstance(leaf, (Tensor, *PLAIN)) for leaf in output):
+        if any(not isinstance(leaf, KNOWN) and not _is_flat(leaf) for leaf in output):
             return "its output holds more than tensors and constants"
         return ""
 
     def reads_the_same(self, stamps: Stamps) -> bool:
-        """Whether parameters and buffers are those that the call has read, and its output has not been written."""
+        """Whether parameters, buffers and training flags are those of the call, and its output has not been written."""
         for (holder, name), (tensor, stamp) in zip(self.places, self.read, strict=True):
             now = holder.get(name)
             if now is not tensor or stamps.of(now) != stamp:
                 return False
-        return self.output_stands(stamps)
+        return [a.get("training") for a in self.attributes] == self.training and self.output_stands(stamps)
 
     def output_stands(self, stamps: Stamps) -> bool:
-        """Whether nobody has written into the recorded output."""
-        noted = zip(self.output, self.output_stamps, strict=True)
-        return all(stamps.of(t) == stamp for t, stamp in noted if isinstance(t, Tensor))
+        """Whether nobody has written into the recorded output and attributes."""
+        return all(stamps.of(t) == stamp for t, stamp in self.output_stamps)
 
     def replay(self, stamps: Stamps) -> Any:
-        """Write what the call has written, and return its output, in containers of its own."""
+        """Write and leave what the call has written and left, and return its output."""
         for write in self.writes:
             write.repeat(stamps)
+        for i, name, tensor in self.left:
+            self.attributes[i][name] = tensor
+        return self.replay_output()
+
+    def replay_output(self) -> Any:
+        """The output, in containers of its own."""
         assert self.output_spec is not None
-        return tree_unflatten(self.output, self.output_spec)
+        output = [leaf.again() if isinstance(leaf, Recorded) else leaf for leaf in self.output]
+        return tree_unflatten(output, self.output_spec)
 
     def gave_another(self, output: Any, stamps: Stamps) -> bool:
         """Whether the recorded output, if it still stands, differs from this one on the CPU."""
         tensors = [(a, b) for a, b in zip(self.output, tree_flatten(output)[0], strict=False) if isinstance(a, Tensor)]
-        if self.obstacle or not self.output_stands(stamps) or any(a.device.type != "cpu" for a, _ in tensors):
+        comparable = all(a.device.type == "cpu" and a.layout == torch.strided for a, _ in tensors)
+        if self.obstacle or not comparable or not self.output_stands(stamps):
             return False
         return any(not isinstance(b, Tensor) or a.dtype != b.dtype or not torch.equal(a, b) for a, b in tensors)
+
+
+def _is_flat(thing: Any) -> bool:
+    """Whether an object is known by its attributes, and these are tensors and constants."""
+    inside = _attributes(thing)
+    return inside is not None and all(isinstance(v, KNOWN) for v in inside.values())
+
+
+def _recorded(leaf: Any, aliases: Aliases) -> Any:
+    """What is kept of a leaf of an output."""
+    inside = None if isinstance(leaf, KNOWN) else _attributes(leaf)
+    if inside is None:
+        return aliases.of(leaf)
+    return Recorded(leaf, {name: aliases.of(v) for name, v in inside.items()})

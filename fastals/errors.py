@@ -27,18 +27,22 @@ def non_finite(loss: float) -> FloatingPointError:
     )
 
 
-def wrong_trial(unit: str, difference: str) -> RuntimeError:
-    """The error of ``cache="check"``."""
-    return RuntimeError(f"cache='check' has found a wrong trial of unit {unit!r}: {difference}")
+class CheckError(RuntimeError):
+    """With ``cache="check"``, a cached trial is not what a full forward gives."""
+
+    def __init__(self, unit: str, difference: str) -> None:
+        super().__init__(f"cache='check' has found a wrong trial of unit {unit!r}: {difference}")
 
 
 def not_repeatable(first: Tensor, again: Tensor, unlike: str) -> ValueError:
     """The error for a closure that is not a function of the weights; ``unlike`` is the first call that differs."""
+    a, b = float(first), float(again)
+    returned = f"returned {a:.9g} and then {b:.9g}" if a != b else f"returned {a:.9g} twice, by other activations,"
     where = f" The first call that differs is that of {unlike}." if unlike else ""
     return ValueError(
-        f"the closure returned {float(first):.9g} and then {float(again):.9g} for the same weights, but it must be the "
-        f"same function at every call of a step.{where} Usual causes: it takes a new batch at each call (take it "
-        "before opt.step), it draws random numbers from a generator of its own (the global ones of torch, NumPy and "
-        "Python are held), it carries a state over from call to call (a recurrent state, a counter, a cache), or a "
-        "fast path of evaluation mode computes something else without gradients (model.train())"
+        f"the closure {returned} for the same weights, but it must be the same function at every call of a step."
+        f"{where} Usual causes: it takes a new batch at each call (take it before opt.step), it draws random numbers "
+        "from a generator of its own (the global ones of torch, NumPy and Python are held), it carries a state over "
+        "from call to call (a recurrent state, a counter, a cache), or a fast path of evaluation mode computes "
+        "something else without gradients (model.train())"
     )

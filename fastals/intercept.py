@@ -1,8 +1,9 @@
 """Intercept the calls of modules for a while."""
 
-import functools
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,24 @@ def below_compiled(model: nn.Module) -> set[int]:
     return {id(inner) for m in compiled for inner in m.modules() if inner is not m}
 
 
+class Intercepted:
+    """Stands for the forward of a module; a copy of the module gets its plain forward."""
+
+    def __init__(self, intercept: Callable, module: nn.Module, forward: Callable, own: Any) -> None:
+        self.intercept, self.module, self.plain, self.own = intercept, module, forward, own
+        self.__wrapped__ = forward  # for those who ask for its signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Have the call intercepted."""
+        return self.intercept(self.module, self.plain, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The forward that the copied module had before, its own or that of its class."""
+        if self.own is not None:
+            return copy.deepcopy(self.own, memo)
+        return MethodType(type(self.module).forward, memo[id(self.module)])
+
+
 @contextmanager
 def intercepted(modules: Iterable[nn.Module], intercept: Callable) -> Iterator[None]:
     """Route the calls of the modules through ``intercept`` inside the ``with`` block, and restore them after it."""
@@ -21,8 +40,9 @@ def intercepted(modules: Iterable[nn.Module], intercept: Callable) -> Iterator[N
     try:
         for module in modules:
             name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-            saved.append((module, name, module.__dict__.get(name)))
-            object.__setattr__(module, name, _bind(intercept, module, getattr(module, name)))
+            own = module.__dict__.get(name)
+            saved.append((module, name, own))
+            object.__setattr__(module, name, Intercepted(intercept, module, getattr(module, name), own))
         yield
     finally:
         for module, name, previous in saved:
@@ -30,11 +50,3 @@ def intercepted(modules: Iterable[nn.Module], intercept: Callable) -> Iterator[N
                 object.__setattr__(module, name, previous)
             elif name in module.__dict__:  # an interrupt may have come before it was set
                 object.__delattr__(module, name)
-
-
-def _bind(intercept: Callable, module: nn.Module, forward: Callable) -> Callable:
-    @functools.wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return intercept(module, forward, args, kwargs)
-
-    return call

@@ -23,6 +23,7 @@ class Learned:
             more forward to record its calls.
         guesses: see :class:`fastals.compare.Comparison`.
         sequences: the sequences of calls for which the verdicts were found.
+        obstacles: reasons of which the user has been told why calls are never replayed.
     """
 
     replays: bool = True
@@ -34,6 +35,7 @@ class Learned:
     rounds: bool = False
     guesses: Guesses = field(default_factory=dict)
     sequences: set[tuple[int, ...]] = field(default_factory=set)
+    obstacles: set[str] = field(default_factory=set)
 
     @property
     def trusted(self) -> dict[str, bool]:

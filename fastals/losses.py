@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastals.cache import ActivationCache, StaleRecordError
 from fastals.compare import Comparison
-from fastals.errors import non_finite, wrong_trial
+from fastals.errors import CheckError, non_finite
 from fastals.evaluation import Closure, Evaluations, Outcome
 from fastals.learned import Learned
 
@@ -177,7 +177,7 @@ class Losses(Evaluations):
         full = self.full()
         self.forwards, self.cache.fresh, self.cache.share = counted, fresh, share
         if reason := full.difference(cached, self.cache.names):
-            raise wrong_trial(unit, reason)
+            raise CheckError(unit, reason)
         return loss
 
     def _refuse_non_finite(self, loss: Tensor) -> None:

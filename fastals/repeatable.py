@@ -23,7 +23,7 @@ def replay_outdated(losses: Losses, loss: Tensor) -> Tensor:
     cache, learned = losses.cache, losses.learned
     if cache is None or not cache.records or learned.gradients:
         return no
-    counted, comparison = losses.forwards, losses.comparison(AGAIN, unknown=True)
+    counted, comparison = losses.forwards, losses.comparison(AGAIN, at_start=True)
     again = losses.replayed(comparison)
     losses.forwards, losses.unlike = counted, cache.missed if cache.unlike else ""
     if learned.gradients:  # it has just been found out
@@ -49,7 +49,7 @@ def reconsider(losses: Losses, loss: Tensor) -> None:
         raise not_repeatable(loss, full, losses.unlike)
     if not learned.gradients:
         with losses.waiting():
-            again = losses.replayed(losses.comparison(AGAIN))
+            again = losses.replayed(losses.comparison(AGAIN, at_start=True))
         learned.replays = isinstance(again, Tensor) and bool(same_loss(again, full))
         learned.rounds |= not bool(same_loss(full, loss))
     losses.forwards = counted
@@ -81,8 +81,9 @@ def _compare_with_records(losses: Losses) -> None:
     if cache is None or learned.gradients or learned.rounds or losses.unlike:
         return
     outputs = cache.outputs or {}
-    calls = [(key, c) for key, c in cache.records.items() if key in outputs and c.output_stands(cache.stamps)]
-    learned.rounds = any(not same_outputs(digest(call.output), outputs[key]) for key, call in calls)
+    calls = [(key, c) for key, c in cache.records.items() if key in outputs and not c.obstacle]
+    stands = [(key, c) for key, c in calls if c.output_stands(cache.stamps)]
+    learned.rounds = any(not same_outputs(digest(call.replay_output()), outputs[key]) for key, call in stands)
     if learned.rounds:
         losses.record_again()
 
@@ -101,5 +102,5 @@ def _unlike_call(losses: Losses) -> str:
     if losses.cache is None or not losses.cache.records:
         return ""
     with losses.waiting():
-        again = losses.replayed(losses.comparison(AGAIN))
+        again = losses.replayed(losses.comparison(AGAIN, at_start=True))
     return losses.cache.missed if isinstance(again, Tensor) else ""

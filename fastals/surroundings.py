@@ -137,6 +137,7 @@ class Surroundings:
                 self.kept[id(place.tensor)] = Kept.of(place.tensor)
             elif place.tensor.numel() <= SMALL:
                 self._spare[id(place.tensor)] = memory.copy_of(place.tensor)
+        memory.spare = self._spare  # others have gone
         self._storages = {id(p.tensor): p.tensor.detach() for p in self.places} if watch else {}
 
     def _keep(self, place: Place) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastals.errors import wrong_trial
+from fastals.errors import CheckError
 from fastals.losses import Losses
 from fastals.schedule import Batch
 
@@ -21,6 +21,7 @@ Moves = dict[str, list[Tensor]]  # parameters that a trial moves, by the name of
 MOST_SEQUENCES = 8  # sequences of calls that are verified; a model with more (layer drop) is looked at now and then
 SPOT_CHECKS = 1 / 128  # part of the steps that verify one unit again: under 1 % of the time
 DISTURBING, MOVING = 4.0, 0.5  # noise, relative to the weights: it must show in a loss of low precision
+SHARES = (1.0, 1 / 16, 1 / 256)  # of this noise, until the closure raises no error
 LOOK_AT = (
     "Look for what a module leaves behind or reads besides its arguments: features kept by hooks, attributes such as "
     "self.aux, outputs of layers inside a block (attentions, router logits), weights of other modules"
@@ -51,20 +52,44 @@ def inspect(batch: Batch) -> None:
 
 
 def _verify(batch: Batch, moves: Mapping[str, Sequence[Tensor]]) -> None:
-    """Enter the verdicts on these units; warn of a unit that loses its trust."""
+    """Enter the verdicts on these units; warn of a unit that loses its trust.
+
+    A closure may refuse weights so far from w_t. An error that comes again at the same weights makes the noise smaller,
+    any other one leaves the step.
+    """
+    for share in SHARES:
+        error = _error(batch, moves, share)
+        if error is None:
+            return
+        if isinstance(error, CheckError) or share == SHARES[-1] or _error(batch, moves, share) is None:
+            raise error
+
+
+def _error(batch: Batch, moves: Mapping[str, Sequence[Tensor]], share: float) -> Exception | None:
+    """The error of a comparison, after which all units are put back."""
+    try:
+        _compare(batch, moves, share)
+    except Exception as error:
+        batch.rewind()
+        return error
+    return None
+
+
+def _compare(batch: Batch, moves: Mapping[str, Sequence[Tensor]], share: float) -> None:
+    """Compare a cached trial of each unit with a full forward, both at weights moved by this share of the noise."""
     losses, counted = batch.losses, batch.losses.forwards
     assert losses.cache is not None
     with losses.waiting():
         cached, everything = {}, [p for unit in batch.units for p in unit.active_params()]
-        _nudge(everything, DISTURBING)
+        _nudge(everything, share * DISTURBING)
         losses.full()
         batch.rewind()
         for name, params in reversed(list(moves.items())):  # top down: no trial touches what those after it replay
-            _nudge(params, MOVING)
+            _nudge(params, share * MOVING)
             cached[name] = losses.cached(name, params)
             batch.rewind()
         for name, params in moves.items():
-            _nudge(params, MOVING)
+            _nudge(params, share * MOVING)
             full = losses.full()
             batch.rewind()
             _judge(losses, name, full.difference(cached[name], losses.cache.names))
@@ -78,7 +103,7 @@ def _judge(losses: Losses, name: str, difference: str) -> None:
         RuntimeError: there is a difference, and ``cache="check"`` asks for an error.
     """
     if difference and losses.check:
-        raise wrong_trial(name, f"{difference}. {LOOK_AT}")
+        raise CheckError(name, f"{difference}. {LOOK_AT}")
     if difference and losses.learned.trusted.get(name, True):
         warnings.warn(
             f"fastals: trials of unit {name!r} run without the activation cache: {difference}. {LOOK_AT}", stacklevel=2
@@ -89,15 +114,12 @@ def _judge(losses: Losses, name: str, difference: str) -> None:
 def _warn_of_obstacles(losses: Losses) -> None:
     """Say which calls run in every trial, and why."""
     assert losses.cache is not None
-    found: dict[str, str] = {}
     for call in losses.cache.records.values():
-        obstacle = call.obstacle or (
-            "" if call.output_stands(losses.cache.stamps) else "its output is changed in place"
-        )
-        if obstacle:
-            found.setdefault(obstacle, losses.cache.names[id(call.module)])
-    for obstacle, name in found.items():
-        warnings.warn(f"fastals: calls of {name!r} are computed in every trial: {obstacle}", stacklevel=2)
+        why = call.obstacle or ("" if call.output_stands(losses.cache.stamps) else "its output is changed in place")
+        if why and why not in losses.learned.obstacles:
+            losses.learned.obstacles.add(why)
+            name = losses.cache.names[id(call.module)]
+            warnings.warn(f"fastals: calls of {name!r} are computed in every trial: {why}", stacklevel=2)
 
 
 def _nudge(params: Sequence[Tensor], scale: float) -> None:

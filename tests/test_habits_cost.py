@@ -268,8 +268,8 @@ class Whispering(nn.Module):
 
     def forward(self, x):
         change = self.fc(x)
-        self.left = change.mean()
-        return x + change * (1 + sum(b.left for b in self.below))
+        self.left = [change.mean()]
+        return x + change * (1 + sum(b.left[0] for b in self.below))
 
 
 def whispering():
@@ -283,13 +283,13 @@ class Kept(Block):
     """Keeps what it adds, for the loss; its output is right in any case."""
 
     def forward(self, x):
-        self.kept = self.fc(x)
-        return x + self.kept
+        self.kept = [self.fc(x)]
+        return x + self.kept[0]
 
 
 def kept():
     def loss_of(m, x, y):
-        return F.cross_entropy(m(x), y) + sum(b.kept.square().mean() for b in m.blocks)
+        return F.cross_entropy(m(x), y) + sum(b.kept[0].square().mean() for b in m.blocks)
 
     return Net(blocks=[Kept() for _ in range(4)]), loss_of
 

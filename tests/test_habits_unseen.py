@@ -126,6 +126,9 @@ def test_what_blocks_leave_outside_of_their_outputs_is_found_out(make, dtype, se
     assert "exhausted" in outcomes or independent, "no unit has been put back"
     told = [str(w.message) for w in caught if str(w.message).startswith("fastals")]
     found = [re.match("fastals: trials of unit '(.+?)' run without the activation cache: .", t) for t in told]
+    if make in (left_in_attributes, told_to_the_next_block):  # tensors among the attributes are left again
+        assert not told
+        return
     assert found, "nothing was found out"
     without = [m[1] for m in found]
     assert len(set(without)) == len(without), "a unit is warned of once"
