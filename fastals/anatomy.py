@@ -1,6 +1,7 @@
 """What modules are made of, to notice that it has changed."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -17,8 +18,14 @@ def anatomy(modules: Iterable[nn.Module]) -> Anatomy:
         parts += id(m), m.training, len(m._buffers)
         parts += map(id, m._parameters.values())
         for hooks in (m._forward_hooks, m._forward_pre_hooks):
-            parts += (id(getattr(hook, "__code__", hook)) for hook in hooks.values())
+            parts += map(_code, hooks.values())
     return tuple(parts)
+
+
+def _code(hook: Any) -> int:
+    """What a hook runs: a function that is made anew for every step, or a partial of one, stays the same hook."""
+    code = getattr(hook, "__code__", None) or getattr(getattr(hook, "func", None), "__code__", None)
+    return id(code or type(hook))
 
 
 def distinct_modules(roots: Iterable[nn.Module | None]) -> list[nn.Module]:

@@ -69,7 +69,7 @@ class ActivationCache:
 
     def _add(self, root: nn.Module, prefix: str) -> None:
         unseen = below_compiled(root)
-        self.boundaries += [b for b in boundaries(root) if id(b) not in unseen and id(b) not in self.names]
+        self.boundaries += [b for b in boundaries(root) if id(b) not in unseen | set(self.names)]
         self._block_names |= {id(m): prefix + n for n, m in blocks(root).items()}
         self.names |= {id(m): prefix + n for n, m in root.named_modules()}
 
@@ -149,7 +149,8 @@ class ActivationCache:
         self.share = self._computed_blocks / called if called else 1.0
 
     def _call(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        if self._inside:  # a boundary inside another one belongs to the outer call
+        """Replay or compute a call; one inside another boundary or under vmap belongs to what is outside."""
+        if self._inside or torch._C._functorch.peek_interpreter_stack() is not None:
             return forward(*args, **kwargs)
         key = id(module), self._calls[id(module)]
         self._calls[id(module)] += 1
@@ -222,4 +223,5 @@ class ActivationCache:
 def _places(module: nn.Module) -> list[Place]:
     """Where the module and those inside it hold parameters and buffers."""
     holders = [h for m in module.modules() for h in (m._parameters, m._buffers)]
-    return [(holder, name) for holder in holders for name in holder]
+    plain = [h if isinstance(h, dict) else dict(h.items()) for h in holders]  # that of a scripted module is no dict
+    return [(holder, name) for holder in plain for name in holder]

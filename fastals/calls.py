@@ -22,6 +22,7 @@ PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.de
 
 KNOWN = (Tensor, *PLAIN)
 CONSTANTS = frozenset((bool, int, float, complex, str, bytes, type(None)))  # the most frequent types of leaves
+PLAINEST = CONSTANTS | {Tensor, nn.Parameter}
 DEEPEST = 4  # levels of attributes at which tensors are looked for in an object
 MOST = 1000  # parts of an object that are looked at
 
@@ -34,6 +35,10 @@ class Arguments:
     """
 
     def __init__(self, args: tuple, kwargs: dict) -> None:
+        leaves = [*args, *kwargs.values()]
+        if all(type(leaf) in PLAINEST for leaf in leaves):  # nothing to take apart
+            self.leaves, self.shape, self.opaque = leaves, [len(args), *kwargs], []
+            return
         self.leaves, self.shape = flatten((args, kwargs))
         others = [leaf for leaf in self.leaves if type(leaf) not in CONSTANTS]
         self.opaque = [leaf for leaf in others if not isinstance(leaf, KNOWN)]
@@ -207,7 +212,7 @@ class Call:
         self.attributes, self.attributes_before = attributes, tensor_attributes(attributes)
         self.left: list[tuple[int, str, Tensor]] = []  # tensors that the call has left as attributes
         self.output: list[Any] = []
-        self.output_spec: TreeSpec | None = None
+        self.output_spec: TreeSpec | None = None  # None of a tensor alone
         self.output_stamps: list[tuple[Tensor, Stamp]] = []
         self.obstacle, self.tracked = "", True
 
@@ -223,8 +228,8 @@ class Call:
         after: States,
     ) -> None:
         """Keep the output and what the call has written; ``changing`` has the ids of buffers that are always kept."""
-        leaves, self.output_spec = tree_flatten(output)
-        self.obstacle = self._find_obstacle(leaves, before.leaves, flatten((args, kwargs))[0], stamps)
+        leaves, self.output_spec = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
+        self.obstacle = self._find_obstacle(leaves, before.leaves, Arguments(args, kwargs).leaves, stamps)
         self.tracked = not torch.is_grad_enabled() or any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
         self.output = [_recorded(leaf, aliases) for leaf in leaves]
         kept = [v for leaf in self.output for v in (leaf.attributes.values() if isinstance(leaf, Recorded) else [leaf])]
@@ -272,7 +277,8 @@ class Call:
 
     def replay_output(self) -> Any:
         """The output, in containers of its own."""
-        assert self.output_spec is not None
+        if self.output_spec is None:
+            return self.output[0]
         output = [leaf.again() if isinstance(leaf, Recorded) else leaf for leaf in self.output]
         return tree_unflatten(output, self.output_spec)
 

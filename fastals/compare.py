@@ -106,7 +106,8 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
 
 def digest(output: Any) -> list[Tensor]:
     """Two sums over every tensor of an output, which differ for outputs that differ."""
-    tensors = (t for t in flatten(output)[0] if isinstance(t, Tensor))
+    leaves = [output] if isinstance(output, Tensor) else flatten(output)[0]
+    tensors = (t for t in leaves if isinstance(t, Tensor))
     return [_sums(t.detach()) for t in tensors if t.layout == torch.strided and not t.is_nested]
 
 

@@ -3,6 +3,7 @@
 Captured steps use :meth:`Engine.is_due`, :meth:`Engine.move` and :meth:`Engine.count`.
 """
 
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from fastals.schedule import SCHEDULES, Batch, keep_all
 from fastals.search import MEMORY, plain_memory, schedule_next_search
 from fastals.settings import Settings, refuse_replaced, refuse_resized, warn_of_processes
 from fastals.surroundings import FirstWriteError
-from fastals.verify import inspect
+from fastals.verify import SPOT_CHECKS, inspect
 
 MOST_ANATOMIES = 8  # states of the modules (training and evaluation mode) whose facts are kept
 
@@ -132,6 +133,8 @@ class Engine:
     def _losses(self, closure: Closure) -> Losses:
         self.refresh()
         params, check = self.params(), self.settings.cache == "check"
+        if random.Random(f"{self.seed}-watch").random() < SPOT_CHECKS:
+            self.learned.watched = False  # a forward may have begun to write what it did not write before
         refuse_resized(self.groups)
         return Losses(closure, params, self.modules, self.cache, self.learned, lazy=self.fused, check=check)
 

@@ -109,22 +109,29 @@ class Evaluations:
         Raises:
             BackwardError: the closure calls backward.
         """
-        if not self.learned.gradients:
-            try:
-                with self._no_backward():
-                    return self.evaluate(running(), torch.no_grad())
-            except RuntimeError as error:
-                if isinstance(error, BackwardError) or "grad" not in str(error):
-                    raise
-            self.rewind()
-        needed, self.learned.gradients = self.learned.gradients, True
+        if self.learned.gradients:
+            return self._evaluated(running(), torch.enable_grad())
         try:
-            with self._no_backward():
-                loss = self.evaluate(running(), torch.enable_grad())
-            needed = True
-        finally:
-            self.learned.gradients = needed
-        return loss
+            return self._evaluated(running(), torch.no_grad())
+        except RuntimeError as error:
+            if isinstance(error, BackwardError) or "grad" not in str(error):
+                raise
+            failed = error
+        self.rewind()
+        loss = self._evaluated(running(), torch.enable_grad())
+        try:
+            self.rewind()
+            self._evaluated(running(), torch.no_grad())
+        except RuntimeError:
+            self.learned.gradients = True
+        else:
+            raise failed  # it had nothing to do with gradients
+        self.rewind()
+        return self._evaluated(running(), torch.enable_grad()) if self.cache is not None else loss
+
+    def _evaluated(self, running: AbstractContextManager, gradients: AbstractContextManager) -> Tensor:
+        with self._no_backward():
+            return self.evaluate(running, gradients)
 
     @contextmanager
     def _no_backward(self) -> Iterator[None]:

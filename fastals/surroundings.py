@@ -116,6 +116,8 @@ class Surroundings:
         holders: list[Holder] = []
         unseen: set[Key] = set()  # statistics that batch norms write without torch's knowledge
         for module in modules:
+            if isinstance(module, torch.jit.ScriptModule):  # its holders are views of another kind
+                continue
             holders.append(module._buffers)
             if any(id(p) not in trained for p in module._parameters.values()):
                 holders.append(module._parameters)
@@ -172,7 +174,8 @@ class Surroundings:
             FirstWriteError: it wrote a tensor whose values before were not kept.
         """
         if self.watch:
-            with KeepBeforeWrite(self.places, self._keep):
+            # under a dispatch mode dynamo would give compiled frames up for good
+            with torch.compiler.set_stance("force_eager"), KeepBeforeWrite(self.places, self._keep):
                 yield
         else:
             yield
@@ -225,7 +228,7 @@ class Surroundings:
         for (holder, start), (_, after) in zip(self.start, self.after_start, strict=True):
             for name, tensor in start.items():
                 left = after.get(name)
-                if tensor is not None and left is not None and left is not tensor:
+                if tensor is not None and left is not None and left is not tensor and left.device == refused.device:
                     tensor.detach().copy_(torch.where(refused, tensor, left))
             _refill([(holder, start)])
         for key, kept in self.kept.items():

@@ -104,25 +104,25 @@ def test_a_gradient_that_is_not_finite_leaves_its_unit_out_and_clips_nobody(kind
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
 @pytest.mark.parametrize("set_to_none", [True, False], ids=["dropped", "zeroed"])
 @pytest.mark.parametrize("kind", ["fused", "plain"])
-def test_a_closure_that_changes_the_gradients_is_refused_and_nothing_moves(kind, set_to_none, first):
-    torch.manual_seed(0)
-    model = TinyTransformer(depth=1).to(CUDA)
-    opt = optimizer(kind, model)
-    data = batches(2)
-    if not first:
-        train(model, opt, data[:1])
-    before, calls = [p.detach().clone() for p in model.parameters()], iter(range(100))
+def test_a_closure_that_zeroes_the_gradients_does_no_harm(kind, set_to_none, first):
+    reports, data = [], batches(2)
+    for zeroes in (True, False):
+        torch.manual_seed(0)
+        model = TinyTransformer(depth=1).to(CUDA)
+        opt = optimizer(kind, model)
+        if not first:
+            train(model, opt, data[:1])
+        torch.manual_seed(1)
 
-    def closure():
-        if next(calls):
-            opt.zero_grad(set_to_none)
-        return model(**data[1])
+        def closure():
+            if zeroes:  # noqa: B023
+                opt.zero_grad(set_to_none)  # noqa: B023
+            return model(**data[1])  # noqa: B023
 
-    with pytest.raises(RuntimeError, match="changed the gradients in a trial"):
         opt.step(closure)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    train(model, opt, data[1:], start=1)
-    assert opt.report.loss_after < opt.report.loss_before
+        assert any(p.grad.any() for p in model.parameters())
+        reports.append(opt.report.as_dict())
+    assert_same(reports[0], reports[1])
 
 
 @pytest.mark.parametrize("kind", ["fused", "plain"])
@@ -240,8 +240,8 @@ def test_a_step_that_starts_anew_starts_from_its_own_loss(given, monkeypatch):
     loss = model(**batch)
     loss.backward()
     opt.step(closure, loss=loss.detach() if given else None)
-    assert len(begun) == 2
-    assert begun[0] == begun[1]
+    assert len(begun) > 1
+    assert len(set(begun)) == 1
 
 
 def test_an_interrupt_of_a_step_that_starts_anew_leaves_everything_as_it_was(monkeypatch):
