@@ -16,13 +16,14 @@ Guesses = dict[tuple, bool]  # by evaluation, call and argument, whether the val
 class Comparison:
     """Compares arguments with recorded ones during one evaluation.
 
-    Most arguments are the recorded tensors themselves. Of a tensor that was made anew (a mask) the values decide. On
-    the CPU, and wherever the host may wait, they are compared at once. Elsewhere the host goes by what it has seen
-    before, and the device notes in ``differs`` whether that was wrong.
+    Most arguments are the recorded tensors themselves. Of a tensor that was made anew (a mask) the values decide. If
+    the host may wait they are compared at once. Otherwise the host goes by what it has seen before, and the device
+    notes in ``differs`` whether that was wrong.
 
     Args:
         name: what is evaluated; the guesses are kept by it.
         guesses: what the host has seen so far.
+        device: that of the trained parameters.
         wait: whether the host may wait for the device.
         at_start: whether the weights stand at w_t, so that all is expected to be equal.
 
@@ -30,8 +31,10 @@ class Comparison:
         differs: 0-d bool on the device, whether a guess was wrong; None if no guess was made.
     """
 
-    def __init__(self, name: str, guesses: Guesses, *, wait: bool, at_start: bool = False) -> None:
-        self.name, self.guesses, self.wait, self.at_start = name, guesses, wait, at_start
+    def __init__(
+        self, name: str, guesses: Guesses, device: torch.device, *, wait: bool, at_start: bool = False
+    ) -> None:
+        self.name, self.guesses, self.device, self.wait, self.at_start = name, guesses, device, wait, at_start
         self._compared: dict[tuple[int, int, Stamp], tuple[object, bool]] = {}
         self._unequal: list[Tensor] = []
         self._number = 0
@@ -83,10 +86,9 @@ class Comparison:
         return self._compared[pair][1]
 
     def _same_values(self, leaf: Tensor, kept: Tensor, key: tuple) -> bool:
-        if leaf.device.type == "cpu" or self.wait:
+        if self.wait or leaf.device != self.device:
             equal = torch.equal(leaf, kept) or (kept.numel() <= SMALL and _equal_but_for_nan(leaf, kept))
-            if leaf.device.type != "cpu":
-                self.guesses[key] = equal and self.guesses.get(key, True)
+            self.guesses[key] = equal and self.guesses.get(key, True)
             return equal
         if not self.guesses.get(key, self.at_start):
             return False

@@ -78,7 +78,7 @@ class Evaluations:
 
     def comparison(self, name: str, *, at_start: bool = False) -> Comparison:
         """Compares arguments in an evaluation of this name."""
-        return Comparison(name, self.learned.guesses, wait=self.wait, at_start=at_start)
+        return Comparison(name, self.learned.guesses, self.params[0].device, wait=self.wait, at_start=at_start)
 
     def run(self, comparison: Comparison | None = None, *, record: bool = False, note_outputs: bool = False) -> Tensor:
         """One evaluation from the start of the step: in full, or with calls replayed."""

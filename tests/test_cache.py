@@ -172,6 +172,33 @@ def test_compiled_blocks(how):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at activations
+def test_compiled_blocks_stay_compiled():
+    """The first step looks at every operation, for which compiled code steps aside; later steps run it."""
+    calls = []
+
+    def counting(graph, inputs):
+        def run(*args):
+            calls.append(graph)
+            return graph.forward(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    model, closure = tiny(dropout=0.0)
+    for block in model.blocks:
+        block.compile(backend=counting)
+    opt = fastals.ALS(model)
+    opt.step(closure)
+    calls.clear()
+    step_exactly(opt, closure)
+    assert len(calls) > 3
+    calls.clear()
+    with torch.no_grad():
+        closure()
+    assert len(calls) == 3
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at activations
 def test_a_model_compiled_as_a_whole_runs_without_the_cache():
     model, _ = tiny(dropout=0.0)
     whole = torch.compile(model, backend="eager")
@@ -365,7 +392,7 @@ def test_a_cache_of_its_own_records_and_replays():
     with cache.recording():
         recorded = closure()
     generators.restore(start)
-    with torch.no_grad(), cache.replaying(Comparison("again", {}, wait=True)):
+    with torch.no_grad(), cache.replaying(Comparison("again", {}, torch.device("cpu"), wait=True)):
         assert float(closure()) == float(recorded)
     assert cache.share == 0.0
 
@@ -478,3 +505,46 @@ def test_a_model_that_is_compiled_as_a_whole_keeps_its_units_and_counts_whole_fo
     assert len(opt.report.units) == len(before) > 1
     opt.step(lambda: model(**batch))
     assert opt.last_forwards == 1 + opt.report.trials
+
+
+class Masked(nn.Module):
+    """The code between the blocks makes a mask anew in every forward; with ``late`` the mask reads the first weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList(MaskedBlock() for _ in range(3))
+        self.late = False
+
+    def forward(self, x):
+        mask = torch.arange(8) % 2 + (self.embed.weight.mean() * 10 if self.late else 0.0)
+        h = self.embed(x)
+        for block in self.blocks:
+            h = block(h, mask)
+        return h.square().mean()
+
+
+class MaskedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, mask):
+        return x + torch.tanh(self.linear(x * mask))
+
+
+def test_where_the_host_does_not_wait_a_wrong_guess_makes_the_step_start_again():
+    """The fused step takes the mask for equal, as it has been so far; the device says that it is not."""
+    pytest.importorskip("triton")
+    x, reports = torch.randn(6, 4), []
+    for cache in (True, False):
+        torch.manual_seed(0)
+        model = Masked()
+        opt = fastals.ALS(model, fused=True, cache=cache, order="bottom_up", trust=0.05)
+        for model.late in (False, False, True, True):
+            step_exactly(opt, lambda: model(x))  # noqa: B023
+            reports.append(opt.report.as_dict())
+        if cache:
+            assert opt.last_forwards < 1 + opt.report.trials
+            assert not all(opt.engine.learned.guesses.values())
+    assert reports[:4] == reports[4:]
