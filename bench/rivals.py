@@ -124,9 +124,8 @@ def shares(program: "Program") -> dict[str, float]:
     cache = program.losses.cache
     if cache is None:
         return {u.name: 1.0 for u in program.units}
-    (calls,) = cache.passes
-    at = [i for i, call in enumerate(calls) if id(call.module) in cache.names]
-    return {u.name: sum(i >= cache.start(u.active_params())[0] for i in at) / len(at) for u in program.units}
+    at = [i for i, call in enumerate(cache.records.values()) if id(call.module) in cache.block_names]
+    return {u.name: sum(i >= cache.first_use(u.active_params()) for i in at) / len(at) for u in program.units}
 
 
 class CapturedAdamW(Rival):

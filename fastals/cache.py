@@ -32,6 +32,7 @@ class ActivationCache:
     """Records and replays the boundary calls of a model, and of further modules.
 
     Attributes:
+        block_names: names of the blocks, by the ids of the modules.
         stamps: tell whether parameters and buffers have been written.
         changing: ids of buffers that the forward writes.
         drawn: names of the generators to watch; None for all.
@@ -50,7 +51,7 @@ class ActivationCache:
         self.changing: Collection[int] = ()
         self.drawn: Collection[str] | None = None
         self.names: dict[int, str] = {}
-        self._block_names: dict[int, str] = {}
+        self.block_names: dict[int, str] = {}
         self.boundaries: list[nn.Module] = []
         for i, root in enumerate([model, *further]):
             if root is not None:
@@ -70,7 +71,7 @@ class ActivationCache:
     def _add(self, root: nn.Module, prefix: str) -> None:
         unseen = below_compiled(root)
         self.boundaries += [b for b in boundaries(root) if id(b) not in unseen | set(self.names)]
-        self._block_names |= {id(m): prefix + n for n, m in blocks(root).items()}
+        self.block_names |= {id(m): prefix + n for n, m in blocks(root).items()}
         self.names |= {id(m): prefix + n for n, m in root.named_modules()}
 
     def forget(self) -> None:
@@ -123,7 +124,7 @@ class ActivationCache:
         after the last block to ``head``. Empty if Python called no block, as in a model that is compiled as a whole.
         """
         first = self._first.get(id(param))
-        block_calls = [i for i, (module, n) in enumerate(self.records) if module in self._block_names and not n]
+        block_calls = [i for i, (module, n) in enumerate(self.records) if module in self.block_names and not n]
         if not block_calls:
             return ""
         following = next((i for i in block_calls if i >= (first or 0)), None)
@@ -131,7 +132,7 @@ class ActivationCache:
             return "head"
         if first is None or (following == block_calls[0] and first < following):
             return "embeddings"
-        return self._block_names[list(self.records)[following][0]]
+        return self.block_names[list(self.records)[following][0]]
 
     @contextmanager
     def _running(self, comparison: Comparison | None, record: bool, note_outputs: bool) -> Iterator[None]:
@@ -193,7 +194,7 @@ class ActivationCache:
 
     def _replay(self, call: Call) -> Any:
         self.generators.restore(call.after)
-        self._replayed_blocks += id(call.module) in self._block_names
+        self._replayed_blocks += id(call.module) in self.block_names
         return call.replay(self.stamps)
 
     def _compute(
@@ -214,8 +215,8 @@ class ActivationCache:
         if call is not None:
             after = self.generators.save(self.drawn)
             call.note_end(output, arguments, args, kwargs, self.stamps, self._aliases, self.changing, after)
-        if id(module) in self._block_names:
-            self.forwards[self._block_names[id(module)]] += 1
+        if id(module) in self.block_names:
+            self.forwards[self.block_names[id(module)]] += 1
             self._computed_blocks += 1
         return output, call
 

@@ -151,7 +151,7 @@ class Engine:
             warn_of_processes()
             check_repeatable(batch.losses, start)
             self._repeatable = True
-        if search:
+        if search or not any(self.learned.verdicts.values()):  # a captured search relies on a verdict
             inspect(batch)
 
     @staticmethod

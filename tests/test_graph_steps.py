@@ -86,7 +86,7 @@ def test_a_resumed_optimizer_replays_with_its_cache(schedule):
         again(batch)
     assert all(resumed.engine.learned.trusted.get(u.name) for u in resumed.engine.partition.units)
     (captured,) = again._programs.values()
-    assert all(captured.program.losses.trusted[u.name] for u in resumed.engine.partition.units)
+    assert all(captured.program.losses.learned.trusted[u.name] for u in resumed.engine.partition.units)
     assert not all(torch.equal(p, q) for p, q in zip(twin.parameters(), weights, strict=True))
 
 

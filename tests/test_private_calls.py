@@ -25,6 +25,7 @@ FOLDERS = [Path(package.__file__).parent for package in PACKAGES]
 SOURCES = {str(path.relative_to(folder)): path.read_text() for folder in FOLDERS for path in folder.rglob("*.py")}
 TORCH = Path(torch.__file__).parent
 STUB = ast.parse((TORCH / "_C" / "__init__.pyi").read_text()).body
+FUNCTORCH = ast.parse((TORCH / "_C" / "_functorch.pyi").read_text()).body
 FUNCTIONS = ast.parse((TORCH / "_C" / "_VariableFunctions.pyi").read_text()).body
 KINDS = {  # what makes or annotates an object, and its class
     "torch.cuda.CUDAGraph": "torch.cuda.CUDAGraph", "torch.cuda.Event": "torch.cuda.Event",
@@ -32,7 +33,8 @@ KINDS = {  # what makes or annotates an object, and its class
 }  # fmt: skip
 EXPECTED = {
     "torch._C._cuda_clearCublasWorkspaces", "torch._C._cuda_endAllocateToPool", "torch._C._cuda_releasePool",
-    "torch._foreach_add_", "torch._foreach_copy_", "torch._foreach_norm", "torch.cuda.CUDAGraph",
+    "torch._C._functorch.peek_interpreter_stack",
+    "torch._foreach_norm", "torch.cuda.CUDAGraph",
     *(f"torch.cuda.CUDAGraph.{m}" for m in ("capture_begin", "capture_end", "instantiate", "raw_cuda_graph", "replay")),
     "torch.cuda.Event.record", "torch.cuda.Event.synchronize", "torch.cuda.Stream",
     "torch.cuda.Stream.wait_stream", "torch.cuda.current_stream", "torch.cuda.empty_cache",
@@ -86,6 +88,8 @@ def signatures(name):
     owner, _, last = name.rpartition(".")
     if owner == "torch._C":  # a CPU build has it in its stub alone
         return list(declared(STUB, last))
+    if owner == "torch._C._functorch":
+        return list(declared(FUNCTORCH, last))
     if owner == "torch":
         return list(declared(FUNCTIONS, last))
     signature = inspect.signature(pkgutil.resolve_name(name))
@@ -116,7 +120,7 @@ def test_torch_takes_the_arguments_that_it_is_given():
         assert not any(isinstance(a, ast.Starred) for a in call.args), written
         assert all(k.arg for k in call.keywords), written
         assert any(fits(signature, call) for signature in signatures(name)), written
-        if name.startswith("torch._C.") and torch.version.cuda:
+        if name.startswith("torch._C._cuda") and torch.version.cuda:
             documented = getattr(torch._C, name.rpartition(".")[2]).__doc__
             assert not documented or documented.count("arg") == len(call.args), documented
 
