@@ -12,6 +12,7 @@ from fastals.compare import Comparison
 from fastals.errors import CheckError, non_finite
 from fastals.evaluation import Closure, Evaluations, Outcome
 from fastals.learned import Learned
+from fastals.surroundings import Kept
 
 
 class Losses(Evaluations):
@@ -40,6 +41,9 @@ class Losses(Evaluations):
         self.grads = [(p, p.grad) for p in params]
         self.other_grads: list[tuple[Tensor, Tensor | None]] = []  # hidden while those of this loss are computed
         self._doubt: Tensor | None = None
+        writes = learned.own_writes
+        self._own = [Kept.of(p) for p in params if id(p) in writes]  # as the step starts, for an undo
+        self._versions = [p._version for p in params]
 
     def differentiate(self) -> Tensor:
         """f(w_t) with its gradients, by one forward and one backward."""
@@ -80,7 +84,9 @@ class Losses(Evaluations):
         return start
 
     def _note_drawn(self) -> None:
-        """After the first evaluation ever, note which generators it has drawn from."""
+        """Note which trained weights the first evaluation has written, and from which generators it drew."""
+        moved = zip(self.params, self._versions, strict=True)
+        self.learned.own_writes |= {id(p) for p, version in moved if p._version != version}
         if self.learned.drawn is None:
             self.learned.drawn = self.generators.moved(self.before)
             if self.cache is not None:
@@ -148,7 +154,8 @@ class Losses(Evaluations):
         grads = [partial(setattr, p, "grad", grad) for p, grad in self.grads]
         forget = [self.cache.clear] if self.cache is not None else []
         outside = [self._uncover, self.around.undo, torch.clear_autocast_cache]
-        return [*forget, *grads, *outside, partial(self.generators.restore, self.before)]
+        own = [kept.put_back for kept in self._own]
+        return [*forget, *own, *grads, *outside, partial(self.generators.restore, self.before)]
 
     def _uncover(self) -> None:
         """Put the gradients of untrained parameters back."""
