@@ -1,6 +1,7 @@
 """Look whether a closure is the same function at every call, and whether its loss reads recorded outputs alone."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -65,12 +66,19 @@ def check_repeatable(losses: Losses, loss: Tensor) -> Tensor:
         raise non_finite(float(loss))
     learned = losses.learned
     full = losses.run(note_outputs=True)
+    found = learned.gradients  # the closure takes some inside, and cannot do without
     if not bool(same_loss(full, loss, rounds=True)) and not learned.gradients:
         learned.gradients = True  # without gradients torch may take another path
         full = losses.run()
     if not bool(same_loss(full, loss, rounds=True)):
         learned.gradients = False
         raise not_repeatable(loss, full, _unlike_call(losses))
+    if learned.gradients and not found:
+        warnings.warn(
+            f"fastals: the closure gives another loss without gradients than with them ({float(loss):.9g}), so trials "
+            "run with gradients and replay nothing. Look for code that asks torch.is_grad_enabled()",
+            stacklevel=2,
+        )
     _compare_with_records(losses)
     return full
 

@@ -360,3 +360,18 @@ def test_a_weight_with_other_data_is_named_and_all_else_stands():
     model.embed.weight.data, model.embed.weight.grad = old, None
     opt.step(lambda: F.cross_entropy(model(ids), labels))
     assert opt.report.trials
+
+
+def test_a_loss_that_is_another_without_gradients_is_told_and_stays_exact():
+    model = Net()
+
+    def loss_of(m, x, y):
+        loss = F.cross_entropy(m(x), y)
+        return loss if torch.is_grad_enabled() else loss * 1.5
+
+    x, y = labelled()
+    opt = fastals.ALS(model)
+    with pytest.warns(UserWarning, match="another loss without gradients"):
+        opt.step(lambda: loss_of(model, x, y))
+    opt.step(lambda: loss_of(model, x, y))
+    assert opt.report.loss_after == loss_of(model, x, y).item()
