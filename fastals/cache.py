@@ -162,7 +162,7 @@ class ActivationCache:
             output = self._replay(known)
             self._skipped.setdefault(id(module), []).extend(arguments.opaque)
         else:
-            output, call = self._compute(module, forward, args, kwargs, arguments)
+            output, call = self._compute(key, module, forward, args, kwargs, arguments)
             if known is not None and self._comparison is not None and self._comparison.at_start:
                 self.unlike |= known.gave_another(output, self.stamps)
         if self.fresh is not None and call is not None:
@@ -198,7 +198,7 @@ class ActivationCache:
         return call.replay(self.stamps)
 
     def _compute(
-        self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict, arguments: Arguments
+        self, key: Key, module: nn.Module, forward: Callable, args: tuple, kwargs: dict, arguments: Arguments
     ) -> tuple[Any, Call | None]:
         if any(a is b for a in arguments.opaque for b in self._skipped.get(id(module), ())):
             raise StaleRecordError
@@ -206,7 +206,7 @@ class ActivationCache:
         if self.fresh is not None:
             before = self.generators.save(self.drawn)
             inside = self._places[id(module)], self._attributes[id(module)]
-            call = Call(module, arguments, *inside, self.stamps, self._aliases, before)
+            call = Call(key, module, arguments, *inside, self.stamps, self._aliases, before)
         self._inside = True
         try:
             output = forward(*args, **kwargs)

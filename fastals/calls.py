@@ -192,6 +192,7 @@ class Call:
 
     def __init__(
         self,
+        key: tuple[int, int],
         module: nn.Module,
         arguments: Arguments,
         places: Sequence[Place],
@@ -200,8 +201,11 @@ class Call:
         aliases: Aliases,
         before: States,
     ) -> None:
-        """Note what the call is about to read; ``attributes`` has the ``__dict__`` of the modules inside."""
-        self.module, self.shape = module, arguments.shape
+        """Note what the call is about to read.
+
+        ``key`` has the module's id and the number of its call, ``attributes`` the ``__dict__`` of the modules inside.
+        """
+        self.key, self.module, self.shape = key, module, arguments.shape
         self.places, self.before, self.after = places, before, before
         self.inputs = [aliases.of(leaf) for leaf in arguments.leaves]
         self.input_stamps = [stamps.of(t) if isinstance(t, Tensor) else 0 for t in self.inputs]

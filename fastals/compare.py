@@ -38,7 +38,6 @@ class Comparison:
         self.name, self.guesses, self.device, self.wait, self.at_start = name, guesses, device, wait, at_start
         self._compared: dict[tuple[int, int, Stamp], tuple[object, bool]] = {}
         self._unequal: list[Tensor] = []
-        self._number = 0
 
     @property
     def differs(self) -> Tensor | None:
@@ -47,32 +46,33 @@ class Comparison:
 
     def same(self, call: Call, arguments: Arguments, stamps: Stamps) -> bool:
         """Whether the arguments are those of the recorded call."""
-        self._number += 1
         if len(arguments.leaves) != len(call.inputs) or arguments.shape != call.shape:
             return False
         leaves = zip(arguments.leaves, call.inputs, call.input_stamps, strict=True)
-        return all(self._same(leaf, kept, stamp, stamps, i) for i, (leaf, kept, stamp) in enumerate(leaves))
+        return all(
+            self._same(leaf, kept, stamp, stamps, (*call.key, i)) for i, (leaf, kept, stamp) in enumerate(leaves)
+        )
 
-    def _same(self, leaf: object, kept: object, stamp: Stamp, stamps: Stamps, index: int) -> bool:
+    def _same(self, leaf: object, kept: object, stamp: Stamp, stamps: Stamps, place: tuple) -> bool:
         if isinstance(kept, Tensor):
-            return self._same_tensor(leaf, kept, stamp, stamps, index)
+            return self._same_tensor(leaf, kept, stamp, stamps, place)
         if isinstance(kept, Contents):
-            return self._same_contents(leaf, kept, stamps, index)
+            return self._same_contents(leaf, kept, stamps, place)
         return leaf is kept or (type(leaf) is type(kept) and bool(leaf == kept))
 
-    def _same_contents(self, thing: object, kept: Contents, stamps: Stamps, index: int) -> bool:
+    def _same_contents(self, thing: object, kept: Contents, stamps: Stamps, place: tuple) -> bool:
         """Whether an opaque object held the recorded contents when it was first an argument."""
         pair = id(thing), id(kept), 0
         if pair not in self._compared:
             leaves = contents(thing)
             same = len(leaves) == len(kept.leaves) and all(
-                self._same(leaf, was, stamp, stamps, index)
-                for leaf, was, stamp in zip(leaves, kept.leaves, kept.stamps, strict=True)
+                self._same(leaf, was, stamp, stamps, (*place, i))
+                for i, (leaf, was, stamp) in enumerate(zip(leaves, kept.leaves, kept.stamps, strict=True))
             )
             self._compared[pair] = thing, same
         return self._compared[pair][1]
 
-    def _same_tensor(self, leaf: object, kept: Tensor, stamp: Stamp, stamps: Stamps, index: int) -> bool:
+    def _same_tensor(self, leaf: object, kept: Tensor, stamp: Stamp, stamps: Stamps, place: tuple) -> bool:
         if stamps.of(kept) != stamp or not isinstance(leaf, Tensor):
             return False
         if leaf is kept:
@@ -83,7 +83,7 @@ class Comparison:
             return True
         pair = id(leaf), id(kept), stamps.of(leaf)
         if pair not in self._compared:  # masks go to every block
-            self._compared[pair] = leaf, self._same_values(leaf, kept, (self.name, self._number, index))
+            self._compared[pair] = leaf, self._same_values(leaf, kept, (self.name, *place))
         return self._compared[pair][1]
 
     def _same_values(self, leaf: Tensor, kept: Tensor, key: tuple) -> bool:

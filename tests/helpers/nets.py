@@ -40,6 +40,19 @@ class Net(nn.Module):
         return self.head(x)
 
 
+class Masked(Net):
+    """Beside the blocks a layer for a mask that is made anew in every forward; if ``late`` from a block's weight."""
+
+    def __init__(self) -> None:
+        super().__init__(inputs=4, outputs=8, width=8)
+        self.side, self.late = nn.Linear(8, 8), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A loss."""
+        mask = torch.arange(8) % 2 + (10 * self.blocks[0].fc[0].weight.mean() if self.late else 0.0)
+        return (super().forward(x) * self.side(mask)).square().mean()
+
+
 def counted(model: nn.Module) -> list[nn.Module]:
     """The blocks of a model whose forwards are counted."""
     return [m for m in model.modules() if isinstance(m, Block)]
