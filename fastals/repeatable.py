@@ -46,7 +46,7 @@ def reconsider(losses: Losses, loss: Tensor) -> None:
     """
     counted, learned = losses.forwards, losses.learned
     full = check_repeatable(losses, loss)
-    if losses.unlike and not learned.gradients and not _gives_the_same_outputs_twice(losses):
+    if losses.unlike and not _gives_the_same_twice(losses):
         raise not_repeatable(loss, full, losses.unlike)
     if not learned.gradients:
         with losses.waiting():
@@ -70,8 +70,9 @@ def check_repeatable(losses: Losses, loss: Tensor) -> Tensor:
     if not bool(same_loss(full, loss, rounds=True)) and not learned.gradients:
         learned.gradients = True  # without gradients torch may take another path
         full = losses.run()
-    if not bool(same_loss(full, loss, rounds=True)):
-        learned.gradients = False
+    certain = learned.gradients == found or _gives_the_same_twice(losses)
+    if not certain or not bool(same_loss(full, loss, rounds=True)):
+        learned.gradients = found
         raise not_repeatable(loss, full, _unlike_call(losses))
     if learned.gradients and not found:
         warnings.warn(
@@ -96,13 +97,14 @@ def _compare_with_records(losses: Losses) -> None:
         losses.record_again()
 
 
-def _gives_the_same_outputs_twice(losses: Losses) -> bool:
-    assert losses.cache is not None
-    outputs = []
+def _gives_the_same_twice(losses: Losses) -> bool:
+    """Whether two full forwards have the same outputs and the same loss."""
+    runs, outputs = [], []
     for _ in range(2):
-        losses.run(note_outputs=True)
-        outputs.append(losses.cache.outputs or {})
-    return all(same_outputs(outputs[0].get(key), output) for key, output in outputs[1].items())
+        runs.append(losses.run(note_outputs=True))
+        outputs.append((losses.cache.outputs if losses.cache is not None else None) or {})
+    alike = all(same_outputs(outputs[0].get(key), output) for key, output in outputs[1].items())
+    return alike and bool(same_loss(*runs))
 
 
 def _unlike_call(losses: Losses) -> str:

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import fastals
 from fastals.graphs.graphed import WARMUP
 
-pytestmark = [pytest.mark.proves(claim="captured-step"), interpreted]
+pytestmark = [pytest.mark.proves(claim="captured-steps"), interpreted]
 
 
 @pytest.mark.parametrize("linked", [False, True], ids=["host", "while"])
