@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastals.calls import Aliases, Arguments, Call, Place
+from fastals.calls import Aliases, Arguments, Call, Slot
 from fastals.compare import Comparison, digest
 from fastals.intercept import below_compiled, intercepted
 from fastals.partition import blocks, boundaries
@@ -221,7 +221,7 @@ class ActivationCache:
         return output, call
 
 
-def _places(module: nn.Module) -> list[Place]:
+def _places(module: nn.Module) -> list[Slot]:
     """Where the module and those inside it hold parameters and buffers."""
     holders = [h for m in module.modules() for h in (m._parameters, m._buffers)]
     plain = [h if isinstance(h, dict) else dict(h.items()) for h in holders]  # that of a scripted module is no dict

@@ -16,10 +16,8 @@ from fastals.rng import States
 from fastals.stamps import Stamp, Stamps
 from fastals.surroundings import Holder, Kept
 
-Place = tuple[Holder, str]
+Slot = tuple[Holder, str]  # where a module holds a parameter or a buffer
 PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size, type(None), slice)
-
-
 KNOWN = (Tensor, *PLAIN)
 CONSTANTS = frozenset((bool, int, float, complex, str, bytes, type(None)))  # the most frequent types of leaves
 PLAINEST = CONSTANTS | {Tensor, nn.Parameter}
@@ -109,12 +107,12 @@ def _attributes(leaf: Any) -> dict[str, Any] | None:
 class Write:
     """What a call has left at a place of its module: a tensor with its values, and its stamp."""
 
-    place: Place
+    place: Slot
     kept: Kept | None
     stamp: Stamp
 
     @classmethod
-    def of(cls, place: Place, tensor: Tensor | None, stamps: Stamps) -> "Write":
+    def of(cls, place: Slot, tensor: Tensor | None, stamps: Stamps) -> "Write":
         """The tensor as it is now, with a stamp of its own."""
         if tensor is None:
             return cls(place, None, 0)
@@ -195,7 +193,7 @@ class Call:
         key: tuple[int, int],
         module: nn.Module,
         arguments: Arguments,
-        places: Sequence[Place],
+        places: Sequence[Slot],
         attributes: Sequence[dict[str, Any]],
         stamps: Stamps,
         aliases: Aliases,

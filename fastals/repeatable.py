@@ -66,15 +66,15 @@ def check_repeatable(losses: Losses, loss: Tensor) -> Tensor:
         raise non_finite(float(loss))
     learned = losses.learned
     full = losses.run(note_outputs=True)
-    found = learned.gradients  # the closure takes some inside, and cannot do without
+    needed = learned.gradients  # the closure takes some inside, and cannot do without
     if not bool(same_loss(full, loss, rounds=True)) and not learned.gradients:
         learned.gradients = True  # without gradients torch may take another path
         full = losses.run()
-    certain = learned.gradients == found or _gives_the_same_twice(losses)
+    certain = learned.gradients == needed or _gives_the_same_twice(losses)
     if not certain or not bool(same_loss(full, loss, rounds=True)):
-        learned.gradients = found
+        learned.gradients = needed
         raise not_repeatable(loss, full, _unlike_call(losses))
-    if learned.gradients and not found:
+    if learned.gradients and not needed:
         warnings.warn(
             f"fastals: the closure gives another loss without gradients than with them ({float(loss):.9g}), so trials "
             "run with gradients and replay nothing. Look for code that asks torch.is_grad_enabled()",

@@ -1,9 +1,9 @@
 """Find out for which units cached trials equal full forwards.
 
-A memo of calls cannot see what a call leaves behind (features that a hook keeps, ``self.aux``), nor what it reads
-besides its arguments and its module (a weight through a reference). So a cached trial is compared with a full forward,
-in loss and outputs, at weights of the unit that have really moved, after a forward at other weights has disturbed
-whatever a replayed call may have left.
+A memo of calls cannot see what a call leaves outside of its module (features that a hook keeps, a list), nor what it
+reads besides its arguments and its module (a weight through a reference). So a cached trial is compared with a full
+forward, in loss and outputs, at weights of the unit that have really moved, after a forward at other weights has
+disturbed whatever a replayed call may have left.
 """
 
 import random
@@ -23,8 +23,8 @@ SPOT_CHECKS = 1 / 128  # part of the steps that verify one unit again: under 1 %
 DISTURBING, MOVING = 4.0, 0.5  # noise, relative to the weights: it must show in a loss of low precision
 SHARES = (1.0, 1 / 16, 1 / 256)  # of this noise, until the closure raises no error
 LOOK_AT = (
-    "Look for what a module leaves behind or reads besides its arguments: features kept by hooks, attributes such as "
-    "self.aux, outputs of layers inside a block (attentions, router logits), weights of other modules"
+    "Look for what a module leaves behind or reads besides its arguments: features kept by hooks, attributes that are "
+    "no tensors, outputs of layers inside a block (attentions, router logits), weights of other modules"
 )
 
 
