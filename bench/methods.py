@@ -26,6 +26,7 @@ class Run(NamedTuple):
 
 GRADIENT = 3  # forward passes of a step without a search: a forward, and a backward as two
 COST = 5.2  # forward passes of a step of ALS with its defaults, about; results hold the true count
+EQUAL_WORK = ", equal work"  # ending of the names of such runs
 ADAMW_RATES = (1e-4, 3e-4, 3e-5, 1e-3, 1e-5)
 LORA_RATES = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2)  # small matrices, one of them zero at first, want longer steps
 
@@ -44,7 +45,7 @@ METHODS = {  # the most telling first, in case the runs are cut short
     "als": Method("als", {}),
     **{adamw(rate): Method("adamw", {"lr": rate}) for rate in ADAMW_RATES[:2]},
     **{f"capped {share:g}": Method("capped", {"trust": share}) for share in (3e-3, 0.2)},
-    "als, equal work": equal_work({}),
+    "als" + EQUAL_WORK: equal_work({}),
     "als sweep": Method("als", {"schedule": "sweep"}),
     **{adamw(rate): Method("adamw", {"lr": rate}) for rate in (*ADAMW_RATES[2:], *LORA_RATES)},
     **{f"capped {share:g}": Method("capped", {"trust": share}) for share in (1.5e-3, 6e-3)},
@@ -77,7 +78,7 @@ def planned(arguments: argparse.Namespace) -> list[Run]:
     """
     further = {f"als {json.dumps(o)}": Method("als", o) for o in arguments.als}
     if arguments.equal_work:
-        further |= {f"{name}, equal work": equal_work(method.options) for name, method in further.items()}
+        further |= {name + EQUAL_WORK: equal_work(method.options) for name, method in further.items()}
     known = METHODS | further
     columns = [[*(methods(t) if arguments.methods is None else arguments.methods), *further] for t in arguments.tasks]
     part, parts = arguments.shard

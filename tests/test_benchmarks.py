@@ -50,8 +50,8 @@ def kernel(of_roof, low, high):
 
 def run(method, seed=0, loss=1.0, **more):
     return {
-        "task": "news", "regime": "full", "method": method, "seed": seed, "steps": 3, "loss": loss, "accuracy": 0.5,
-        "losses": [2.0, 1.5, loss], "seconds": [1.0, 2.0, 3.0], "forwards": [3, 6, 9],
+        "task": "news", "regime": "full", "method": method, "options": {}, "seed": seed, "steps": 3, "loss": loss,
+        "accuracy": 0.5, "losses": [2.0, 1.5, loss], "seconds": [1.0, 2.0, 3.0], "forwards": [3, 6, 9],
     } | STAMP | more  # fmt: skip
 
 
@@ -443,7 +443,9 @@ def test_report_has_tables_and_pictures_of_all_kinds(store, tmp_path, capsys):
         {**timing("", copy_roof_gbs=3012.3, matmul_roof_tflops=701.5), "fullname": "bench/k.py::test_roofs"},
     ])  # fmt: skip
     sizes = {"embeddings": [0.1, 0.2, 0.0], "head": [0.1, 0.1, 0.1]}
-    runs = store("runs.jsonl", [run("als", trials=8.0, rises=0, step_sizes=sizes), run("adamw 0.1"), run("adamw 0.2")])
+    runs = store(
+        "runs.jsonl", [run("als", trials=8.0, rises=0, step_sizes=sizes), run("adamw 0.001"), run("adamw 0.0003")]
+    )
     out = tmp_path / "page"
     assert main(["bench", "report", timings, runs, "--out", str(out)]) == 0
     page = (out / "report.md").read_text()
@@ -482,7 +484,7 @@ def test_report_without_kernels_or_depths_has_no_pictures_of_them(store, tmp_pat
 def test_devices_and_lengths_have_sections_of_their_own(store, tmp_path):
     files = [
         store("a.json", [ratio("small", 2.0, 1.9, 2.1)]), store("b.json", [ratio("small", 3.0, 2.9, 3.1, device="b")]),
-        store("c.jsonl", [run("adamw 0.1"), run("adamw 0.1", steps=5)]),
+        store("c.jsonl", [run("adamw 0.001"), run("adamw 0.001", steps=5)]),
     ]  # fmt: skip
     page = report.report([Path(f) for f in files], tmp_path / "page").read_text()
     titles = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
@@ -532,11 +534,15 @@ def test_a_page_cannot_be_written_into_a_file(store, tmp_path, capsys):
 def test_the_best_rate_stands_twice_and_is_charged_with_all_of_its_seed():
     runs = [run("als", trials=8.0, rises=0)]
     for seed in (0, 1):
-        runs += [run("adamw 0.1", seed, 0.4 + 0.2 * seed), run("adamw 0.2", seed, 0.1), run("adamw 0.3", seed, 0.8)]
-    for other in (r for r in runs if r["method"] in ("adamw 0.2", "adamw 0.3")):
+        runs += [
+            run("adamw 0.001", seed, 0.4 + 0.2 * seed),
+            run("adamw 0.0003", seed, 0.1),
+            run("adamw 0.0001", seed, 0.8),
+        ]
+    for other in (r for r in runs if r["method"] in ("adamw 0.0003", "adamw 0.0001")):
         other["accuracy"] = 0.4  # the lowest loss is not the highest accuracy
-    table = {row[0]: row[1:] for row in tuning.rows(runs)}
-    assert table["adamw 0.1"] == [
+    table = {row[0]: row[1:] for row in tuning.at_equal_steps(runs)}
+    assert table["adamw 0.001"] == [
         "0.500 (0.400 - 0.600)",
         "0.500 (0.500 - 0.500)",
         "3 (3 - 3)",
@@ -545,28 +551,28 @@ def test_the_best_rate_stands_twice_and_is_charged_with_all_of_its_seed():
         "-",
         "2",
     ]
-    charged = table["adamw 0.1, best of 3 rates, charged with all"]
-    assert charged[:2] == table["adamw 0.1"][:2]
+    charged = table["adamw 0.001, best of 3 rates, charged with all"]
+    assert charged[:2] == table["adamw 0.001"][:2]
     assert charged[2:4] == ["9 (9 - 9)", "27 (27 - 27)"]
 
 
 def test_a_longer_run_is_no_rate_of_the_sweep():
-    longer = run("adamw 0.1, 4x steps", losses=[0.1] * 12, seconds=[9.0] * 12, forwards=[36] * 12, accuracy=0.9)
-    runs = [run("adamw 0.1", loss=0.4), run("adamw 0.2"), longer]
-    assert tuning.best_rate(runs) == "adamw 0.1"
+    longer = run("adamw 0.001, 4x steps", losses=[0.1] * 12, seconds=[9.0] * 12, forwards=[36] * 12, accuracy=0.9)
+    runs = [run("adamw 0.001", loss=0.4), run("adamw 0.0003"), longer]
+    assert tuning.best_rate(runs) == "adamw 0.001"
     assert tuning.sweep_cost(runs[0], runs, "seconds") == 6.0
 
 
 def test_a_rate_that_diverged_is_charged_and_a_longer_run_that_diverged_is_not():
-    runs = [run("adamw 0.1"), shortened("adamw 0.2"), shortened("adamw 0.2, 4x steps", losses=[2.0, 2.0, NAN])]
+    runs = [run("adamw 0.001"), shortened("adamw 0.0003"), shortened("adamw 0.0003, 4x steps", losses=[2.0, 2.0, NAN])]
     assert tuning.sweep_cost(runs[0], runs, "seconds") == 3.0 + 2.0
-    assert {row[0] for row in tuning.rows(runs)} >= {"adamw 0.1, best of 2 rates, charged with all"}
+    assert {row[0] for row in tuning.at_equal_steps(runs)} >= {"adamw 0.001, best of 2 rates, charged with all"}
 
 
 def test_a_method_that_diverged_has_no_mean_loss():
     first = shortened("als", 0, losses=[NAN])  # it ended before it made a trial
     runs = [first, *(run("als", s, 0.5, trials=8.0, rises=1) for s in (1, 2)), shortened("prodigy")]
-    table = {row[0]: row[1:] for row in tuning.rows(runs)}
+    table = {row[0]: row[1:] for row in tuning.at_equal_steps(runs)}
     assert table["als"][0] == "diverged (1 of 3)"
     assert table["als"][4:] == ["8.0", "2", "3"]
     assert table["prodigy"][0] == "diverged (1 of 1)"
@@ -579,8 +585,8 @@ def test_twenty_methods_are_told_apart(figures, tmp_path):
 
 
 def test_the_seeds_of_wider_lines_have_a_band(figures, tmp_path):
-    runs = [run(m, s, losses=[2.0, 1.0 + s, 1.0]) for m in ("als", "adamw 0.1", "adamw 0.2") for s in (0, 1)]
-    charts.losses("two seeds", [*runs, run("eager")], "adamw 0.1", tmp_path)
+    runs = [run(m, s, losses=[2.0, 1.0 + s, 1.0]) for m in ("als", "adamw 0.001", "adamw 0.0003") for s in (0, 1)]
+    charts.losses("two seeds", [*runs, run("eager")], "adamw 0.001", tmp_path)
     bands = [band.get_paths()[0].vertices for band in figures[0][0].collections]
     assert len(bands) == 2  # ALS and the best rate: neither the other rate nor the single seed of eager
     at_one = bands[0][bands[0][:, 0] == 1, 1]
@@ -610,9 +616,9 @@ def test_depths_of_two_models_are_told_apart(figures, tmp_path):
 
 
 def test_a_rate_that_lacks_a_seed_or_diverged_is_not_the_best():
-    runs = [run("adamw 0.1", s, 0.5) for s in (0, 1)] + [run("adamw 0.3", s, NAN, accuracy=0.9) for s in (0, 1)]
-    assert tuning.best_rate([*runs, run("adamw 0.2", 0, accuracy=0.9)]) == "adamw 0.1"
-    assert tuning.best_rate([run("adamw 0.1")]) == ""
+    runs = [run("adamw 0.001", s, 0.5) for s in (0, 1)] + [run("adamw 0.0001", s, NAN, accuracy=0.9) for s in (0, 1)]
+    assert tuning.best_rate([*runs, run("adamw 0.0003", 0, accuracy=0.9)]) == "adamw 0.001"
+    assert tuning.best_rate([run("adamw 0.001")]) == ""
 
 
 @pytest.mark.parametrize(
@@ -700,7 +706,8 @@ BAD_CASES = [
 BAD_RUNS = [
     {"losses": [], "seconds": [], "forwards": []}, {"seconds": [1.0]}, {"seconds": 3.0}, {"forwards": [1, 2, "a"]},
     {"step_sizes": {"a": [0.1, 0.2], "b": [0.1]}}, {"step_sizes": {}}, {"step_sizes": [[0.1]]}, {"method": 1},
-    {"loss": "a"}, {"accuracy": None}, {"task": ["a"]}, {"trials": 8.0},
+    {"loss": "a"}, {"accuracy": None}, {"perplexity": "a"}, {"trust": "a"}, {"options": None},
+    {"options": "a"}, {"task": ["a"]}, {"trials": 8.0},
 ]  # fmt: skip
 
 
