@@ -203,7 +203,7 @@ def _task_sections(runs: list[Record], suffix: str, out: Path) -> list[str]:
 
 
 def _comparisons(runs: list[Record]) -> str:
-    """Tables of the runs of one task and length: at equal steps, at equal work, and with other numbers than the default or best."""
+    """Tables of the runs of one task and length: at equal steps, at equal work, and of the sensitivity."""
     head, *rows = tuning.at_equal_steps(runs)
     tables = [_table(head, rows)]
     titled = {"At equal forward passes": tuning.at_equal_work(runs), "Sensitivity": sensitivity.table(runs)}

@@ -43,9 +43,9 @@ def _of_adamw(runs: Sequence[Record]) -> Iterator[tuple[str, str, str, list[Reco
 
 def _rows(name: str, family: Sequence[Record], key: str, base: float) -> Iterator[tuple[str, str, str, list[Record]]]:
     for factor, (low, high) in FACTORS.items():
-        members = [r for r in family if low <= r[key] / base <= high]
-        if members:
-            yield name, f"{members[0][key]:.3g}", factor, members
+        within = [r for r in family if low <= r[key] / base <= high]
+        if within:
+            yield name, f"{within[0][key]:.3g}", factor, of_method(within, within[0]["method"])
 
 
 def _others(run: Record) -> str:
