@@ -510,8 +510,9 @@ def test_the_first_seed_and_the_most_telling_method_of_every_task_come_first():
     ]  # fmt: skip
     assert [r.seed for r in runs] == sorted(r.seed for r in runs)
     for task in asked.tasks:
-        rates = {r.how.options["lr"] for r in runs if r.task == task and r.how.rival == "adamw"}
-        assert rates == set(methods.rates(task))
+        how = [r.how for r in runs if r.task == task]
+        assert {h.options["lr"] for h in how if h.rival == "adamw"} == set(methods.rates(task))
+        assert {h.options["trust"] for h in how if h.rival == "capped"} == set(methods.shares(task))
         assert sum(r.task == task and r.method == "eager" for r in runs) == 1
 
 
