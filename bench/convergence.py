@@ -54,6 +54,7 @@ def train(task: Task, method: Method, regime: str, seed: int, steps: int) -> dic
     loss = statistics.mean(curves["losses"][-(steps // 5) :])
     curves["losses"] = [round(x, 5) for x in curves["losses"]]
     result = {"loss": loss} | task.measure(rival.model) | curves
+    result |= {k: v for k, v in rival.optimizer.param_groups[0].items() if k == "trust"}
     return result | (search_result(reports, seed) if reports else {})
 
 
@@ -189,6 +190,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     run_all(arguments, chosen(arguments.tasks, parser.error))
 
 
