@@ -172,8 +172,7 @@ def _searched_step(row, rules, remembered, scale):
     outcome, found = tl.load(row + OUTCOME), tl.load(row + ETA) / tl.where(scale > 0, scale, 1.0)
     mean = tl.where(remembered > 0, tl.sqrt(remembered * found), found)
     shrunk = tl.load(rules + RULE_BACKTRACK) * remembered
-    searched = tl.where(outcome == OUTCOME_ACCEPTED, mean, tl.where(outcome == OUTCOME_EXHAUSTED, shrunk, remembered))
-    return searched
+    return tl.where(outcome == OUTCOME_ACCEPTED, mean, tl.where(outcome == OUTCOME_EXHAUSTED, shrunk, remembered))
 
 
 @triton.jit(do_not_specialize=["unit", "units"])
