@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from fastals import rng
 from fastals.optimizer import ALS
 from fastals.partition import units
-from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
-from fastals.search import MEMORY, Search, schedule_next_search, uniform, visible
+from fastals.relay import first_factor, next_factor, recalled_step, searched_step, warm_step
+from fastals.report import ACCEPTED, EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
+from fastals.schedule import turn_of
+from fastals.search import MEMORY, Search, initial_step, schedule_next_search, uniform, visible
 from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_small_lr
 
 
@@ -44,10 +46,12 @@ class Part:
     direction: list[Tensor] = field(default_factory=list)
     slope: float = 0.0
     hidden: float = 0.0  # smaller step sizes may vanish in the rounding of the parameters
+    scale: float = 0.0  # the step size that changes the weights by as much as they are
     eta: float = 0.0
     trials: int = 0
     outcome: str = ""
     search: Search | None = None
+    relative_step: float | None = None  # relay: what the unit will remember
 
     @property
     def name(self) -> str:
@@ -110,6 +114,8 @@ class EagerALS(torch.optim.Optimizer):
         due = any(p.rules["count"] >= p.rules["next_search"] or not p.rules["count"] for p in self.parts)
         if due:
             getattr(self, f"_{self.settings.schedule}")()
+        elif self.settings.schedule == "relay":
+            self._move_by_remembered()
         else:
             self._keep(self.parts)
         if self.settings.momentum == "after":
@@ -128,7 +134,7 @@ class EagerALS(torch.optim.Optimizer):
 
     def _begin(self, start: float, eps: float) -> None:
         """Copy the weights and add the gradients to copies of the moments."""
-        self.loss, self.resolution, self.joint_trials = start, eps * abs(start) / 2, 0
+        self.loss, self.resolution, self.joint_trials, self.factor = start, eps * abs(start) / 2, 0, 1.0
         self.margins, self.seed = [], f"{self.settings.seed}-{self.param_groups[0]['count']}"
         self.random = random.Random(self.seed)
         self.scale = self._clipping_factor()
@@ -200,9 +206,10 @@ class EagerALS(torch.optim.Optimizer):
 
     def _largest_step(self, part: Part, length: float) -> float:
         """The cap on the step size: ``eta_max`` and the trust ratio, times ``lr``."""
-        largest, trust = part.rules["eta_max"], part.rules["trust"]
+        largest, trust, rms = part.rules["eta_max"], part.rules["trust"], max(_rms(part.weights), self.weight_rms)
+        part.scale = float(part.rules["lr"]) * rms / length if length > 0 else 0.0
         if trust is not None and length > 0:
-            largest = min(largest, trust * max(_rms(part.weights), self.weight_rms) / length)
+            largest = min(largest, trust * rms / length)
         return float(part.rules["lr"]) * largest
 
     def _direction(self, part: Part, i: int, averaged: bool) -> Tensor:
@@ -232,11 +239,14 @@ class EagerALS(torch.optim.Optimizer):
         cap = self._aim_tested(part)
         part.search, part.eta, part.trials, part.outcome = None, 0.0, 0, NOT_DESCENT
         if 0 < part.slope < math.inf and cap > 0:
-            part.search = Search(
-                part.rules, self.loss, part.slope, cap, uniform=uniform(self.seed, part.name),
-                resolution=self.resolution, hidden=part.hidden,
-            )  # fmt: skip
+            warm = warm_step(part.rules, part.scale) if self.settings.schedule == "relay" else None
+            drawn = uniform(self.seed, part.name)
+            start = initial_step(part.rules, self.loss, part.slope, cap, uniform=drawn, warm=warm)
+            part.search = self._search_from(part, start)
         return part.search is not None
+
+    def _search_from(self, part: Part, start: float) -> Search:
+        return Search(part.rules, self.loss, part.slope, start, resolution=self.resolution, hidden=part.hidden)
 
     def _search(self, part: Part) -> None:
         """Search one unit: try smaller and smaller steps until one is accepted or none is left."""
@@ -278,9 +288,45 @@ class EagerALS(torch.optim.Optimizer):
             part.eta = factor * search.eta
             part.outcome = part.outcome if factor else EXHAUSTED
 
-    def _jointly(self, searches: dict[Part, Search], tries: int) -> float:
+    def _relay(self) -> None:
+        """Search one unit alone to learn its step, in the first step each, then move all by what they remember."""
+        first = not all(part.rules["count"] for part in self.parts)
+        turn = [self.parts[turn_of(self.parts, self.settings.every)]]
+        start = self.loss
+        for part in self._in_order() if first else turn:
+            self._search(part)
+            part.move(0.0)
+            self.loss = start
+        self._move_by_remembered()
+
+    def _move_by_remembered(self) -> None:
+        """Move all units by their relative steps and one common factor, tested jointly."""
+        start, rules = self.loss, self.parts[0].rules
+        searches = {part: search for part in self.parts if (search := self._recall(part)) is not None}
+        factor = self._jointly(searches, rules["max_trials"], first_factor(rules)) if searches else 0.0
+        shares = [search.required for search in searches.values()]
+        for (part, search), share in zip(searches.items(), shares, strict=True):
+            part.eta, part.search, part.outcome = factor * search.eta, search, EXHAUSTED
+            if factor:
+                search.eta, part.outcome = part.eta, ACCEPTED
+                search.accept(start - (start - self.loss) * (share / sum(shares) if share else 0.0))
+        if searches:
+            self.factor = factor
+            self.next_factor = next_factor(rules, factor, self.joint_trials)
+
+    def _recall(self, part: Part) -> Search | None:
+        """A search that stands at the relative step of the unit, None if the direction does not descend."""
+        cap, relative_step = self._aim_tested(part), part.rules["relative_step"]
+        if part.search is not None:
+            relative_step = searched_step(part.rules, part.search, part.scale)
+        part.relative_step, part.eta, part.outcome, part.search = relative_step, 0.0, NOT_DESCENT, None
+        if not (0 < part.slope < math.inf and cap > 0):
+            return None
+        return self._search_from(part, recalled_step(part.rules, relative_step, part.scale, cap))
+
+    def _jointly(self, searches: dict[Part, Search], tries: int, factor: float = 1.0) -> float:
         """Move units together; the first common factor of their steps with a sufficient decrease, 0 if none has it."""
-        start, factor = self.loss, 1.0
+        start = self.loss
         highest = max(search.reference for search in searches.values())
         required = sum(search.required for search in searches.values())
         for _ in range(tries):
@@ -303,7 +349,7 @@ class EagerALS(torch.optim.Optimizer):
         if not all(part.rules["count"] for part in self.parts):
             self._sweep()
             return
-        turn = self.parts[self.parts[0].rules["count"] % len(self.parts)]
+        turn = self.parts[turn_of(self.parts, self.settings.every)]
         self._search(turn)
         self._keep([part for part in self.parts if part is not turn])
 
@@ -350,12 +396,18 @@ class EagerALS(torch.optim.Optimizer):
             if math.isfinite(part.slope):
                 self._store(part)
                 self._remember(part)
+        if self.settings.schedule == "relay" and self.joint_trials:
+            for part in self.parts:
+                part.rules["factor"] = self.next_factor
+        for part in self.parts:
+            for group in part.groups[1:]:  # the groups of a merged unit remember alike
+                group.update({k: part.rules[k] for k in MEMORY})
         for group in self.param_groups:
             group["count"] += 1
             if due:
                 schedule_next_search(group, self.settings.every)
         reports = [UnitReport(p.name, p.eta, p.slope, p.trials, p.outcome) for p in self.parts]
-        self.report = StepReport(start, self.loss, reports, self.joint_trials)
+        self.report = StepReport(start, self.loss, reports, self.joint_trials, self.factor)
         if self.settings.merge_below is not None:
             self._merge(self.settings.merge_below)
 
@@ -369,11 +421,11 @@ class EagerALS(torch.optim.Optimizer):
                 self.state[p]["master"] = w - part.eta * part.direction[i] if part.eta else w
 
     def _remember(self, part: Part) -> None:
-        """Write the memory of a unit's search into all its groups."""
+        """Write what the unit will remember of its search."""
         if part.search is not None:
             part.search.remember()
-            for group in part.groups[1:]:
-                group.update({k: part.rules[k] for k in MEMORY})
+        if part.relative_step is not None:
+            part.rules["relative_step"] = part.relative_step
 
     def _merge(self, threshold: float) -> None:
         """If the smallest step is under the threshold, merge its unit with that of the next; two units stay."""
@@ -382,7 +434,8 @@ class EagerALS(torch.optim.Optimizer):
             return
         low, high = units_by_step[:2]
         memory = {k: low[0][k] for k in MEMORY}
-        memory["step_size"] = (low[0]["step_size"] + high[0]["step_size"]) / 2
+        for step in ("step_size", "relative_step"):
+            memory[step] = (low[0][step] + high[0][step]) / 2
         unit = min(g["unit"] for g in low + high)
         for group in low + high:
             group.update(memory, unit=unit)

@@ -25,7 +25,7 @@ from fastals.losses import Losses
 from fastals.partition import observed
 from fastals.repeatable import check_repeatable
 from fastals.report import Reports, StepReport
-from fastals.schedule import SCHEDULES, Batch, keep_all
+from fastals.schedule import BETWEEN, SCHEDULES, Batch, keep_all
 from fastals.search import MEMORY, plain_memory, schedule_next_search
 from fastals.settings import Settings, refuse_replaced, refuse_resized, warn_of_processes
 from fastals.surroundings import FirstWriteError
@@ -160,8 +160,9 @@ class Engine:
         return any(u.rules["count"] >= u.rules["next_search"] or not u.rules["count"] for u in units)
 
     def move(self, batch: Batch, *, search: bool) -> None:
-        """Move the weights: by the searches of the schedule, or by the remembered steps."""
-        batch.run(SCHEDULES[self.settings.schedule] if search else keep_all, self.settings.order)
+        """Move the weights: by the searches of the schedule, or by the remembered steps between two searches."""
+        name = self.settings.schedule
+        batch.run(SCHEDULES[name] if search else BETWEEN.get(name, keep_all), self.settings.order)
         if self.settings.momentum == "after":
             batch.follow_momentum()
 
@@ -292,7 +293,8 @@ class Engine:
         low, high = units[:2]
         groups = low.groups + high.groups
         memory = {k: low.rules[k] for k in MEMORY}
-        memory["step_size"] = (low.rules["step_size"] + high.rules["step_size"]) / 2
+        for step in ("step_size", "relative_step"):
+            memory[step] = (low.rules[step] + high.rules[step]) / 2
         index = min(g["unit"] for g in groups)
         for group in groups:
             group.update(memory, unit=index)

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +16,11 @@ from fastals.buffers import Gradients, Unit, unit_groups
 from fastals.kernels import plain
 from fastals.learned import ALL_UNITS
 from fastals.losses import Losses
+from fastals.relay import first_factor, next_factor, recalled_step, searched_step, warm_step
 from fastals.repeatable import reconsider, replay_outdated
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import Schedule
-from fastals.search import MEMORY, Search, uniform, visible
+from fastals.search import MEMORY, Search, initial_step, uniform, visible
 from fastals.settings import Settings
 
 
@@ -138,6 +140,23 @@ class Passes:
         return math.hypot(*(float(torch.linalg.vector_norm(flat[s.where])) for s in self.unit.segments()))
 
 
+class Aim(NamedTuple):
+    """A direction that was written: its slope, the largest step, the step below which moves may hide, and the scale.
+
+    ``scale`` is the step that changes the unit's weights by as much as they are, see :mod:`fastals.relay`.
+    """
+
+    slope: float
+    cap: float
+    hidden: float
+    scale: float
+
+    @property
+    def descends(self) -> bool:
+        """Whether a step may be tried."""
+        return 0 < self.slope < math.inf and self.cap > 0
+
+
 @dataclass(slots=True)
 class Move:
     """The outcome of one unit: its search if there was one, and the step it stands at."""
@@ -147,6 +166,7 @@ class Move:
     outcome: str
     trials: int = 0
     search: Search | None = None
+    relative_step: float | None = None
 
 
 class HostBatch:
@@ -159,8 +179,8 @@ class HostBatch:
         self, passes: dict[Unit, Passes], losses: Losses, settings: Settings, start: Tensor, seed: str
     ) -> None:
         """Start from f(w_t) = ``start``: snapshot the weights, scale the gradients."""
-        self.passes, self.losses, self.momentum, self.seed = passes, losses, settings.momentum, seed
-        self.units, self.random = list(passes), random.Random(seed)
+        self.passes, self.losses, self.settings, self.seed = passes, losses, settings, seed
+        self.units, self.random, self.every = list(passes), random.Random(seed), settings.every
         self.start = self.loss = float(start)
         self.resolution = torch.finfo(start.dtype).eps * abs(self.start) / 2
         self.gradients = Gradients(self.units)
@@ -171,7 +191,7 @@ class HostBatch:
         self.grad_scale = self._clipping(settings.max_grad_norm)
         self.moves: dict[Unit, Move] = {}
         self.proposed: dict[Unit, Search] = {}  # their units move together
-        self.joint_trials = 0
+        self.joint_trials, self.factor = 0, 1.0
 
     def _clipping(self, max_grad_norm: float | None) -> float:
         """min(1, max_grad_norm / ‖g‖), or 1 if the norm is not finite: units with such gradients do not move."""
@@ -191,37 +211,47 @@ class HostBatch:
 
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, if its direction descends."""
-        slope, cap, hidden = self._aim_tested(unit)
-        self.moves[unit] = Move(0.0, slope, NOT_DESCENT)
-        if 0 < slope < math.inf and cap > 0:
-            self.proposed[unit] = Search(
-                unit.rules,
-                loss=self.loss,
-                slope=slope,
-                cap=cap,
-                uniform=uniform(self.seed, unit.name),
-                resolution=self.resolution,
-                hidden=hidden,
-            )
+        aim, rules = self._aim_tested(unit), unit.rules
+        self.moves[unit] = Move(0.0, aim.slope, NOT_DESCENT)
+        if aim.descends:
+            drawn = uniform(self.seed, unit.name)
+            warm = warm_step(rules, aim.scale) if self.settings.schedule == "relay" else None
+            start = initial_step(rules, self.loss, aim.slope, aim.cap, uniform=drawn, warm=warm)
+            self.proposed[unit] = self._search_from(unit, aim, start)
 
-    def _aim_tested(self, unit: Unit) -> tuple[float, float, float]:
+    def recall(self, unit: Unit) -> None:
+        """Set the unit's step to its relative step: the mean of the remembered and of a searched one."""
+        aim, rules, searched = self._aim_tested(unit), unit.rules, self.moves.get(unit)
+        relative_step, trials = rules["relative_step"], 0
+        if searched is not None and searched.search is not None:
+            relative_step, trials = searched_step(rules, searched.search, aim.scale), searched.trials
+        self.moves[unit] = Move(0.0, aim.slope, NOT_DESCENT, trials, relative_step=relative_step)
+        if aim.descends:
+            start = recalled_step(rules, relative_step, aim.scale, aim.cap)
+            self.proposed[unit] = self._search_from(unit, aim, start)
+
+    def _search_from(self, unit: Unit, aim: Aim, start: float) -> Search:
+        return Search(unit.rules, self.loss, aim.slope, start, resolution=self.resolution, hidden=aim.hidden)
+
+    def _aim_tested(self, unit: Unit) -> Aim:
         """Aim along the direction that is tested: the averaged one if it is asked for and descends."""
-        if self.momentum == "tested":
-            slope, cap, hidden = self._aim(unit, averaged=True)
-            if slope > 0:
-                return slope, cap, hidden
+        if self.settings.momentum == "tested":
+            aim = self._aim(unit, averaged=True)
+            if aim.slope > 0:
+                return aim
         return self._aim(unit, averaged=False)
 
-    def _aim(self, unit: Unit, *, averaged: bool) -> tuple[float, float, float]:
-        """Write the unit's direction; returns slope, largest step to try, and the step below which moves may hide."""
+    def _aim(self, unit: Unit, *, averaged: bool) -> Aim:
+        """Write the unit's direction."""
         self.gradients.check()
         rules, passes = unit.rules, self.passes[unit]
         slope, length = passes.direct(averaged, self.grad_scale)
+        lr, rms = float(rules["lr"]), max(passes.weight_rms, self.weight_rms)
         largest = rules["eta_max"]
         if rules["trust"] is not None and length > 0:
-            largest = min(largest, rules["trust"] * max(passes.weight_rms, self.weight_rms) / length)
+            largest = min(largest, rules["trust"] * rms / length)
         hidden = unit.rounding * passes.weight_rms / length if length > 0 else 0.0
-        return slope, float(rules["lr"]) * largest, hidden
+        return Aim(slope, lr * largest, hidden, lr * rms / length if length > 0 else 0.0)
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""
@@ -240,27 +270,35 @@ class HostBatch:
         if put_back and search.accepted:
             self.proposed[unit] = search
         self.loss = self.start if put_back else search.final_loss
+        self.moves[unit].trials = search.trials
         self._note(unit, search, search.eta)
 
-    def move_together(self, *, once: bool) -> bool:
+    def move_together(self, *, once: bool = False, remembered: bool = False) -> bool:
         """Move all proposed units by a common factor of their steps; True if one is accepted or no unit is proposed."""
         searches, self.proposed = self.proposed, {}
         if not searches:
             return True
-        start = self.loss
-        factor = self._common_factor(searches, tries=1 if once else self.units[0].rules["max_trials"])
-        required = sum(s.required for s in searches.values())
-        for unit, search in searches.items():
-            if once and factor:
-                search.accept(start - (start - self.loss) * (search.required / required if required else 0.0))
-            self._note(unit, search, eta=factor * search.eta)
-        return factor > 0
+        start, rules = self.loss, self.units[0].rules
+        first = first_factor(rules) if remembered else 1.0
+        self.factor = self._common_factor(searches, first, tries=1 if once else rules["max_trials"])
+        moved = {unit: self.factor * search.eta for unit, search in searches.items()}
+        if (once or remembered) and self.factor:
+            self._credit(searches, start)
+        for unit, eta in moved.items():
+            self._note(unit, searches[unit], eta)
+        return self.factor > 0
 
-    def _common_factor(self, searches: dict[Unit, Search], tries: int) -> float:
-        """First factor of 1, β, β² … with f(w_t − factor η d) ≤ R − factor Σ c η s; 0 puts all units back."""
+    def _credit(self, searches: dict[Unit, Search], start: float) -> None:
+        """Give every unit its step and its part of the decrease of the loss from ``start``."""
+        parts = [search.required for search in searches.values()]
+        for search, part in zip(searches.values(), parts, strict=True):
+            search.eta *= self.factor
+            search.accept(start - (start - self.loss) * (part / sum(parts) if part else 0.0))
+
+    def _common_factor(self, searches: dict[Unit, Search], factor: float, tries: int) -> float:
+        """First of a, β a, β² a … with f(w_t − factor η d) ≤ R − factor Σ c η s; 0 puts all units back."""
         reference = max(s.reference for s in searches.values())
         required = sum(s.required for s in searches.values())
-        factor = 1.0
         for _ in range(tries):
             self.joint_trials += 1
             for unit, search in searches.items():
@@ -277,14 +315,15 @@ class HostBatch:
 
     def _note(self, unit: Unit, search: Search, eta: float) -> None:
         """Note the outcome of a finished search and the step of the unit, 0 if it has not moved."""
-        self.moves[unit] = Move(eta, search.slope, search.outcome if eta else EXHAUSTED, search.trials, search)
+        move = self.moves[unit]
+        move.eta, move.search, move.outcome = eta, search, search.outcome if eta else EXHAUSTED
 
     def keep(self, unit: Unit) -> None:
         """Move the unit by its remembered step, untested."""
-        slope, cap, _ = self._aim_tested(unit)
-        eta = min(cap, unit.rules["step_size"]) if 0 < slope < math.inf else 0.0
+        aim = self._aim_tested(unit)
+        eta = min(aim.cap, unit.rules["step_size"]) if aim.descends else 0.0
         self.loss = math.nan if eta else self.loss
-        self.moves[unit] = Move(eta, slope, KEPT if eta else NOT_DESCENT)
+        self.moves[unit] = Move(eta, aim.slope, KEPT if eta else NOT_DESCENT)
         if eta:
             self.passes[unit].trial(eta)
 
@@ -313,12 +352,22 @@ class HostBatch:
             passes.commit(state, self.grad_scale, move.eta)
             if move.search is not None:
                 move.search.remember()
-                for group in unit.groups[1:]:  # the groups of a merged unit remember alike
-                    group.update({k: unit.rules[k] for k in MEMORY})
+            if move.relative_step is not None:
+                unit.rules["relative_step"] = move.relative_step
+        if self.settings.schedule == "relay" and self.joint_trials:
+            self._remember_factor()
+        for unit in self.units:
+            for group in unit.groups[1:]:  # the groups of a merged unit remember alike
+                group.update({k: unit.rules[k] for k in MEMORY})
+
+    def _remember_factor(self) -> None:
+        factor = next_factor(self.units[0].rules, self.factor, self.joint_trials)
+        for unit in self.units:
+            unit.rules["factor"] = factor
 
     def _aim_moved(self, unit: Unit) -> None:
         """Write the direction of the unit's move again, since other units have used the scratch."""
-        if self.momentum == "after":
+        if self.settings.momentum == "after":
             self._aim(unit, averaged=True)
         else:
             self._aim_tested(unit)
@@ -338,4 +387,4 @@ class HostBatch:
         """The outcome of every unit, in forward order."""
         moves = [(unit.name, self.moves[unit]) for unit in self.units]
         reports = [UnitReport(name, move.eta, move.slope, move.trials, move.outcome) for name, move in moves]
-        return StepReport(self.start, self.loss, reports, self.joint_trials)
+        return StepReport(self.start, self.loss, reports, self.joint_trials, self.factor)

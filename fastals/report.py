@@ -27,13 +27,15 @@ class StepReport:
     """One step on one mini-batch, units in forward order.
 
     ``loss_after`` is the loss at the new weights under the same dropout masks. It is NaN if no trial was made there:
-    a unit kept its remembered step, or moved along a momentum direction that was not tested.
+    a unit kept its remembered step, or moved along a momentum direction that was not tested. ``factor`` is the
+    common factor of the steps that the joint test has accepted: 1 without such a test, 0 if it has put all units back.
     """
 
     loss_before: float
     loss_after: float
     units: list[UnitReport] = field(default_factory=list)
     joint_trials: int = 0
+    factor: float = 1.0
 
     @property
     def trials(self) -> int:

@@ -24,12 +24,14 @@ class Batch(Protocol):
         losses: evaluates the loss of this mini-batch.
         units: those that have a gradient, in forward order.
         random: draws the order of the searches.
+        every: the steps from one search to the next, or ``"auto"``.
         seed: seeds the numbers drawn for this step.
     """
 
     losses: Losses
     units: list[Unit]
     random: random.Random
+    every: int | str
     seed: str
 
     def run(self, schedule: "Schedule", order: str) -> None:
@@ -45,11 +47,15 @@ class Batch(Protocol):
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, untested, if its direction descends."""
 
-    def move_together(self, *, once: bool) -> bool:
-        """Move all units by a common factor 1, β, β² … of their steps, tested jointly; whether one was accepted.
+    def recall(self, unit: Unit) -> None:
+        """Set the unit's step to its relative step, untested: the mean of the remembered and of a searched one."""
 
-        It returns True if no unit has a step, and False while a step is recorded. With ``once`` only the factor 1 is
-        tried, and every unit is credited with its part of the decrease.
+    def move_together(self, *, once: bool = False, remembered: bool = False) -> bool:
+        """Move all units by a common factor a, β a, β² a … of their steps, tested jointly; whether one was accepted.
+
+        It returns True if no unit has a step, and False while a step is recorded. a is 1, or with ``remembered`` the
+        factor that the last joint tests have left. With ``once`` only a is tried. With either every unit is credited
+        with its part of the decrease.
         """
 
     def keep(self, unit: Unit) -> None:
@@ -98,16 +104,16 @@ def cycle(batch: Batch, order: str) -> None:
     if _first_step(batch):
         sweep(batch, order)
         return
-    turn = batch.units[turn_of(batch.units)]
+    turn = batch.units[turn_of(batch.units, batch.every)]
     batch.search(turn)
     for unit in batch.units:
         if unit is not turn:
             batch.keep(unit)
 
 
-def turn_of(units: Sequence[Unit]) -> int:
-    """Index of the unit that :func:`cycle` searches in this step."""
-    return units[0].rules["count"] % len(units)
+def turn_of(units: Sequence[Unit], every: int | str) -> int:
+    """Index of the unit that :func:`cycle` and :func:`relay` search in this step."""
+    return units[0].rules["count"] // (1 if every == "auto" else int(every)) % len(units)
 
 
 def joint(batch: Batch, order: str) -> None:
@@ -118,6 +124,22 @@ def joint(batch: Batch, order: str) -> None:
         if batch.move_together(once=True):
             return
     sweep(batch, order)
+
+
+def relay(batch: Batch, order: str) -> None:
+    """Search one unit alone to learn its step, then move all by their remembered steps, tested jointly."""
+    turn = [batch.units[turn_of(batch.units, batch.every)]]
+    for unit in _in_order(batch, order) if _first_step(batch) else turn:
+        batch.search(unit, put_back=True)
+    move_by_remembered(batch, order)
+
+
+def move_by_remembered(batch: Batch, order: str) -> None:
+    """Move all units by their remembered steps, tested jointly; a step of :func:`relay` that searches no unit."""
+    del order
+    for unit in batch.units:
+        batch.recall(unit)
+    batch.move_together(remembered=True)
 
 
 def keep_all(batch: Batch, order: str) -> None:
@@ -138,4 +160,12 @@ def _first_step(batch: Batch) -> bool:
     return any(not unit.rules["count"] for unit in batch.units)
 
 
-SCHEDULES: dict[str, Schedule] = {"sweep": sweep, "independent": independent, "cycle": cycle, "joint": joint}
+SCHEDULES: dict[str, Schedule] = {
+    "relay": relay,
+    "sweep": sweep,
+    "independent": independent,
+    "cycle": cycle,
+    "joint": joint,
+}
+#: The schedules that do something else than :func:`keep_all` in a step that does not search.
+BETWEEN: dict[str, Schedule] = {"relay": move_by_remembered}

@@ -1,6 +1,6 @@
 """Armijo backtracking on scalars: it sees losses, slopes and step sizes, never weights.
 
-A search starts at ``eta`` and judges one trial loss after another; η is accepted if and only if
+A search begins at the step ``start`` and judges one trial loss after another; η is accepted if and only if
 
     f(w − η d) ≤ R − c η s
 
@@ -64,6 +64,8 @@ MEMORY: dict[str, float | int] = {
     "mean_slope": 0.0,  # SaLSA s
     "mean_step_fast": 0.0,  # SaLSA search frequency
     "mean_step_slow": 0.0,
+    "relative_step": 0.0,  # relay: r_u, see fastals.relay
+    "factor": 0.0,  # relay: common factor a of the next joint test; 0 stands for 1
     "next_search": 0,  # count of the step that searches next
     "count": 0,  # steps taken
 }
@@ -82,8 +84,7 @@ class Search:
         rules: the unit's parameter group, with the constants of the search and the unit's memory.
         loss: f at the start of this search.
         slope: s = ⟨g, d⟩ > 0.
-        cap: largest step that may be tried.
-        uniform: a number in [0, 1) for ``initial="random"``.
+        start: the first step to try.
         resolution: smallest difference the loss can show.
         hidden: steps below this may vanish in the rounding of the parameters, so that only the masters move.
     """
@@ -91,21 +92,19 @@ class Search:
     rules: MutableMapping
     loss: float
     slope: float
-    cap: float
+    start: float
     _: KW_ONLY
-    uniform: float = 0.5
     resolution: float = 0.0
     hidden: float = 0.0
     trials: int = 0
     outcome: str = ""
     eta: float = field(init=False)
-    start: float = field(init=False)
     reference: float = field(init=False)
     required_slope: float = field(init=False)
     final_loss: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.eta = self.start = min(self.cap, initial_step(self.rules, self.loss, self.slope, self.cap, self.uniform))
+        self.eta = self.start
         self.reference, self.required_slope = reference_and_slope(self.rules, self.loss, self.slope)
         self.final_loss = self.loss
 
@@ -164,17 +163,29 @@ def uniform(seed: str, unit: str) -> float:
     return random.Random(f"{seed}-{unit}").random()
 
 
-def initial_step(rules: MutableMapping, loss: float, slope: float, cap: float, uniform: float) -> float:
-    """First step to try: ``warm`` γ · last, ``reset`` the cap, ``polyak`` f/(c_p s) βˡ, ``random`` log-uniform."""
-    rule = rules["initial"]
+def initial_step(
+    rules: MutableMapping, loss: float, slope: float, cap: float, *, uniform: float = 0.5, warm: float | None = None
+) -> float:
+    """First step to try, ``cap`` at most.
+
+    ``warm``: the argument of this name, γ · last if there is none; ``reset``: the cap; ``polyak``: f/(c_p s) βˡ;
+    ``random``: log-uniform by ``uniform`` in [0, 1).
+    """
+    rule, warm = rules["initial"], rules["growth"] * rules["step_size"] if warm is None else warm
     if rule == "polyak":
-        return max(loss, 0.0) / (rules["polyak_c"] * slope) * rules["backtrack"] ** rules["backtracks"] or cap
+        polyak = max(loss, 0.0) / (rules["polyak_c"] * slope) * rules["backtrack"] ** rules["backtracks"]
+        return min(cap, polyak or cap)
     if rule == "random":
         low = min(max(rules["eta_min"], cap * 1e-4), cap)
         return low * (cap / low) ** uniform
-    if rule == "warm" and rules["step_size"]:  # at least the last trial of a search that starts at the cap
-        return max(rules["growth"] * rules["step_size"], cap * rules["backtrack"] ** (rules["max_trials"] - 1))
-    return rules["eta_init"] if rule == "warm" and rules["eta_init"] else cap
+    if rule == "warm" and warm:
+        return min(cap, max(warm, last_step(rules, cap)))
+    return min(cap, rules["eta_init"] or cap) if rule == "warm" else cap
+
+
+def last_step(rules: MutableMapping, cap: float) -> float:
+    """β^(K − 1) · cap, the last trial of a search that starts at the cap; no warm search starts below."""
+    return cap * rules["backtrack"] ** (rules["max_trials"] - 1)
 
 
 def reference_and_slope(rules: MutableMapping, loss: float, slope: float) -> tuple[float, float]:

@@ -14,6 +14,9 @@ from fastals.search import POSITIVE, POSITIVE_OR_NONE, RANGES, Range, one_of
 
 SMALL_LR = 1e-2  # below it, lr was probably meant as a learning rate of AdamW
 NON_NEGATIVE = Range(lambda x: 0 <= float(x) < math.inf, "0 or more")
+#: Defaults that depend on the schedule: those of the relay, and of all others.
+RELAY_DEFAULTS = {"c": 0.3, "trust": 0.2, "growth": 1.1, "every": 2}
+SINGLE_DEFAULTS = {"c": 0.1, "trust": 0.006, "growth": 1.3, "every": 1}
 SETTINGS = {
     "direction": one_of(("adam", "sgd")),
     "momentum": one_of(("none", "after", "tested")),
@@ -58,7 +61,12 @@ class Settings:
     @property
     def moves_together(self) -> bool:
         """Whether trials move all units at once."""
-        return self.schedule in ("independent", "joint")
+        return self.schedule in ("relay", "independent", "joint")
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a step searches another unit than the step before."""
+        return self.schedule in ("relay", "cycle")
 
     def __post_init__(self) -> None:
         for name, allowed in SETTINGS.items():
@@ -71,6 +79,8 @@ def sort_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, An
     Raises:
         ValueError: one is out of its range.
     """
+    by_schedule = RELAY_DEFAULTS if arguments["schedule"] == "relay" else SINGLE_DEFAULTS
+    arguments = {k: by_schedule[k] if k in by_schedule and v == "default" else v for k, v in arguments.items()}
     settings = Settings(**{f.name: arguments[f.name] for f in fields(Settings)})
     constants = {k: v for k, v in arguments.items() if k in DIRECTION_RANGES or k in RANGES}
     for name, allowed in (DIRECTION_RANGES | RANGES).items():

@@ -216,7 +216,8 @@ class GraphedStep:
 
     def _tail(self, program: Program, search: bool) -> Tail:
         """The program's tail for this step, captured at its first use."""
-        turn = turn_of(program.units) if self.engine.settings.schedule == "cycle" else 0
+        settings = self.engine.settings
+        turn = turn_of(program.units, settings.every) if settings.takes_turns else 0
         key = turn if search else "keep"
         if key not in program.tails:
             with self._on_stream():

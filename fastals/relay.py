@@ -1,0 +1,46 @@
+"""Relay: relative steps that single units find, and a common factor that the joint test finds.
+
+The relative step of a unit is r_u = η_u / scale_u, with scale_u = lr · max(RMS(w_u), RMS(w)) / RMS(d_u): the share of
+its weights that a step changes, what ``trust`` caps. A unit that is searched alone updates r_u; all units move by
+
+    η_u = a · r_u · scale_u
+
+with one common factor a that the joint test shrinks and later steps let grow back to 1.
+"""
+
+import math
+from collections.abc import MutableMapping
+
+from fastals.kernels.arena import RAISE
+from fastals.search import Search, last_step
+
+
+def warm_step(rules: MutableMapping, scale: float) -> float:
+    """Where a further search of the unit alone starts: at 4 r_u, so that r_u can grow."""
+    return RAISE * rules["relative_step"] * scale
+
+
+def searched_step(rules: MutableMapping, search: Search, scale: float) -> float:
+    """r_u after a search of the unit alone: √(r_u · found), or β r_u if no trial was accepted."""
+    remembered = rules["relative_step"]
+    if not search.accepted:
+        return rules["backtrack"] * remembered
+    found = search.eta / scale
+    return math.sqrt(remembered * found) if remembered else found
+
+
+def recalled_step(rules: MutableMapping, relative_step: float, scale: float, cap: float) -> float:
+    """η_u by the relative step, ``cap`` at most; the smallest step of a first search if there is none yet."""
+    return min(cap, relative_step * scale) if relative_step else last_step(rules, cap)
+
+
+def first_factor(rules: MutableMapping) -> float:
+    """The common factor that the joint test tries first."""
+    return rules["factor"] or 1.0
+
+
+def next_factor(rules: MutableMapping, accepted: float, trials: int) -> float:
+    """The first factor of the next joint test, after one that has accepted this factor, 0 if none."""
+    if not accepted:
+        return rules["backtrack"] * first_factor(rules)
+    return min(1.0, rules["growth"] * accepted) if trials == 1 else accepted
