@@ -241,7 +241,7 @@ def test_frozen_buffers_are_not_copied_step_by_step(where):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("schedule", ["sweep", "independent", "joint", "cycle"])
+@pytest.mark.parametrize("schedule", ["sweep", "independent", "joint", "cycle", "relay"])
 def test_check_finds_nothing_in_a_tidy_model(schedule, dtype):
     """Steps and reports are those without the check."""
     reports = []

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 import fastals
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastals")  # a unit may run uncached; what counts is that it is exact
-schedules = pytest.mark.parametrize("schedule", ["sweep", "independent", "joint"])
+schedules = pytest.mark.parametrize("schedule", ["sweep", "independent", "joint", "relay"])
 
 
 class Codebook(nn.Module):

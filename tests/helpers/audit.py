@@ -21,8 +21,9 @@ from torch import Tensor, nn
 import fastals
 
 LossOf = Callable[..., Any]
-SEARCHES = [{"order": "top_down"}, {"order": "bottom_up"}, {"order": "random"},
-            {"schedule": "independent"}, {"schedule": "joint"}]  # fmt: skip
+SEARCHES = [{"schedule": "sweep", "order": "top_down"}, {"schedule": "sweep", "order": "bottom_up"},
+            {"schedule": "sweep", "order": "random"}, {"schedule": "independent"}, {"schedule": "joint"},
+            {"schedule": "relay"}]  # fmt: skip
 searches = pytest.mark.parametrize("search", SEARCHES, ids=lambda s: "-".join(s.values()))
 
 
