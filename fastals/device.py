@@ -203,6 +203,7 @@ class DeviceBatch:
         """Start from f(w_t) = ``start``: snapshot the weights and sum up the slopes."""
         self.device, self.arena, self.table, self.executor = device, device.arena, device.table, executor
         self.losses, self.units, self.seed, self.random = losses, units, seed, random.Random(seed)
+        self.every = device.settings.every
         self.tested, self.loss_dtype = device.settings.momentum == "tested", start.dtype
         self.gradients, self.do = Gradients(units), executor.do
         device.refresh_rules(seed)
@@ -251,7 +252,12 @@ class DeviceBatch:
 
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, if its direction descends."""
-        self.do(partial(armijo.open_search, self.arena, unit.row, tested=self.tested))
+        relative = self.device.settings.schedule == "relay"
+        self.do(partial(armijo.open_search, self.arena, unit.row, tested=self.tested, relative=relative))
+
+    def recall(self, unit: Unit) -> None:
+        """Set the unit's step to its relative step: the mean of the remembered and of a searched one."""
+        self.do(partial(armijo.open_search, self.arena, unit.row, tested=self.tested, recall=True))
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""
@@ -281,11 +287,12 @@ class DeviceBatch:
         if doubt is not None:
             self.arena.flags[:, OUTDATED].bitwise_or_(doubt)
 
-    def move_together(self, *, once: bool) -> bool:
+    def move_together(self, *, once: bool = False, remembered: bool = False) -> bool:
         """Move all units by a common factor of their steps; whether one was accepted (False while recorded)."""
-        self.do(partial(all_units.open_together, self.arena))
+        first = self.units[0].row
+        self.do(partial(all_units.open_together, self.arena, first, remembered=remembered))
         params = [p for unit in self.units for p in unit.active_params()]
-        accepted = self.executor.repeat(self.arena, self.arena.units, partial(self._try_together, params, once))
+        accepted = self.executor.repeat(self.arena, self.arena.units, partial(self._try_together, params, once, remembered))
         if not accepted:
             self.do(partial(trial, self.table, self.arena))
         if accepted is False:
@@ -293,9 +300,10 @@ class DeviceBatch:
         self.executor.skip_rest_if_accepted()
         return bool(accepted)
 
-    def _try_together(self, params: Sequence[Tensor], once: bool) -> None:
+    def _try_together(self, params: Sequence[Tensor], once: bool, remembered: bool) -> None:
         trial(self.table, self.arena)
-        all_units.judge_together(self.arena, self.units[0].row, self.losses.at(ALL_UNITS, params), once=once)
+        loss = self.losses.at(ALL_UNITS, params)
+        all_units.judge_together(self.arena, self.units[0].row, loss, once=once, remembered=remembered)
         self._note_doubt()
 
     def keep(self, unit: Unit) -> None:
@@ -347,7 +355,8 @@ def _read(history: Tensor, names: dict[int, str], step: int) -> StepReport:
     *rows, last = history[step % RING].tolist()
     batch = dict(zip(BATCH, last, strict=True))
     units = [_unit_report(dict(zip(STATE, rows[row], strict=True)), name) for row, name in names.items()]
-    return StepReport(batch["loss_before"], batch["loss"], units, int(batch["trials"]))
+    joint_trials = int(batch["trials"])
+    return StepReport(batch["loss_before"], batch["loss"], units, joint_trials, batch["factor"] if joint_trials else 1.0)
 
 
 def _unit_report(row: dict[str, float], name: str) -> UnitReport:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from fastals import rng
 from fastals.optimizer import ALS
 from fastals.partition import units
-from fastals.relay import RAISE, first_factor, next_factor, recalled_step, searched_step
-from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
+from fastals.relay import first_factor, next_factor, recalled_step, searched_step, warm_step
+from fastals.report import ACCEPTED, EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import turn_of
 from fastals.search import MEMORY, Search, initial_step, schedule_next_search, uniform, visible
 from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_small_lr
@@ -239,7 +239,7 @@ class EagerALS(torch.optim.Optimizer):
         cap = self._aim_tested(part)
         part.search, part.eta, part.trials, part.outcome = None, 0.0, 0, NOT_DESCENT
         if 0 < part.slope < math.inf and cap > 0:
-            warm = RAISE * part.rules["relative_step"] * part.scale if self.settings.schedule == "relay" else None
+            warm = warm_step(part.rules, part.scale) if self.settings.schedule == "relay" else None
             drawn = uniform(self.seed, part.name)
             start = initial_step(part.rules, self.loss, part.slope, cap, uniform=drawn, warm=warm)
             part.search = self._search_from(part, start)
@@ -304,11 +304,12 @@ class EagerALS(torch.optim.Optimizer):
         start, rules = self.loss, self.parts[0].rules
         searches = {part: search for part in self.parts if (search := self._recall(part)) is not None}
         factor = self._jointly(searches, rules["max_trials"], first_factor(rules)) if searches else 0.0
-        total = sum(search.required for search in searches.values())
-        for part, search in searches.items():
+        shares = [search.required for search in searches.values()]
+        for (part, search), share in zip(searches.items(), shares, strict=True):
+            part.eta, part.search, part.outcome = factor * search.eta, search, EXHAUSTED
             if factor:
-                search.accept(start - (start - self.loss) * (search.required / total if total else 0.0))
-            part.eta, part.outcome, part.search = factor * search.eta, search.outcome or EXHAUSTED, search
+                search.eta, part.outcome = part.eta, ACCEPTED
+                search.accept(start - (start - self.loss) * (share / sum(shares) if share else 0.0))
         if searches:
             self.factor = factor
             self.next_factor = next_factor(rules, factor, self.joint_trials)

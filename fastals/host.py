@@ -16,7 +16,7 @@ from fastals.buffers import Gradients, Unit, unit_groups
 from fastals.kernels import plain
 from fastals.learned import ALL_UNITS
 from fastals.losses import Losses
-from fastals.relay import RAISE, first_factor, next_factor, recalled_step, searched_step
+from fastals.relay import first_factor, next_factor, recalled_step, searched_step, warm_step
 from fastals.repeatable import reconsider, replay_outdated
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import Schedule
@@ -215,7 +215,7 @@ class HostBatch:
         self.moves[unit] = Move(0.0, aim.slope, NOT_DESCENT)
         if aim.descends:
             drawn = uniform(self.seed, unit.name)
-            warm = RAISE * rules["relative_step"] * aim.scale if self.settings.schedule == "relay" else None
+            warm = warm_step(rules, aim.scale) if self.settings.schedule == "relay" else None
             start = initial_step(rules, self.loss, aim.slope, aim.cap, uniform=drawn, warm=warm)
             self.proposed[unit] = self._search_from(unit, aim, start)
 
@@ -281,17 +281,19 @@ class HostBatch:
         start, rules = self.loss, self.units[0].rules
         first = first_factor(rules) if remembered else 1.0
         self.factor = self._common_factor(searches, first, tries=1 if once else rules["max_trials"])
+        moved = {unit: self.factor * search.eta for unit, search in searches.items()}
         if (once or remembered) and self.factor:
             self._credit(searches, start)
-        for unit, search in searches.items():
-            self._note(unit, search, eta=self.factor * search.eta)
+        for unit, eta in moved.items():
+            self._note(unit, searches[unit], eta)
         return self.factor > 0
 
     def _credit(self, searches: dict[Unit, Search], start: float) -> None:
-        """Give every unit its part of the decrease of the loss from ``start``."""
-        required = sum(s.required for s in searches.values())
-        for search in searches.values():
-            search.accept(start - (start - self.loss) * (search.required / required if required else 0.0))
+        """Give every unit its step and its part of the decrease of the loss from ``start``."""
+        parts = [search.required for search in searches.values()]
+        for search, part in zip(searches.values(), parts, strict=True):
+            search.eta *= self.factor
+            search.accept(start - (start - self.loss) * (part / sum(parts) if part else 0.0))
 
     def _common_factor(self, searches: dict[Unit, Search], factor: float, tries: int) -> float:
         """First of a, β a, β² a … with f(w_t − factor η d) ≤ R − factor Σ c η s; 0 puts all units back."""

@@ -11,9 +11,13 @@ with one common factor a that the joint test shrinks and later steps let grow ba
 import math
 from collections.abc import MutableMapping
 
+from fastals.kernels.arena import RAISE
 from fastals.search import Search, last_step
 
-RAISE = 4.0  # a unit that is searched again starts at this multiple of its relative step
+
+def warm_step(rules: MutableMapping, scale: float) -> float:
+    """Where a further search of the unit alone starts: at 4 r_u, so that r_u can grow."""
+    return RAISE * rules["relative_step"] * scale
 
 
 def searched_step(rules: MutableMapping, search: Search, scale: float) -> float:

@@ -17,6 +17,7 @@ from fastals.kernels.columns import (
     BATCH_GO,
     BATCH_LOSS,
     BATCH_LOSS_BEFORE,
+    BATCH_NEXT_FACTOR,
     BATCH_OUTCOME,
     BATCH_REFERENCE,
     BATCH_REQUIRED,
@@ -34,8 +35,10 @@ from fastals.kernels.columns import (
     MEMORY_AVERAGE,
     MEMORY_AVERAGE_WEIGHT,
     MEMORY_BACKTRACKS,
+    MEMORY_FACTOR,
     MEMORY_MEAN_DECREASE,
     MEMORY_MEAN_SLOPE,
+    MEMORY_RELATIVE_STEP,
     MEMORY_STEP_SIZE,
     MOVE,
     N_FLAGS,
@@ -48,10 +51,12 @@ from fastals.kernels.columns import (
     OUTCOME_EXHAUSTED,
     OUTCOME_RUNNING,
     REFERENCE,
+    RELATIVE_STEP,
     REQUIRED_SLOPE,
     RESOLUTION,
     RULE_BACKTRACK,
     RULE_C,
+    RULE_GROWTH,
     RULE_MAX_TRIALS,
     RULE_NONMONOTONE_WEIGHT,
     RULE_SMOOTHING,
@@ -73,6 +78,8 @@ def begin_kernel(state, flags, loss, units, eps, UP: tl.constexpr):
         b_value = tl.zeros([UP], tl.float64)
         if column == RESOLUTION:
             b_value += eps * tl.abs(f) / 2
+        if column == RELATIVE_STEP:  # in the last row: next_factor
+            b_value += float("nan")
         if column == BATCH_LOSS_BEFORE or column == BATCH_LOSS:  # noqa: SIM109
             b_value = tl.where(o_r == units, f, b_value)
         tl.store(state + o_r * N_STATE + column, b_value, mask=m_r)
@@ -94,8 +101,8 @@ def _required(rows, rules, lead, o_u, b_eta, m_u):
 
 
 @triton.jit(do_not_specialize=["units"])
-def open_together_kernel(state, rules, lead, flags, units, UP: tl.constexpr):
-    """Start the test of a common factor on the steps of all units that have one."""
+def open_together_kernel(state, memory, rules, lead, flags, unit, units, REMEMBERED: tl.constexpr, UP: tl.constexpr):
+    """Start the test of a common factor on the steps of all units that have one; with REMEMBERED that of the unit."""
     o_u = tl.arange(0, UP)
     m_u = o_u < units
     rows, batch = state + o_u * N_STATE, state + units * N_STATE
@@ -104,11 +111,15 @@ def open_together_kernel(state, rules, lead, flags, units, UP: tl.constexpr):
     b_required = tl.where(b_moving, _required(rows, rules, lead, o_u, b_eta, m_u), 0.0)
     b_reference = tl.load(rows + REFERENCE, mask=m_u, other=0.0)
     any_moves = tl.sum(b_moving.to(tl.int32)) > 0
-    tl.store(rows + MOVE, b_eta, mask=m_u)
+    factor = 0.0
+    if REMEMBERED:
+        factor = tl.load(memory + unit * N_MEMORY + MEMORY_FACTOR)
+    factor = tl.where(factor > 0, factor, 1.0)
+    tl.store(rows + MOVE, factor * b_eta, mask=m_u)
     tl.store(rows + AT, tl.zeros([UP], tl.float64), mask=m_u)
     tl.store(rows + GO, tl.zeros([UP], tl.float64), mask=m_u)
     tl.store(flags + o_u * N_FLAGS + FLAG_GO, tl.zeros([UP], tl.int32), mask=m_u)
-    tl.store(batch + BATCH_FACTOR, 1.0)
+    tl.store(batch + BATCH_FACTOR, factor)
     tl.store(batch + BATCH_TRIALS, 0.0)
     tl.store(batch + BATCH_REFERENCE, tl.max(tl.where(b_moving, b_reference, -float("inf"))))
     tl.store(batch + BATCH_REQUIRED, tl.sum(b_required))
@@ -120,19 +131,31 @@ def open_together_kernel(state, rules, lead, flags, units, UP: tl.constexpr):
 
 
 @triton.jit
-def _credit(rows, batch, rules, lead, o_u, b_eta, m_u, f, required):
-    """Give every unit its part of the decrease of the loss to ``f``, in proportion to the decrease it requires."""
+def _credit(rows, batch, rules, lead, o_u, b_eta, m_u, f, required, factor):
+    """Give every unit its step and its part of the decrease of the loss to ``f``, as the decrease that it requires."""
     b_part = _required(rows, rules, lead, o_u, b_eta, m_u) / tl.where(required > 0, required, 1.0)
     loss = tl.load(batch + BATCH_LOSS)
+    tl.store(rows + ETA, factor * b_eta, mask=m_u)
     tl.store(rows + FINAL_LOSS, loss - (loss - f) * b_part, mask=m_u & (b_eta > 0))
     tl.store(rows + OUTCOME, tl.zeros_like(b_eta) + OUTCOME_ACCEPTED, mask=m_u & (b_eta > 0))
 
 
+@triton.jit
+def _next_factor(memory, rule, accepted, factor, trials):
+    """The first factor of the next joint test, as :func:`fastals.relay.next_factor`."""
+    first = tl.load(memory + MEMORY_FACTOR)
+    shrunk = tl.load(rule + RULE_BACKTRACK) * tl.where(first > 0, first, 1.0)
+    grown = tl.minimum(1.0, tl.load(rule + RULE_GROWTH) * factor)
+    return tl.where(accepted, tl.where(trials == 1, grown, factor), shrunk)
+
+
 @triton.jit(do_not_specialize=["loss", "unit", "units"])
-def judge_together_kernel(state, rules, lead, flags, loss, unit, units, ONCE: tl.constexpr, UP: tl.constexpr):
+def judge_together_kernel(
+    state, memory, rules, lead, flags, loss, unit, units, ONCE: tl.constexpr, REMEMBERED: tl.constexpr, UP: tl.constexpr
+):
     """Accept the common factor or shrink it by the rules of the unit.
 
-    With ONCE the factor 1 alone is tried, and every unit is credited with its part.
+    With ONCE the first factor alone is tried. With it or REMEMBERED every unit is credited with its part.
     """
     batch = state + units * N_STATE
     if tl.load(batch + BATCH_GO) != 0:
@@ -152,9 +175,15 @@ def judge_together_kernel(state, rules, lead, flags, loss, unit, units, ONCE: tl
         b_eta = tl.load(rows + ETA, mask=m_u, other=0.0)
         tl.store(rows + AT, tl.load(rows + MOVE, mask=m_u, other=0.0), mask=m_u)
         tl.store(rows + MOVE, factor * b_eta, mask=m_u)
-        if ONCE:  # noqa: SIM102
+        if ONCE or REMEMBERED:  # noqa: SIM102
             if accepted:
-                _credit(rows, batch, rules, lead, o_u, b_eta, m_u, f, required)
+                _credit(rows, batch, rules, lead, o_u, b_eta, m_u, f, required, factor)
+        if REMEMBERED:
+            if going == 0:
+                next_factor = _next_factor(memory + unit * N_MEMORY, rule, accepted, factor, trials)
+                tl.store(batch + BATCH_NEXT_FACTOR, next_factor)
+                if exhausted:
+                    tl.store(rows + OUTCOME, tl.zeros_like(b_eta) + OUTCOME_EXHAUSTED, mask=m_u & (b_eta > 0))
         tl.store(batch + BATCH_FACTOR, factor)
         tl.store(batch + BATCH_TRIALS, trials)
         tl.store(batch + BATCH_GO, tl.where(going, 1.0, 0.0))
@@ -227,6 +256,17 @@ def _learn(rows, memory, rules, m_u):
 
 
 @triton.jit
+def _learn_relay(rows, memory, m_u, next_factor):
+    """Write what the relay remembers: relative steps, and in all units that took part the common factor."""
+    b_relative = tl.load(rows + RELATIVE_STEP, mask=m_u, other=float("nan"))
+    b_slope = tl.load(rows + SLOPE, mask=m_u, other=0.0)
+    tl.store(memory + MEMORY_RELATIVE_STEP, b_relative, mask=m_u & (b_relative >= 0) & (tl.abs(b_slope) < float("inf")))
+    b_took_part = tl.load(rows + OUTCOME, mask=m_u, other=0.0) > OUTCOME_RUNNING
+    b_factor = tl.zeros_like(b_slope) + next_factor
+    tl.store(memory + MEMORY_FACTOR, b_factor, mask=m_u & b_took_part & (b_factor > 0))
+
+
+@triton.jit
 def _record(rows, history, step, o_r, units):
     """Write all rows into the ring of reports, and count the step."""
     now = tl.load(step)
@@ -245,6 +285,7 @@ def remember_kernel(state, memory, rules, lead, history, step, units, UP: tl.con
     rows = state + o_r * N_STATE
     rules += tl.load(lead + o_r, mask=m_u, other=0) * N_RULES
     _learn(rows, memory + o_r * N_MEMORY, rules, m_u)
+    _learn_relay(rows, memory + o_r * N_MEMORY, m_u, tl.load(state + units * N_STATE + BATCH_NEXT_FACTOR))
     _record(rows, history, step, o_r, units)
     tl.debug_barrier()  # every lane has read the row
     tl.store(state + units * N_STATE + BATCH_LOSS_BEFORE, float("nan"))  # no step is under way
@@ -263,26 +304,30 @@ def begin(arena: Arena, loss: Tensor) -> None:
     )
 
 
-def open_together(arena: Arena) -> None:
-    """Start the joint test of all steps found."""
+def open_together(arena: Arena, unit: int, *, remembered: bool) -> None:
+    """Start the joint test of all steps found; ``remembered`` starts from the factor that ``unit`` remembers."""
     open_together_kernel[(1,)](
         state=arena.state,
+        memory=arena.memory,
         rules=arena.rules,
         lead=arena.lead,
         flags=arena.flags,
+        unit=unit,
         units=arena.units,
+        REMEMBERED=remembered,
         UP=arena.padded_rows,
         **SCALAR,
     )
 
 
-def judge_together(arena: Arena, unit: int, loss: Tensor, *, once: bool) -> None:
+def judge_together(arena: Arena, unit: int, loss: Tensor, *, once: bool, remembered: bool) -> None:
     """Accept or shrink the common factor, by the rules of ``unit``.
 
-    ``once`` tries the factor 1 only and credits every unit with its part.
+    ``once`` tries one factor only; with it or ``remembered`` every unit is credited with its part.
     """
     judge_together_kernel[(1,)](
         state=arena.state,
+        memory=arena.memory,
         rules=arena.rules,
         lead=arena.lead,
         flags=arena.flags,
@@ -290,6 +335,7 @@ def judge_together(arena: Arena, unit: int, loss: Tensor, *, once: bool) -> None
         unit=unit,
         units=arena.units,
         ONCE=once,
+        REMEMBERED=remembered,
         UP=arena.padded_rows,
         **SCALAR,
     )

@@ -19,6 +19,7 @@ STATE = (
     "reference", "required_slope", "slope", "final_loss", "resolution",
     "hidden",  # steps below this may vanish in the rounding of the parameters
     "averaged",  # 1 if the direction is the averaged one
+    "relative_step",  # relay: what the unit will remember; NaN if it is to remember what it does
 )  # fmt: skip
 #: Columns of the last row of ``state``: the mini-batch, and the joint test of all units. "" is not used.
 BATCH = (
@@ -29,9 +30,12 @@ BATCH = (
     "reference",
     "required",  # sum of the decreases that the units require
     "", "", "resolution", "", "",
+    "next_factor",  # relay: first factor of the next joint test; NaN if it is to stay as it is
 )  # fmt: skip
 #: Columns of ``memory``: what a unit remembers between mini-batches.
-REMEMBERED = ("step_size", "backtracks", "average", "average_weight", "mean_decrease", "mean_slope")
+REMEMBERED = (
+    "step_size", "backtracks", "average", "average_weight", "mean_decrease", "mean_slope", "relative_step", "factor",
+)  # fmt: skip
 #: Columns of ``rules``: the constants of a parameter group, ``floor`` = β^(max_trials − 1), and ``uniform``, drawn from
 #: [0, 1) for this step.
 RULES = (
@@ -51,6 +55,7 @@ CONSTANTS = ("beta1", "new1", "beta2", "new2", "correction1", "correction2", "ep
 OUTCOMES = ("running", "accepted", "exhausted", "not_descent", "kept")
 INITIALS = ("warm", "reset", "polyak", "random")
 REFERENCES = ("monotone", "nonmonotone", "smoothed")
+RAISE = 4.0  # relay: a unit that is searched again starts at this multiple of its relative step
 RING = 64  # steps whose states are kept for reports, at least fastals.report.KEPT_REPORTS
 SPLIT = 64  # programs that add up the partial sums of one unit
 
@@ -64,8 +69,8 @@ class Arena:
         counts: float32 [parameters], updates so far.
         constants: float32 [parameters, 8], of this step's update.
         partials: float32 [7, chunks]; parts: float64 [units, 64, 7]; sums: float64 [units, 7]: the sums of a step.
-        state: float64 [units + 1, 15]; memory: float64 [units, 6]; rules: float64 [groups, 20].
-        flags: int32 [units + 1, 4]; history: float64 [64, units + 1, 15], a ring; step: int64 [1].
+        state: float64 [units + 1, 16]; memory: float64 [units, 8]; rules: float64 [groups, 20].
+        flags: int32 [units + 1, 4]; history: float64 [64, units + 1, 16], a ring; step: int64 [1].
         lead: int32 [units], the row of ``rules`` that each unit follows.
         rounding: float64 [units], of the unit's parameters, see :func:`fastals.kernels.plain.rounding`.
         grad_scale: float32 [1], multiplies the gradient in the direction.

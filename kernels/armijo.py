@@ -39,6 +39,7 @@ from fastals.kernels.columns import (
     MEMORY_BACKTRACKS,
     MEMORY_MEAN_DECREASE,
     MEMORY_MEAN_SLOPE,
+    MEMORY_RELATIVE_STEP,
     MEMORY_STEP_SIZE,
     MOVE,
     N_FLAGS,
@@ -52,9 +53,11 @@ from fastals.kernels.columns import (
     OUTCOME_KEPT,
     OUTCOME_NOT_DESCENT,
     OUTCOME_RUNNING,
+    RAISE,
     REFERENCE,
     REFERENCE_NONMONOTONE,
     REFERENCE_SMOOTHED,
+    RELATIVE_STEP,
     REQUIRED_SLOPE,
     RESOLUTION,
     RULE_BACKTRACK,
@@ -95,29 +98,30 @@ def _rms(sums, unit):
 
 
 @triton.jit
-def _cap(sums, rules, unit, units, length, UP: tl.constexpr):
-    """Largest step: lr · min(η_max, trust · rms / length), rms the larger RMS of weights, the unit's or the model's."""
+def _cap_and_scale(sums, rules, unit, units, length, UP: tl.constexpr):
+    """Largest step: lr · min(η_max, trust · rms / length), rms the larger RMS of weights, the unit's or the model's.
+
+    Beside it the scale of :mod:`fastals.relay`, lr · rms / length.
+    """
     o_u = tl.arange(0, UP)
     m_u = o_u < units
     weights = tl.sum(tl.load(sums + o_u * N_SUMS + SUM_WEIGHTS, mask=m_u, other=0.0))
     elements = tl.sum(tl.load(sums + o_u * N_SUMS + SUM_ELEMENTS, mask=m_u, other=0.0))
     rms = tl.maximum(_rms(sums, unit), tl.sqrt(weights / tl.maximum(elements, 1.0)))
-    trust = tl.load(rules + RULE_TRUST)
-    limited = (trust < float("inf")) & (length > 0)
-    limit = tl.where(limited, trust * rms / tl.where(length > 0, length, 1.0), float("inf"))
-    return tl.minimum(tl.load(rules + RULE_ETA_MAX), limit) * tl.load(rules + RULE_LR)
+    trust, lr = tl.load(rules + RULE_TRUST), tl.load(rules + RULE_LR)
+    limited, divisor = (trust < float("inf")) & (length > 0), tl.where(length > 0, length, float("inf"))
+    limit = tl.where(limited, trust * rms / divisor, float("inf"))
+    return tl.minimum(tl.load(rules + RULE_ETA_MAX), limit) * lr, lr * rms / divisor
 
 
 @triton.jit
-def _initial_step(rules, memory, loss, slope, cap):
-    """First step to try, as :func:`fastals.search.initial_step`."""
+def _initial_step(rules, memory, loss, slope, cap, remembered):
+    """First step to try, as :func:`fastals.search.initial_step`; ``remembered`` is where a warm search starts."""
     initial = tl.load(rules + RULE_INITIAL)
     backtrack = tl.load(rules + RULE_BACKTRACK)
-    remembered = tl.load(memory + MEMORY_STEP_SIZE)
     eta_init = tl.load(rules + RULE_ETA_INIT)
     eta = tl.where(eta_init > 0, eta_init, cap)
-    warm = tl.maximum(tl.load(rules + RULE_GROWTH) * remembered, cap * tl.load(rules + RULE_FLOOR))
-    eta = tl.where(remembered > 0, warm, eta)
+    eta = tl.where(remembered > 0, tl.maximum(remembered, cap * tl.load(rules + RULE_FLOOR)), eta)
     polyak = tl.maximum(loss, 0.0) / (tl.load(rules + RULE_POLYAK_C) * slope)
     polyak *= tl.exp(tl.load(memory + MEMORY_BACKTRACKS) * tl.log(backtrack))
     eta = tl.where(initial == INITIAL_POLYAK, tl.where(polyak > 0, polyak, cap), eta)
@@ -162,6 +166,16 @@ def _aim(sums, flags, unit, TESTED: tl.constexpr):
     return averaged, slope, tl.sqrt(square / tl.maximum(tl.load(row + SUM_MOVING), 1.0))
 
 
+@triton.jit
+def _searched_step(row, rules, remembered, scale):
+    """The relative step after a search of the unit in this step, as :func:`fastals.relay.searched_step`."""
+    outcome, found = tl.load(row + OUTCOME), tl.load(row + ETA) / tl.where(scale > 0, scale, 1.0)
+    mean = tl.where(remembered > 0, tl.sqrt(remembered * found), found)
+    shrunk = tl.load(rules + RULE_BACKTRACK) * remembered
+    searched = tl.where(outcome == OUTCOME_ACCEPTED, mean, tl.where(outcome == OUTCOME_EXHAUSTED, shrunk, remembered))
+    return searched
+
+
 @triton.jit(do_not_specialize=["unit", "units"])
 def open_kernel(
     state,
@@ -175,9 +189,13 @@ def open_kernel(
     units,
     TESTED: tl.constexpr,
     KEEP: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    RECALL: tl.constexpr,
     UP: tl.constexpr,
 ):
-    """Start a search of the unit, or with KEEP put it at its remembered step.
+    """Start a search of the unit, with KEEP or RECALL put it at its remembered step or relative step.
+
+    With RELATIVE a warm search starts by the relative step.
 
     Nothing happens if all units have been moved together already.
     """
@@ -188,7 +206,7 @@ def open_kernel(
         memory += unit * N_MEMORY
         loss = tl.load(batch + BATCH_LOSS)
         averaged, slope, length = _aim(sums, flags, unit, TESTED=TESTED)
-        cap = _cap(sums, rules, unit, units, length, UP=UP)
+        cap, scale = _cap_and_scale(sums, rules, unit, units, length, UP=UP)
         hidden = tl.load(rounding + unit) * _rms(sums, unit) / tl.where(length > 0, length, float("inf"))
         descends = (slope > 0) & (slope < float("inf")) & (cap > 0)
         if KEEP:
@@ -196,8 +214,21 @@ def open_kernel(
             outcome = tl.where(eta > 0, OUTCOME_KEPT, OUTCOME_NOT_DESCENT)
             tl.store(batch + BATCH_LOSS, tl.where(eta > 0, float("nan"), loss))
             go = False
+        elif RECALL:
+            relative_step = _searched_step(row, rules, tl.load(memory + MEMORY_RELATIVE_STEP), scale)
+            smallest = cap * tl.load(rules + RULE_FLOOR)
+            eta = tl.where(relative_step > 0, tl.minimum(cap, relative_step * scale), smallest)
+            eta = tl.where(descends, eta, 0.0)
+            outcome = tl.where(descends, OUTCOME_RUNNING, OUTCOME_NOT_DESCENT)
+            tl.store(row + RELATIVE_STEP, relative_step)
+            go = False
         else:
-            eta = tl.where(descends, _initial_step(rules, memory, loss, tl.where(descends, slope, 1.0), cap), 0.0)
+            if RELATIVE:
+                remembered = RAISE * tl.load(memory + MEMORY_RELATIVE_STEP) * scale
+            else:
+                remembered = tl.load(rules + RULE_GROWTH) * tl.load(memory + MEMORY_STEP_SIZE)
+            first = _initial_step(rules, memory, loss, tl.where(descends, slope, 1.0), cap, remembered)
+            eta = tl.where(descends, first, 0.0)
             outcome = tl.where(descends, OUTCOME_RUNNING, OUTCOME_NOT_DESCENT)
             go = descends
         reference, required_slope = _reference(rules, memory, loss, slope)
@@ -206,7 +237,8 @@ def open_kernel(
         tl.store(row + AT, 0.0)
         tl.store(row + START, eta)
         tl.store(row + GO, tl.where(go, 1.0, 0.0))
-        tl.store(row + TRIALS, 0.0)
+        if not RECALL:  # the trials of the unit's own search are reported
+            tl.store(row + TRIALS, 0.0)
         tl.store(row + OUTCOME, outcome.to(tl.float64))
         tl.store(row + LOSS, loss)
         tl.store(row + FINAL_LOSS, loss)
@@ -264,8 +296,13 @@ def put_back_kernel(state, unit, units):
     tl.store(batch + BATCH_LOSS, tl.load(batch + BATCH_LOSS_BEFORE))
 
 
-def open_search(arena: Arena, unit: int, *, tested: bool, keep: bool = False) -> None:
-    """Aim the unit and set its first step; with ``keep`` its remembered step, untested."""
+def open_search(
+    arena: Arena, unit: int, *, tested: bool, keep: bool = False, relative: bool = False, recall: bool = False
+) -> None:
+    """Aim the unit and set its first step; with ``keep`` its remembered step, untested.
+
+    ``relative`` starts a warm search by the unit's relative step, ``recall`` sets that step for the joint test.
+    """
     open_kernel[(1,)](
         state=arena.state,
         memory=arena.memory,
@@ -278,6 +315,8 @@ def open_search(arena: Arena, unit: int, *, tested: bool, keep: bool = False) ->
         units=arena.units,
         TESTED=tested,
         KEEP=keep,
+        RELATIVE=relative,
+        RECALL=recall,
         UP=arena.padded_rows,
         **SCALAR,
     )

@@ -1,0 +1,91 @@
+"""The methods of the convergence runs and the order in which their runs are made."""
+
+import argparse
+import json
+from itertools import product
+from typing import Any, NamedTuple
+
+
+class Method(NamedTuple):
+    """A rival, its arguments, and its number of steps as a multiple of ``--steps``."""
+
+    rival: str
+    options: dict[str, Any]
+    times: float = 1.0
+
+
+class Run(NamedTuple):
+    """A run to be made; ``method`` is the name of the method."""
+
+    seed: int
+    regime: str
+    task: str
+    method: str
+    how: Method
+
+
+GRADIENT = 3  # forward passes of a step without a search: a forward, and a backward as two
+COST = 5.2  # forward passes of a step of ALS with its defaults, about; results hold the true count
+ADAMW_RATES = (1e-4, 3e-4, 3e-5, 1e-3, 1e-5)
+LORA_RATES = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2)  # small matrices, one of them zero at first, want longer steps
+
+
+def adamw(rate: float) -> str:
+    """Name of the method."""
+    return f"adamw {rate:g}"
+
+
+def equal_work(options: dict[str, Any]) -> Method:
+    """ALS for as many steps as take about the forward passes of AdamW."""
+    return Method("als", options, GRADIENT / COST)
+
+
+METHODS = {  # the most telling first, in case the runs are cut short
+    "als": Method("als", {}),
+    **{adamw(rate): Method("adamw", {"lr": rate}) for rate in ADAMW_RATES[:2]},
+    **{f"capped {share:g}": Method("capped", {"trust": share}) for share in (3e-3, 0.2)},
+    "als, equal work": equal_work({}),
+    "als sweep": Method("als", {"schedule": "sweep"}),
+    **{adamw(rate): Method("adamw", {"lr": rate}) for rate in (*ADAMW_RATES[2:], *LORA_RATES)},
+    **{f"capped {share:g}": Method("capped", {"trust": share}) for share in (1.5e-3, 6e-3)},
+    "salsa": Method("salsa", {}),
+    "prodigy": Method("prodigy", {}),
+    "schedule-free": Method("schedule-free", {}),
+    "schedule-free 3e-4": Method("schedule-free", {"lr": 3e-4}),
+    "als joint": Method("als", {"schedule": "joint"}),
+    "eager": Method("eager", {}),
+}
+
+
+def rates(task: str) -> tuple[float, ...]:
+    """AdamW's rates that are tried on the task."""
+    return LORA_RATES if task == "dialogues-lora" else ADAMW_RATES
+
+
+def methods(task: str) -> list[str]:
+    """The methods of a task unless others are asked for: all, with AdamW's rates for this task, the likeliest first."""
+    tried = [adamw(rate) for rate in rates(task)]
+    others = [m for m in METHODS if not m.startswith("adamw")]
+    return [others[0], *tried[:2], *others[1:5], *tried[2:], *others[5:]]
+
+
+def planned(arguments: argparse.Namespace) -> list[Run]:
+    """Runs in order: all of the first seed, and in them the first method of every task, first.
+
+    Shards take turns within a task and within a method. The eager baseline takes the steps of ALS up to rounding and
+    runs once per task, for its time.
+    """
+    further = {f"als {json.dumps(o)}": Method("als", o) for o in arguments.als}
+    if arguments.equal_work:
+        further |= {f"{name}, equal work": equal_work(method.options) for name, method in further.items()}
+    known = METHODS | further
+    columns = [[*(methods(t) if arguments.methods is None else arguments.methods), *further] for t in arguments.tasks]
+    part, parts = arguments.shard
+    return [
+        Run(seed, regime, task, row[column], known[row[column]])
+        for seed, regime in product(range(arguments.seeds), arguments.regimes)
+        for i, row in enumerate(zip(*columns, strict=True))
+        for column, task in enumerate(arguments.tasks)
+        if (i + column) % parts == part - 1
+        if row[column] != "eager" or (seed, regime) == (0, "full")
+    ]
