@@ -31,7 +31,8 @@ def test_same_answers_for_each_schedule_and_momentum(schedule, momentum):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_same_answers_in_single_precision_with_the_defaults(schedule, momentum):
     torch.manual_seed(0)
-    compare({"schedule": schedule, "momentum": momentum}, model=TinyTransformer(depth=2))
+    large = schedule == "relay"  # steps so large that rounding grows from step to step, so each is compared for itself
+    compare({"schedule": schedule, "momentum": momentum}, model=TinyTransformer(depth=2), resync=large)
 
 
 @pytest.mark.parametrize("reference", ["monotone", "nonmonotone", "smoothed"])
