@@ -315,7 +315,6 @@ class EagerALS(torch.optim.Optimizer):
                 search.eta, part.outcome = part.eta, ACCEPTED
                 search.accept(start - (start - self.loss) * (share / sum(shares) if share else 0.0))
         if searches:
-            self.factor = factor
             self.next_factor = next_factor(rules, factor, self.joint_trials)
 
     def _recall(self, part: Part) -> Search | None:
@@ -341,11 +340,12 @@ class EagerALS(torch.optim.Optimizer):
             largest = start + (highest - start) - visible(factor * required, self.resolution)
             self.margins.append(loss - largest)
             if math.isfinite(loss) and loss <= largest:
-                self.loss = loss
+                self.loss, self.factor = loss, factor
                 return factor
             factor *= self.parts[0].rules["backtrack"]
         for part in searches:
             part.move(0.0)
+        self.factor = 0.0
         return 0.0
 
     def _cycle(self) -> None:

@@ -284,6 +284,8 @@ class ALS(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # load_state_dict comes here with new groups and a new state
+        for group in self.param_groups:
+            group.update({k: initial for k, initial in MEMORY.items() if k not in group})  # saved before there was a k
         self._graphed = self._engine = None
 
     def __repr__(self) -> str:

@@ -21,17 +21,22 @@ def warm_step(rules: MutableMapping, scale: float) -> float:
 
 
 def searched_step(rules: MutableMapping, search: Search, scale: float) -> float:
-    """r_u after a search of the unit alone: √(r_u · found), or β r_u if no trial was accepted."""
+    """r_u after a search of the unit alone: √(r_u · found), or β r_u if no trial was accepted.
+
+    Where the scale is 0, as in a model of zeros without ``trust``, a step is no share of the weights: r_u stays.
+    """
     remembered = rules["relative_step"]
     if not search.accepted:
         return rules["backtrack"] * remembered
+    if not scale:
+        return remembered
     found = search.eta / scale
     return math.sqrt(remembered * found) if remembered else found
 
 
 def recalled_step(rules: MutableMapping, relative_step: float, scale: float, cap: float) -> float:
     """η_u by the relative step, ``cap`` at most; the smallest step of a first search if there is none yet."""
-    return min(cap, relative_step * scale) if relative_step else last_step(rules, cap)
+    return min(cap, relative_step * scale or last_step(rules, cap))
 
 
 def first_factor(rules: MutableMapping) -> float:

@@ -172,7 +172,8 @@ def _searched_step(row, rules, remembered, scale):
     outcome, found = tl.load(row + OUTCOME), tl.load(row + ETA) / tl.where(scale > 0, scale, 1.0)
     mean = tl.where(remembered > 0, tl.sqrt(remembered * found), found)
     shrunk = tl.load(rules + RULE_BACKTRACK) * remembered
-    return tl.where(outcome == OUTCOME_ACCEPTED, mean, tl.where(outcome == OUTCOME_EXHAUSTED, shrunk, remembered))
+    learned = (outcome == OUTCOME_ACCEPTED) & (scale > 0)
+    return tl.where(learned, mean, tl.where(outcome == OUTCOME_EXHAUSTED, shrunk, remembered))
 
 
 @triton.jit(do_not_specialize=["unit", "units"])
@@ -216,7 +217,7 @@ def open_kernel(
         elif RECALL:
             relative_step = _searched_step(row, rules, tl.load(memory + MEMORY_RELATIVE_STEP), scale)
             smallest = cap * tl.load(rules + RULE_FLOOR)
-            eta = tl.where(relative_step > 0, tl.minimum(cap, relative_step * scale), smallest)
+            eta = tl.where(relative_step * scale > 0, tl.minimum(cap, relative_step * scale), smallest)
             eta = tl.where(descends, eta, 0.0)
             outcome = tl.where(descends, OUTCOME_RUNNING, OUTCOME_NOT_DESCENT)
             tl.store(row + RELATIVE_STEP, relative_step)

@@ -46,7 +46,7 @@ def test_exact_trial_and_triangular_number_of_block_forwards(name, checkpointing
     if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.17 has only the other
         (enable or model.gradient_checkpointing_enable)()
-    opt = fastals.ALS(model, c=0.1, trust=0.01)
+    opt = fastals.ALS(model, schedule="sweep", c=0.1, trust=0.01)
     opt.step(closure)  # compares a cached trial of every unit with a full forward, bitwise; a difference warns
     assert opt.engine.learned.trusted == {u.name: True for u in opt.report.units}
     leaves, forward, expected, counts = counted_leaves(model, closure.func), Counter(), Counter(), Counter()
@@ -68,10 +68,11 @@ def test_exact_trial_and_triangular_number_of_block_forwards(name, checkpointing
 
 @pytest.mark.parametrize("name", ZOO)
 def test_cached_trials_equal_full_forwards_at_moved_weights(name):
-    """Every loss that a search sees, in every order, against a plain forward of a copy of the model."""
+    """The loss at the end of a step, in every order and by the relay, against a plain forward."""
     model, closure = model_and_closure(name)
-    for order in ("top_down", "bottom_up", "random"):
-        opt = fastals.ALS(model, order=order, trust=0.02)
+    sweeps = [{"schedule": "sweep", "order": order} for order in ("top_down", "bottom_up", "random")]
+    for search in (*sweeps, {"schedule": "relay"}):
+        opt = fastals.ALS(model, **search, trust=0.02)
         for _ in range(2):
             state = torch.get_rng_state()
             opt.step(closure)

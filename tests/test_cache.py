@@ -37,8 +37,8 @@ def step_exactly(opt, closure):
 
 
 def second_step(model, closure):
-    """An optimizer after two exact steps, and the block forwards of the second: the first one verifies."""
-    opt = fastals.ALS(model)
+    """A sweep after two exact steps, and the block forwards of the second: the first one verifies."""
+    opt = fastals.ALS(model, schedule="sweep")
     step_exactly(opt, closure)
     opt.engine.cache.forwards.clear()
     step_exactly(opt, closure)
@@ -93,7 +93,7 @@ def test_the_users_own_forward_and_hooks_stay_and_fire():
 @pytest.mark.parametrize("order", ["top_down", "bottom_up", "random"])
 def test_accepted_units_update_what_is_replayed(order):
     model, closure = tiny(dropout=0.3)
-    opt = fastals.ALS(model, order=order)
+    opt = fastals.ALS(model, schedule="sweep", order=order)
     for _ in range(5):
         step_exactly(opt, closure)
     assert all(opt.engine.learned.trusted.values())
@@ -316,11 +316,12 @@ def test_frozen_blocks_below_are_never_run_again():
     assert calls["blocks.2"] == 1 + opt.report.units[0].trials
 
 
-def test_joint_trials_start_at_the_lowest_trained_unit():
+@pytest.mark.parametrize("schedule", ["joint", "relay"])
+def test_joint_trials_start_at_the_lowest_trained_unit(schedule):
     model, closure = tiny(dropout=0.2)
     for part in (model.embed, model.blocks[0]):
         part.requires_grad_(False)
-    opt = fastals.ALS(model, schedule="joint")
+    opt = fastals.ALS(model, schedule=schedule)
     for _ in range(3):
         opt.step(closure)
     opt.engine.cache.forwards.clear()
@@ -376,14 +377,18 @@ def test_head_registered_first_is_still_the_head():
     assert {g["name"]: g["param_names"] for g in opt.param_groups}["head"] == ["classifier.weight", "classifier.bias"]
 
 
-def test_recorded_share_counts_forwards():
+@pytest.mark.parametrize("schedule", ["sweep", "relay"])
+def test_recorded_share_counts_forwards(schedule):
     model, closure = tiny(depth=4)
-    opt = fastals.ALS(model)
+    opt = fastals.ALS(model, schedule=schedule, every=1)
     opt.step(closure)
-    opt.step(closure)
-    trials = [u.trials for u in opt.report.units]
     shares = [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    assert opt.last_forwards == pytest.approx(1 + sum(k * s for k, s in zip(trials, shares, strict=True)))
+    for _ in range(6 if schedule == "relay" else 1):
+        opt.step(closure)
+        trials = [u.trials for u in opt.report.units]
+        alone = sum(k * s for k, s in zip(trials, shares, strict=True))
+        assert opt.last_forwards == pytest.approx(1 + alone + opt.report.joint_trials)
+        assert (opt.report.joint_trials > 0) == (schedule == "relay")
 
 
 def test_a_cache_of_its_own_records_and_replays():
@@ -402,11 +407,11 @@ def test_a_cache_of_its_own_records_and_replays():
 @pytest.mark.parametrize(
     "options",
     [
-        {"schedule": "sweep"}, {"schedule": "independent"},
+        {"schedule": "sweep"}, {"schedule": "independent"}, {"schedule": "relay"},
         # every first step depends on the loss, and so on which units have moved before
-        {"order": "random", "initial": "polyak", "polyak_c": 100.0, "trust": 0.2, "max_trials": 4},
+        {"schedule": "sweep", "order": "random", "initial": "polyak", "polyak_c": 100.0, "trust": 0.2, "max_trials": 4},
     ],
-    ids=["sweep", "independent", "random order"],
+    ids=["sweep", "independent", "relay", "random order"],
 )  # fmt: skip
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_loss_that_comes_to_read_inside_the_blocks_is_noticed_in_that_step(fused, options):
@@ -448,8 +453,9 @@ def test_a_loss_that_comes_to_read_inside_the_blocks_is_noticed_in_that_step(fus
 
 
 @pytest.mark.filterwarnings("ignore:fastals")  # the first forward gives the blocks hooks, and all is verified anew
+@pytest.mark.parametrize("schedule", ["sweep", "relay"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_a_step_that_keeps_notices_too_that_the_loss_reads_inside_the_blocks(fused):
+def test_a_step_that_searches_no_unit_notices_too_that_the_loss_reads_inside_the_blocks(fused, schedule):
     if fused:
         pytest.importorskip("triton")
     model, inside = attending(), False
@@ -458,7 +464,7 @@ def test_a_step_that_keeps_notices_too_that_the_loss_reads_inside_the_blocks(fus
         out = model(**ATTENDED, output_attentions=True)
         return out.loss + (sum(a.square().sum() for a in out.attentions) if inside and out.attentions else 0.0)
 
-    opt = fastals.ALS(model, fused=fused, every=2)
+    opt = fastals.ALS(model, fused=fused, schedule=schedule, every=2)
     for inside in (False, True, False, True):
         opt.step(closure)
         assert opt.engine.learned.replays is not inside
@@ -516,7 +522,8 @@ def test_where_the_host_does_not_wait_a_wrong_guess_makes_the_step_start_again()
     for cache in (True, False):
         torch.manual_seed(0)
         model = Masked()
-        opt, equal = fastals.ALS(model, fused=True, cache=cache, order="bottom_up", trust=0.05), []
+        options = {"schedule": "sweep", "order": "bottom_up", "trust": 0.05}
+        opt, equal = fastals.ALS(model, fused=True, cache=cache, **options), []
         for model.late in (False, False, True, True):
             step_exactly(opt, lambda: model(x))  # noqa: B023
             reports.append(opt.report.as_dict())

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastals")  # a unit may run uncached; what counts is that it is exact
 checked_searches = pytest.mark.parametrize(
-    "search", [*SEARCHES, {"cache": "check"}], ids=lambda s: "-".join(s.values())
+    "search", [*SEARCHES, {"schedule": "sweep", "cache": "check"}, {"schedule": "relay", "cache": "check"}], ids=lambda s: "-".join(s.values())
 )
 
 
@@ -302,7 +302,7 @@ DRAWING = [drop_path, drop_path_and_everything, musicgen, wav2vec2, wav2vec2_wit
 
 
 @pytest.mark.parametrize("make", DRAWING)
-@pytest.mark.parametrize("schedule", ["sweep", "independent", "joint"])
+@pytest.mark.parametrize("schedule", ["sweep", "independent", "joint", "relay"])
 def test_draws_from_numpy_and_python_are_held(make, schedule):
     random.seed(0)
     np.random.seed(0)

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 import fastals
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastals")  # a unit may run uncached; what counts is that it is exact
-schedules = pytest.mark.parametrize("schedule", ["sweep", "independent", "joint"])
+schedules = pytest.mark.parametrize("schedule", ["sweep", "independent", "joint", "relay"])
 
 
 # Gradients inside the closure

@@ -89,7 +89,7 @@ def test_a_sparse_argument_and_dataclasses_keep_the_cache():
     sparse = ScaledNet(blocks=[Scaled() for _ in range(3)])
     sparse.by = lambda x: graph
     for model in (sparse, StateNet(blocks=[StateBlock() for _ in range(3)])):
-        opt = fastals.ALS(model, cache="check")
+        opt = fastals.ALS(model, cache="check", schedule="sweep")
         for _ in range(3):
             opt.step(lambda: loss_of(model, x, y))  # noqa: B023
         assert opt.last_forwards < 0.7 * (1 + opt.report.trials)
@@ -174,14 +174,15 @@ def test_models_under_vmap():
     assert opt.report.loss_after < opt.report.loss_before
 
 
-def test_an_error_that_speaks_of_gradients_only_by_chance_is_the_users():
+@pytest.mark.parametrize(("schedule", "at"), [("sweep", 3), ("relay", 1)])
+def test_an_error_that_speaks_of_gradients_only_by_chance_is_the_users(schedule, at):
     model, (x, y) = Net(), labelled()
-    opt = fastals.ALS(model)
+    opt = fastals.ALS(model, schedule=schedule)
     opt.step(lambda: loss_of(model, x, y))
     calls = iter(range(100))
 
     def closure():
-        if next(calls) == 3:
+        if next(calls) == at:
             raise RuntimeError("storage is being upgraded")
         return loss_of(model, x, y)
 

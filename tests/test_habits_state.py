@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 import fastals
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastals")  # a unit may run uncached; what counts is that it is exact
-schedules = pytest.mark.parametrize("schedule", ["sweep", "independent", "joint"])
+schedules = pytest.mark.parametrize("schedule", ["sweep", "independent", "joint", "relay"])
 
 
 class Codebook(nn.Module):
@@ -219,19 +219,21 @@ def test_it_is_one_on_the_fused_path_too(name):
 
 @quantization_is_moving
 @writing
-def test_after_an_error_everything_stands_as_it_stood(make):
+@pytest.mark.parametrize("schedule", ["sweep", "relay"])
+def test_after_an_error_everything_stands_as_it_stood(make, schedule):
     torch.manual_seed(3)
     model, batch = make()
-    opt = fastals.ALS(model.train(), trust=0.05, max_trials=4)
+    opt = fastals.ALS(model.train(), schedule=schedule, every=1, trust=0.05, max_trials=4)
     for _ in range(2):
         fail_everywhere(opt, batch(), model)
 
 
+@pytest.mark.parametrize(("schedule", "most"), [("sweep", 4), ("relay", 3)])
 @pytest.mark.parametrize("how", ["in place", "replaced", "data"])
-def test_an_error_halfway_through_a_forward(how):
+def test_an_error_halfway_through_a_forward(how, schedule, most):
     """The head raises at its n-th call, when the blocks below it have written."""
     model, batch = centred(how)
-    opt = fastals.ALS(model)
+    opt = fastals.ALS(model, schedule=schedule, every=1)
     calls = 0
 
     def fail(module, args):
@@ -243,7 +245,7 @@ def test_an_error_halfway_through_a_forward(how):
     model.head.register_forward_pre_hook(fail)
     for _ in range(2):
         loss_of = batch()
-        for failing in range(1, 5):  # noqa: B007
+        for failing in range(1, most + 1):  # noqa: B007
             calls = 0
             with nothing_lost(opt, model, error=Deliberate):
                 opt.step(lambda loss_of=loss_of: loss_of(model))

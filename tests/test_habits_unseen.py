@@ -10,7 +10,7 @@ from helpers.audit import SEARCHES, Audit
 from helpers.nets import Net, labelled, visible_loss
 from torch import nn
 
-STALE = [*SEARCHES, {"schedule": "independent", "order": "bottom_up"}, {"schedule": "joint", "order": "bottom_up"}]
+STALE = [*SEARCHES, *({"schedule": s, "order": "bottom_up"} for s in ("independent", "joint", "relay"))]
 
 
 class Gated(nn.Module):
@@ -113,8 +113,8 @@ def told_to_the_next_block():
 @pytest.mark.parametrize("search", STALE, ids=lambda s: "-".join(s.values()))
 def test_what_blocks_leave_outside_of_their_outputs_is_found_out(make, dtype, search):
     model, loss_of = make()
-    independent = search.get("schedule") == "independent"  # puts back what it has tried in any case
-    hard = {"trust": 0.1} if independent else {"trust": 0.3, "c": 0.6, "max_trials": 2}
+    alone = search["schedule"] in ("independent", "relay")  # puts back what it has tried in any case
+    hard = {"trust": 0.1} if alone else {"trust": 0.3, "c": 0.6, "max_trials": 2}
     audit = Audit(model.to(dtype), beside=True, **hard, **search)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -123,7 +123,7 @@ def test_what_blocks_leave_outside_of_their_outputs_is_found_out(make, dtype, se
             audit.step(lambda m, x=x, y=y: loss_of(m, x, y))
     assert audit.moved
     outcomes = {u.outcome for report in audit.opt.reports for u in report.units}
-    assert "exhausted" in outcomes or independent, "no unit has been put back"
+    assert "exhausted" in outcomes or alone, "no unit has been put back"
     told = [str(w.message) for w in caught if str(w.message).startswith("fastals")]
     found = [re.match("fastals: trials of unit '(.+?)' run without the activation cache: .", t) for t in told]
     if make in (left_in_attributes, told_to_the_next_block):  # tensors among the attributes are left again

@@ -19,7 +19,7 @@ from torch import nn
 import fastals
 from fastals.kernels import plain
 
-SCHEDULES = ["sweep", "independent", "cycle", "joint"]
+SCHEDULES = ["sweep", "independent", "cycle", "joint", "relay"]
 
 
 def build(dtype=torch.float32, model=None, **options):
@@ -67,7 +67,7 @@ def test_exact_trial(schedule, order):
 
 
 @pytest.mark.parametrize("momentum", ["none", "tested"])
-@pytest.mark.parametrize("schedule", ["sweep", "independent", "joint"])
+@pytest.mark.parametrize("schedule", ["sweep", "independent", "joint", "relay"])
 def test_monotone(schedule, momentum):
     model, opt = build(torch.float64, schedule=schedule, momentum=momentum, c=0.5)
     moved = 0
@@ -305,6 +305,8 @@ RESUMED = {
     "mid-cycle": {"schedule": "cycle", "momentum": "after"},
     "joint": {"schedule": "joint", "reference": "smoothed"},
     "nonmonotone": {"schedule": "independent", "reference": "nonmonotone", "initial": "polyak"},
+    "mid-relay": {"schedule": "relay", "every": 3, "momentum": "after"},
+    "relay rarely": {"schedule": "relay", "every": "auto", "merge_below": 1e-2, "direction": "sgd", "trust": None},
     "exhausted": {"c": 0.99, "max_trials": 1},
     "merging": {"merge_below": 1e9, "every": "auto"},
     "sgd": {"direction": "sgd", "momentum": "tested", "trust": None},

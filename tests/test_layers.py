@@ -15,7 +15,7 @@ FLOORS = (  # from the top; modules of one folder may use each other
     ("engine",),
     ("host", "device"),
     ("settings", "verify"),
-    ("schedule", "repeatable"),
+    ("schedule", "repeatable", "relay"),
     ("losses", "search"),
     ("evaluation",),
     ("learned",),

@@ -194,10 +194,11 @@ def test_every_called_module_is_in_one_boundary_or_around_them(case):
     assert set(called) <= set(inside) | around
 
 
-def test_trials_are_cached_and_give_the_loss_of_full_forwards(case):
+@pytest.mark.parametrize("schedule", ["sweep", "relay"])
+def test_trials_are_cached_and_give_the_loss_of_full_forwards(case, schedule):
     model, _ = case
-    opt = fastals.ALS(model, trust=0.02)
-    for _ in range(2):
+    opt = fastals.ALS(model, schedule=schedule, every=1, trust=0.02)
+    for _ in range(len(opt.param_groups) if schedule == "relay" else 2):  # it ends with a search of the head
         state = torch.get_rng_state()
         opt.step(lambda: loss_of(model))
         after = torch.get_rng_state()

@@ -38,6 +38,27 @@ def test_published_values_reach_every_group(name, values):
         assert group["weight_decay"] == 0
 
 
+#: All that a preset leaves to the defaults, as it was before the default schedule was the relay.
+UNTOUCHED = {
+    "plasls": {"schedule": "cycle", "every": 1, "c": 0.1, "growth": 2 ** (1 / 500), "max_trials": 250},
+    "adamsls": {"schedule": "sweep", "every": 1, "c": 0.1, "growth": 2 ** (1 / 500), "max_trials": 250},
+    "salsa": {"schedule": "sweep", "every": "auto", "c": 0.5, "growth": 2 ** (1 / 500), "max_trials": 250},
+    "ponos": {"schedule": "sweep", "every": 1, "c": 0.5, "growth": 1.3, "max_trials": 100},
+    "sls": {"schedule": "sweep", "every": 1, "c": 0.1, "growth": 2 ** (1 / 500), "max_trials": 250},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_defaults_of_the_relay_are_not_those_of_a_preset(name):
+    opt = build(name, TinyTransformer())
+    made = {"schedule": opt.settings.schedule, "every": opt.settings.every}
+    for group in opt.param_groups:
+        constants = {k: group[k] for k in UNTOUCHED[name] if k not in made}
+        assert made | constants == UNTOUCHED[name]
+        assert (group["trust"], group["eta_min"]) == (None, 1e-6 if name == "ponos" else 1e-10)
+    assert opt.settings.order == "top_down"
+
+
 def test_units_schedule_and_directions_of_the_presets():
     found = {n: (build(n, TinyTransformer(depth=2)), PRESETS[n]()["by"]) for n in PRESETS}
     assert {n: len(opt.param_groups) for n, (opt, _) in found.items()} == {

@@ -2,106 +2,37 @@
 
 import copy
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 from helpers.options import HARD_SWEEP
+from helpers.side_by_side import STEPS, compare
 from helpers.tiny import TinyTransformer, TwoHeads, tiny_batches
 
 import fastals
 from fastals.eager import EagerALS
 from fastals.search import MEMORY
 
-STEPS = 30
-
-
-@dataclass
-class Seen:
-    """What happened in a run, so that a test can say that it met the cases it is about."""
-
-    outcomes: set
-    rejections: int = 0
-    joint_trials: int = 0
-
-
-def assert_same_step(fast, eager, rtol):
-    assert [(u.name, u.outcome, u.trials) for u in fast.units] == [(u.name, u.outcome, u.trials) for u in eager.units]
-    assert fast.joint_trials == eager.joint_trials
-    for a, b in zip(fast.units, eager.units, strict=True):
-        assert a.step_size == pytest.approx(b.step_size, rel=rtol)
-        assert a.slope == pytest.approx(b.slope, rel=rtol, abs=rtol * max(1e-3, abs(b.slope)))
-    assert fast.loss_before == pytest.approx(eager.loss_before, rel=rtol)
-    assert fast.loss_after == pytest.approx(eager.loss_after, rel=rtol, nan_ok=True)
-
-
-def compare(options, model=None, batches=None, rtol=1e-5, backward=False, resync=False):
-    """Train twins from the same weights on the same batches; every step and the final weights must agree."""
-    torch.manual_seed(0)
-    fast_model = TinyTransformer(depth=2).double() if model is None else model
-    eager_model = copy.deepcopy(fast_model)
-    fast = fastals.ALS(fastals.units(fast_model), model=fast_model, **options)
-    eager = EagerALS(fastals.units(eager_model), **options)
-    seen = Seen(set())
-    for t, batch in enumerate(tiny_batches(STEPS) if batches is None else batches):
-        after = []
-        for opt, net in ((fast, fast_model), (eager, eager_model)):
-            torch.manual_seed(100 + t)
-            one_step(opt, net, batch, backward)
-            after.append(torch.rand(3))
-        assert torch.equal(*after), "the generators must stand where a plain forward and backward leaves them"
-        assert_same_step(fast.report, eager.report, rtol)
-        seen.outcomes |= {u.outcome for u in fast.report.units}
-        seen.rejections += sum(u.trials - (u.outcome == "accepted") for u in fast.report.units if u.trials)
-        seen.joint_trials += fast.report.joint_trials
-        if resync:
-            hand_over(fast, eager)
-    for a, b in zip(fast_model.parameters(), eager_model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=10 * rtol)
-    return seen
-
-
-@torch.no_grad()
-def hand_over(fast, eager):
-    """Start the next step of the baseline from the fast path's weights, state and memory."""
-    for ours, theirs in zip(fast.param_groups, eager.param_groups, strict=True):
-        theirs.update({k: v for k, v in ours.items() if k not in ("params", "param_names")})
-        for p, q in zip(ours["params"], theirs["params"], strict=True):
-            q.copy_(p)
-            eager.state[q] = copy.deepcopy(fast.state[p])
-
-
-def one_step(opt, model, batch, backward):
-    def closure():
-        out = model(**batch)
-        return out if isinstance(out, torch.Tensor) else out.loss
-
-    if not backward:
-        return opt.step(closure)
-    opt.zero_grad()
-    state = torch.get_rng_state()
-    loss = closure()
-    loss.backward()
-    torch.set_rng_state(state)  # the trials are to see the masks of the gradient
-    return opt.step(closure, loss=loss)
+SCHEDULES = ["sweep", "independent", "cycle", "joint", "relay"]
 
 
 @pytest.mark.proves(claim="same-answers-for-each-schedule")
 @pytest.mark.parametrize("momentum", ["none", "after", "tested"])
-@pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_same_answers_for_each_schedule_and_momentum(schedule, momentum):
     seen = compare(HARD_SWEEP | {"schedule": schedule, "momentum": momentum})
     assert "accepted" in seen.outcomes
     assert seen.rejections > 0
     assert ("kept" in seen.outcomes) == (schedule == "cycle")
-    assert (seen.joint_trials > 0) == (schedule in ("independent", "joint"))
+    assert (seen.joint_trials > 0) == (schedule in ("independent", "joint", "relay"))
 
 
 @pytest.mark.parametrize("momentum", ["none", "after", "tested"])
-@pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_same_answers_in_single_precision_with_the_defaults(schedule, momentum):
     torch.manual_seed(0)
-    compare({"schedule": schedule, "momentum": momentum}, model=TinyTransformer(depth=2))
+    large = schedule == "relay"  # steps so large that rounding grows from step to step, so each is compared for itself
+    compare({"schedule": schedule, "momentum": momentum}, model=TinyTransformer(depth=2), resync=large)
 
 
 @pytest.mark.parametrize("reference", ["monotone", "nonmonotone", "smoothed"])
@@ -113,22 +44,22 @@ def test_same_answers_for_each_first_step_and_reference(initial, reference):
 
 
 @pytest.mark.parametrize("order", ["top_down", "bottom_up", "random"])
-@pytest.mark.parametrize("schedule", ["sweep", "independent"])
+@pytest.mark.parametrize("schedule", ["sweep", "independent", "relay"])
 def test_same_answers_for_each_order(schedule, order):
     assert (
         compare(HARD_SWEEP | {"schedule": schedule, "order": order, "initial": "random", "trust": 2.0}).rejections > 0
     )
 
 
-@pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("every", [3, "auto"])
 def test_same_answers_when_searching_rarely(every, schedule):
     seen = compare(HARD_SWEEP | {"schedule": schedule, "every": every, "momentum": "after"})
-    assert {"accepted", "kept"} <= seen.outcomes
+    assert seen.outcomes >= ({"accepted"} if schedule == "relay" else {"accepted", "kept"})
 
 
 @pytest.mark.parametrize("momentum", ["none", "after", "tested"])
-@pytest.mark.parametrize("schedule", ["sweep", "joint"])
+@pytest.mark.parametrize("schedule", ["sweep", "joint", "relay"])
 def test_same_answers_along_the_gradient(schedule, momentum):
     options = HARD_SWEEP | {
         "direction": "sgd",
@@ -140,7 +71,7 @@ def test_same_answers_along_the_gradient(schedule, momentum):
     assert compare(options | {"max_trials": 5}).rejections > 0
 
 
-@pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("momentum", ["none", "after"])
 def test_same_answers_with_weight_decay_and_clipping(schedule, momentum):
     options = HARD_SWEEP | {"weight_decay": 0.1, "max_grad_norm": 0.5, "schedule": schedule, "momentum": momentum}
@@ -148,7 +79,7 @@ def test_same_answers_with_weight_decay_and_clipping(schedule, momentum):
 
 
 @pytest.mark.parametrize("every", [1, "auto"])
-@pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_same_answers_while_units_merge(schedule, every):
     torch.manual_seed(0)
     model = TinyTransformer(depth=4).double()
@@ -168,7 +99,7 @@ def test_units_merge_down_to_two():
     assert counts == [6, 5, 4, 3, 2, 2]
 
 
-@pytest.mark.parametrize("schedule", ["sweep", "independent"])
+@pytest.mark.parametrize("schedule", ["sweep", "independent", "relay"])
 def test_same_answers_with_gradients_already_there(schedule):
     assert compare(HARD_SWEEP | {"schedule": schedule}, backward=True).rejections > 0
 
@@ -181,7 +112,7 @@ def test_same_answers_in_bfloat16_with_master_weights():
     assert seen.rejections > 0
 
 
-@pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_same_answers_where_some_parameters_have_no_gradient(schedule):
     torch.manual_seed(0)
     seen = compare(HARD_SWEEP | {"schedule": schedule, "momentum": "after"}, model=TwoHeads().double())

@@ -18,6 +18,11 @@ def rules(**changed):
     return RULES | MEMORY | changed
 
 
+def open_search(r, loss, slope, cap, *, uniform=0.5, **rounding):
+    """A search from the first step that the rules give."""
+    return Search(r, loss, slope, initial_step(r, loss, slope, cap, uniform=uniform), **rounding)
+
+
 def run(search, f):
     """Search along f(η); returns the steps tried and their losses."""
     tried = []
@@ -54,7 +59,7 @@ def test_the_returned_point_satisfies_the_armijo_inequality(waves, x, cap, chose
     d = 0.1 * x - sum(a * b * math.sin(b * x + p) for a, b, p in waves)
     assume(abs(d) > 1e-6)
     r = rules(**chosen)
-    search = Search(r, f(x), d * d, cap)
+    search = open_search(r, f(x), d * d, cap)
     tried = run(search, lambda eta: f(x - eta * d))
 
     def passes(eta, loss):
@@ -74,7 +79,7 @@ def test_the_returned_point_satisfies_the_armijo_inequality(waves, x, cap, chose
 
 @given(bad=st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_a_trial_loss_that_is_not_finite_is_a_rejection(bad):
-    search = Search(rules(), loss=1.0, slope=1.0, cap=1.0)
+    search = open_search(rules(), loss=1.0, slope=1.0, cap=1.0)
     search.judge(bad)
     assert search.running
     assert search.eta == 0.5
@@ -83,7 +88,7 @@ def test_a_trial_loss_that_is_not_finite_is_a_rejection(bad):
 
 
 def test_a_search_ends_at_the_smallest_step():
-    search = Search(rules(eta_min=0.2, max_trials=100), loss=1.0, slope=1.0, cap=1.0)
+    search = open_search(rules(eta_min=0.2, max_trials=100), loss=1.0, slope=1.0, cap=1.0)
     assert [eta for eta, _ in run(search, lambda eta: 2.0)] == [1.0, 0.5, 0.25]
     assert search.outcome == "exhausted"
 
@@ -91,7 +96,7 @@ def test_a_search_ends_at_the_smallest_step():
 @pytest.mark.parametrize("invisible", [{"resolution": 0.1}, {"hidden": 0.2}], ids=["in the loss", "in the weights"])
 def test_where_rounding_hides_the_decrease_the_loss_only_must_not_rise(invisible):
     """With c = 0.5 steps from 0.2 on are asked for 0.1 or more."""
-    search = Search(rules(), loss=1.0, slope=1.0, cap=0.25, **invisible)
+    search = open_search(rules(), loss=1.0, slope=1.0, cap=0.25, **invisible)
     search.judge(1.0)
     assert search.running, "0.25 could have shown 0.125"
     search.judge(1.001)
@@ -107,25 +112,25 @@ def test_where_rounding_hides_the_decrease_the_loss_only_must_not_rise(invisible
 @given(loss=st.floats(0.01, 10), slope=st.floats(0.01, 100), backtracks=st.integers(0, 5), p=st.floats(0.05, 1))
 def test_polyak(loss, slope, backtracks, p):
     r = rules(initial="polyak", polyak_c=p, backtracks=backtracks, backtrack=0.7)
-    assert initial_step(r, loss, slope, 10.0, 0.5) == pytest.approx(loss / (p * slope) * 0.7**backtracks)
-    assert Search(r, loss, slope, cap=1e-3).eta == pytest.approx(min(1e-3, loss / (p * slope) * 0.7**backtracks))
+    assert initial_step(r, loss, slope, cap=1e9) == pytest.approx(loss / (p * slope) * 0.7**backtracks)
+    assert open_search(r, loss, slope, cap=1e-3).eta == pytest.approx(min(1e-3, loss / (p * slope) * 0.7**backtracks))
 
 
 @given(uniform=st.floats(0, 1, exclude_max=True), cap=st.floats(1e-8, 1e3), least=st.floats(1e-9, 1e-2))
 def test_random_is_log_uniform_within_its_range(uniform, cap, least):
     r = rules(initial="random", eta_min=least)
-    eta, low = Search(r, 1.0, 1.0, cap, uniform=uniform).eta, min(max(least, 1e-4 * cap), cap)
+    eta, low = open_search(r, 1.0, 1.0, cap, uniform=uniform).eta, min(max(least, 1e-4 * cap), cap)
     assert low * (1 - 1e-12) <= eta <= cap
     if low < cap:
         assert math.log(eta / low) == pytest.approx(uniform * math.log(cap / low), abs=1e-9)
 
 
 def test_warm_and_reset():
-    assert Search(rules(initial="reset", step_size=0.1), 1.0, 1.0, cap=3.0).eta == 3.0
-    assert Search(rules(initial="warm"), 1.0, 1.0, cap=3.0).eta == 3.0
-    assert Search(rules(initial="warm", eta_init=0.2), 1.0, 1.0, cap=3.0).eta == 0.2
-    assert Search(rules(initial="warm", eta_init=0.2, step_size=0.4), 1.0, 1.0, cap=3.0).eta == 0.8
-    assert Search(rules(initial="warm", step_size=2.0), 1.0, 1.0, cap=3.0).eta == 3.0
+    assert open_search(rules(initial="reset", step_size=0.1), 1.0, 1.0, cap=3.0).eta == 3.0
+    assert open_search(rules(initial="warm"), 1.0, 1.0, cap=3.0).eta == 3.0
+    assert open_search(rules(initial="warm", eta_init=0.2), 1.0, 1.0, cap=3.0).eta == 0.2
+    assert open_search(rules(initial="warm", eta_init=0.2, step_size=0.4), 1.0, 1.0, cap=3.0).eta == 0.8
+    assert open_search(rules(initial="warm", step_size=2.0), 1.0, 1.0, cap=3.0).eta == 3.0
 
 
 # Reference
@@ -139,7 +144,7 @@ def test_zhang_hager(losses, weight):
         weights = [weight ** (t - i) for i in range(t + 1)]
         mean = sum(w * f for w, f in zip(weights, losses, strict=False)) / sum(weights)
         assert zhang_hager(r, loss)[0] == pytest.approx(mean, abs=1e-9)
-        search = Search(r, loss, 1.0, 1.0)
+        search = open_search(r, loss, 1.0, 1.0)
         assert search.reference == pytest.approx(max(mean, loss), abs=1e-9)
         run(search, lambda eta: -1e3)
         search.remember()
@@ -163,19 +168,19 @@ def test_smoothed(b, h, mean, loss, trial, slope, c):
     decrease = b * h + (1 - b) * (loss - trial)
     required = c * eta * (b * mean + (1 - b) * slope)
     assume(abs(decrease - required) > 1e-9)
-    search = Search(rules(reference="smoothed", smoothing=b, mean_decrease=h, mean_slope=mean, c=c), loss, slope, eta)
+    search = open_search(rules(reference="smoothed", smoothing=b, mean_decrease=h, mean_slope=mean, c=c), loss, slope, eta)
     search.judge(trial)
     assert search.accepted == (decrease >= required)
 
 
 def test_smoothed_averages_are_written_by_accepted_searches_only():
     r = rules(reference="smoothed", smoothing=0.9)
-    search = Search(r, 1.0, 2.0, 0.1)
+    search = open_search(r, 1.0, 2.0, 0.1)
     search.judge(0.5)
     search.remember()
     assert (r["mean_decrease"], r["mean_slope"]) == pytest.approx((0.1 * 0.5, 0.1 * 2.0))
     before = dict(r)
-    search = Search(r, 1.0, 2.0, 0.1)
+    search = open_search(r, 1.0, 2.0, 0.1)
     run(search, lambda eta: 9.0)
     search.remember()
     assert (r["mean_decrease"], r["mean_slope"]) == (before["mean_decrease"], before["mean_slope"])
@@ -186,7 +191,7 @@ def test_smoothed_averages_are_written_by_accepted_searches_only():
 
 def test_an_accepted_step_is_remembered():
     r = rules(initial="warm")
-    search = Search(r, 1.0, 1.0, cap=1.0)
+    search = open_search(r, 1.0, 1.0, cap=1.0)
     search.judge(2.0)
     search.judge(0.0)
     search.remember()
@@ -197,7 +202,7 @@ def test_the_backtracks_of_polyak_are_remembered():
     """PoNoS: l ← max(l + backtracks − 1, 0)."""
     r = rules(initial="polyak", backtracks=1)
     for rejections, expected in ((0, 0), (0, 0), (3, 2), (1, 2), (0, 1)):
-        search = Search(r, 1.0, 1.0, cap=100.0)
+        search = open_search(r, 1.0, 1.0, cap=100.0)
         for _ in range(rejections):
             search.judge(9.0)
         search.judge(-100.0)
@@ -210,7 +215,7 @@ def test_the_backtracks_of_polyak_are_remembered():
 def test_an_exhausted_search_moves_the_memory_by_one_notch(max_trials):
     """However many trials it made: 0.8, and not 0.8 times 0.5 to the eighth."""
     r = rules(initial="warm", step_size=0.4, max_trials=max_trials)
-    search = Search(r, 1.0, 1.0, cap=1.0)
+    search = open_search(r, 1.0, 1.0, cap=1.0)
     assert search.start == 0.8
     run(search, lambda eta: 9.0)
     search.remember()
@@ -220,7 +225,7 @@ def test_an_exhausted_search_moves_the_memory_by_one_notch(max_trials):
 def test_a_loss_that_cannot_show_the_decrease_lets_the_step_grow_until_it_can():
     r = rules(initial="warm", step_size=1e-3, growth=1.3)
     for _ in range(50):
-        search = Search(r, 1.0, 1e-2, cap=1.0, resolution=1e-4)
+        search = open_search(r, 1.0, 1e-2, cap=1.0, resolution=1e-4)
         run(search, lambda eta: 1.0)
         search.remember()
     visible = 1e-4 / (r["c"] * 1e-2)
@@ -230,7 +235,7 @@ def test_a_loss_that_cannot_show_the_decrease_lets_the_step_grow_until_it_can():
 def test_a_loss_that_visibly_rises_shrinks_the_step_also_where_the_decrease_is_not_visible():
     r = rules(initial="warm", step_size=1e-3, growth=1.0)
     for _ in range(3):
-        search = Search(r, 1.0, 1e-6, cap=1e-2, resolution=6e-8)
+        search = open_search(r, 1.0, 1e-6, cap=1e-2, resolution=6e-8)
         run(search, lambda eta: 1.1)
         search.remember()
     assert r["step_size"] == 1e-3 / 2**3
@@ -238,7 +243,7 @@ def test_a_loss_that_visibly_rises_shrinks_the_step_also_where_the_decrease_is_n
 
 def test_a_collapsed_memory_restarts_where_a_search_from_the_cap_would_end():
     r = rules(initial="warm", step_size=1e-9, max_trials=4)
-    search = Search(r, 1.0, 1.0, cap=0.8)
+    search = open_search(r, 1.0, 1.0, cap=0.8)
     assert search.start == 0.8 * 0.5**3
 
 

@@ -73,7 +73,7 @@ def test_clipping_does_not_change_the_slope():
     assert [u.slope for u in opt.report.units] == pytest.approx([scale * n for n in norms])
 
 
-@pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
+@pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint", "relay"])
 def test_accumulated_micro_batches_equal_the_big_batch(schedule):
     torch.manual_seed(0)
     model = TinyTransformer(dropout=0.0).double()
@@ -129,11 +129,12 @@ def test_lr_of_zero_moves_nothing():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_a_group_added_while_training_is_searched_from_then_on():
+@pytest.mark.parametrize("schedule", ["cycle", "relay"])
+def test_a_group_added_while_training_is_searched_from_then_on(schedule):
     torch.manual_seed(0)
     model = TinyTransformer()
     model.embed.requires_grad_(False)
-    opt = fastals.ALS(model, schedule="cycle", every=2)
+    opt = fastals.ALS(model, schedule=schedule, every=2)
     batches = list(tiny_batches(8))
     for batch in batches[:3]:
         opt.step(lambda: model(**batch))  # noqa: B023
@@ -181,7 +182,7 @@ class Kink(nn.Module):
         return self.body(x).square().mean() + self.scale.abs().sqrt().sum()
 
 
-@pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint"])
+@pytest.mark.parametrize("schedule", ["sweep", "independent", "cycle", "joint", "relay"])
 def test_a_gradient_that_is_not_finite_stops_its_unit_only(schedule):
     torch.manual_seed(0)
     model = Kink()
@@ -223,15 +224,19 @@ def test_a_parameter_frozen_after_construction_is_skipped():
     assert int(opt.state[model.head.weight]["step"]) == 1
 
 
-def test_a_unit_that_is_never_used_does_not_make_the_others_search():
+@pytest.mark.parametrize("schedule", ["sweep", "relay"])
+def test_a_unit_that_is_never_used_does_not_make_the_others_search(schedule):
     torch.manual_seed(0)
     model = TwoHeads(dropout=0.0)
-    opt = fastals.ALS(fastals.units(model, by=["body", "other"]), model=model, every=3)
-    outcomes = []
+    opt = fastals.ALS(fastals.units(model, by=["body", "other"]), model=model, schedule=schedule, every=3)
+    outcomes, searched = [], []
     for batch in tiny_batches(7):
         opt.step(lambda: model(**batch, other=False))  # noqa: B023
         outcomes += [u.outcome for u in opt.report.units]
-    assert outcomes == ["accepted", "kept", "kept"] * 2 + ["accepted"]
+        searched += [u.trials > 0 for u in opt.report.units]
+    between = "kept" if schedule == "sweep" else "accepted"  # the relay tests its remembered steps
+    assert outcomes == ["accepted", between, between] * 2 + ["accepted"]
+    assert searched == [True, False, False] * 2 + [True]
 
 
 @pytest.mark.parametrize("form", ["parameters", "named", "groups"])

@@ -18,7 +18,7 @@ from fastals.partition import blocks
 
 SEED = 4  # of every step: some layers are dropped where the model drops layers
 SEEDS = {"swin": 1}  # whose roundings show
-STACK = "a stack"  # every block runs once, and a trial computes the blocks from its unit's on, and no others
+STACK = "a stack"  # every block runs once, and a trial of a unit computes the blocks from it on, and no others
 
 
 class Row(NamedTuple):
@@ -122,7 +122,7 @@ EXPECTED: dict[str, str | Row] = {
     "poly": STACK,
     "x-lora": Row(6, (6,), uncached=("head",)),  # a first pass weights the adapters of the second, by hooks
 }
-BOTTOM_UP = (
+DIVERSE = (  # searched bottom up and by the relay, too
     "bert", "albert", "deberta-v2", "funnel", "gpt2", "opt-layerdrop", "mixtral-router-loss", "qwen3-moe", "mamba",
     "t5", "bart-layerdrop", "swin", "resnet", "detr", "wav2vec2-spec-augment", "whisper", "clip", "lora",
     "lora-all-linear-tied", "adalora", "prefix-tuning", "lokr", "x-lora",
@@ -131,10 +131,15 @@ OVERWRITTEN = ("wav2vec2-spec-augment",)  # the mask is written into the output 
 MARKS = {
     "boft": pytest.mark.skipif(torch.cuda.is_available(), reason="it compiles a CUDA extension"),
 }
+SEARCHES = {  # options of the optimizer, and steps
+    "top_down": ({"schedule": "sweep", "order": "top_down"}, 3),
+    "bottom_up": ({"schedule": "sweep", "order": "bottom_up"}, 2),
+    "relay": ({"schedule": "relay", "every": 1}, 4),
+}
 CASES = [
-    pytest.param(name, order, marks=MARKS.get(name, ()), id=f"{name}-{order}")
+    pytest.param(name, search, marks=MARKS.get(name, ()), id=f"{name}-{search}")
     for name in EXPECTED
-    for order in (("top_down", "bottom_up") if name in BOTTOM_UP else ("top_down",))
+    for search in (SEARCHES if name in DIVERSE else ("top_down",))
 ]
 
 
@@ -142,16 +147,16 @@ def test_the_table_has_every_model_of_the_zoo():
     assert list(EXPECTED) == [*zoo.ZOO, *zoo.ADAPTERS]
 
 
-@pytest.mark.parametrize(("name", "order"), CASES)
-def test_every_loss_is_that_of_a_full_forward_and_no_block_is_computed_in_vain(name, order):
-    row = EXPECTED[name]
+@pytest.mark.parametrize(("name", "search"), CASES)
+def test_every_loss_is_that_of_a_full_forward_and_no_block_is_computed_in_vain(name, search):
+    row, (options, count) = EXPECTED[name], SEARCHES[search]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model, loss_of = zoo.build(name)
         leaves = counted_leaves(model, loss_of)
-        opt = fastals.ALS(model, trust=0.02, order=order)
+        opt = fastals.ALS(model, trust=0.02, **options)
         steps, reports = [], []
-        for _ in range(3 if order == "top_down" else 2):
+        for _ in range(count):
             zoo.seed_generators(SEEDS.get(name, SEED))
             steps.append(judged_step(opt, model, loss_of, leaves))
             reports.append(opt.report)
@@ -160,11 +165,11 @@ def test_every_loss_is_that_of_a_full_forward_and_no_block_is_computed_in_vain(n
     for step, report in zip(steps[1:], reports[1:], strict=True):
         searched = {u.name: u.trials for u in report.units}
         if row == STACK:
-            assert step.forwards == forwards_of_a_stack(list(blocks(model)), searched)
+            assert step.forwards == forwards_of_a_stack(list(blocks(model)), searched, report.joint_trials)
         else:
             of_trials = sum(searched.get(unit, 0) * (k or 0) for unit, k in zip(names, row.trials, strict=True))
-            at_most = row.forward + row.checks + of_trials
-            assert step.forwards.total() <= at_most, f"measured: {measured(step, searched, names, order)}"
+            at_most = row.forward * (1 + report.joint_trials) + row.checks + of_trials
+            assert step.forwards.total() <= at_most, f"measured: {measured(step, searched, names, search)}"
     uncached = () if row == STACK else row.uncached
     complaints = [str(w.message) for w in caught if str(w.message).startswith("fastals")]
     if name in OVERWRITTEN:
@@ -175,18 +180,21 @@ def test_every_loss_is_that_of_a_full_forward_and_no_block_is_computed_in_vain(n
     assert not differences
 
 
-def forwards_of_a_stack(stack, trials):
-    """Forwards of every block in a step: the first forward, and the trials of the units that are not above it."""
+def forwards_of_a_stack(stack, trials, joint_trials):
+    """Forwards of a block in a step: the first, the joint trials, and the trials of the units that are not above it."""
     first = {"embeddings": 0, "head": len(stack)} | {block: i for i, block in enumerate(stack)}
     return Counter(
-        {block: 1 + sum(k for unit, k in trials.items() if first[unit] <= i) for i, block in enumerate(stack)}
+        {
+            block: 1 + joint_trials + sum(k for unit, k in trials.items() if first[unit] <= i)
+            for i, block in enumerate(stack)
+        }
     )
 
 
-def measured(step, trials, names, order):
-    """What :data:`EXPECTED` has to say about this step."""
+def measured(step, trials, names, search):
+    """What :data:`EXPECTED` has to say about this step of a sweep."""
     row, left = dict.fromkeys(names), list(step.evaluations)
-    for unit in list(trials)[:: 1 if order == "top_down" else -1]:  # the last trial is the last loss
+    for unit in list(trials)[:: -1 if search == "bottom_up" else 1]:  # the last trial is the last loss
         for _ in range(trials[unit]):
             row[unit] = left.pop().forwards
     rest = step.forwards.total() - sum(k * row[unit] for unit, k in trials.items() if k)

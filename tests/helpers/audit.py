@@ -21,8 +21,9 @@ from torch import Tensor, nn
 import fastals
 
 LossOf = Callable[..., Any]
-SEARCHES = [{"order": "top_down"}, {"order": "bottom_up"}, {"order": "random"},
-            {"schedule": "independent"}, {"schedule": "joint"}]  # fmt: skip
+SEARCHES = [{"schedule": "sweep", "order": "top_down"}, {"schedule": "sweep", "order": "bottom_up"},
+            {"schedule": "sweep", "order": "random"}, {"schedule": "independent"}, {"schedule": "joint"},
+            {"schedule": "relay"}]  # fmt: skip
 searches = pytest.mark.parametrize("search", SEARCHES, ids=lambda s: "-".join(s.values()))
 
 
@@ -37,13 +38,14 @@ class Audit:
         models: the model, then further modules that the loss uses.
         beside: also make every step without the cache, on copies, and compare reports and weights. Single evaluations
             are then not judged: one that finds out that a unit cannot be cached returns a wrong loss, to nobody's harm.
-        options: arguments of the optimizer.
+        options: arguments of the optimizer; without a schedule it makes sweeps, which ask most of the cache.
     """
 
     def __init__(self, *models: nn.Module, beside: bool = False, **options: Any) -> None:
         self.models, self.twins = models, copy.deepcopy(models)
         self.slow = Audit(*copy.deepcopy(models), **options | {"cache": False}) if beside else None
-        self.opt = fastals.ALS(models[0], **({"modules": list(models[1:])} if models[1:] else {}), **options)
+        further = {"modules": list(models[1:])} if models[1:] else {}
+        self.opt = fastals.ALS(models[0], **further, **({"schedule": "sweep"} | options))
         self.trained = {id(p) for group in self.opt.param_groups for p in group["params"]}
         self.trials = self.moved = 0
 

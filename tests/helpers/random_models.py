@@ -583,7 +583,7 @@ def batches(case: Case) -> Iterator[tuple[Tensor, Tensor]]:
 
 OPTIONS = st.fixed_dictionaries(
     {
-        "schedule": st.sampled_from(["sweep", "independent", "joint", "cycle"]),
+        "schedule": st.sampled_from(["sweep", "independent", "joint", "cycle", "relay"]),
         "order": st.sampled_from(["top_down", "bottom_up", "random"]),
         "momentum": st.sampled_from(["none", "none", "after"]),
         "trust": st.sampled_from([0.01, 0.05, 0.3]),
