@@ -47,6 +47,7 @@ class Part:
     slope: float = 0.0
     hidden: float = 0.0  # smaller step sizes may vanish in the rounding of the parameters
     scale: float = 0.0  # the step size that changes the weights by as much as they are
+    largest: float = 0.0  # largest step if lr is 1
     eta: float = 0.0
     trials: int = 0
     outcome: str = ""
@@ -207,9 +208,10 @@ class EagerALS(torch.optim.Optimizer):
     def _largest_step(self, part: Part, length: float) -> float:
         """The cap on the step size: ``eta_max`` and the trust ratio, times ``lr``."""
         largest, trust, rms = part.rules["eta_max"], part.rules["trust"], max(_rms(part.weights), self.weight_rms)
-        part.scale = float(part.rules["lr"]) * rms / length if length > 0 else 0.0
+        part.scale = rms / length if length > 0 else 0.0
         if trust is not None and length > 0:
             largest = min(largest, trust * rms / length)
+        part.largest = largest
         return float(part.rules["lr"]) * largest
 
     def _direction(self, part: Part, i: int, averaged: bool) -> Tensor:
@@ -239,8 +241,9 @@ class EagerALS(torch.optim.Optimizer):
         cap = self._aim_tested(part)
         part.search, part.eta, part.trials, part.outcome = None, 0.0, 0, NOT_DESCENT
         if 0 < part.slope < math.inf and cap > 0:
-            warm = warm_step(part.rules, part.scale) if self.settings.schedule == "relay" else None
-            drawn = uniform(self.seed, part.name)
+            warm, drawn = None, uniform(self.seed, part.name)
+            if self.settings.schedule == "relay":
+                cap, warm = part.largest, warm_step(part.rules, part.scale)
             start = initial_step(part.rules, self.loss, part.slope, cap, uniform=drawn, warm=warm)
             part.search = self._search_from(part, start)
         return part.search is not None
@@ -325,7 +328,7 @@ class EagerALS(torch.optim.Optimizer):
         part.relative_step, part.eta, part.outcome, part.search = relative_step, 0.0, NOT_DESCENT, None
         if not (0 < part.slope < math.inf and cap > 0):
             return None
-        return self._search_from(part, recalled_step(part.rules, relative_step, part.scale, cap))
+        return self._search_from(part, recalled_step(part.rules, relative_step, part.scale, part.largest))
 
     def _jointly(self, searches: dict[Part, Search], tries: int, factor: float = 1.0) -> float:
         """Move units together; the first common factor of their steps with a sufficient decrease, 0 if none has it."""

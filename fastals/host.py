@@ -141,15 +141,21 @@ class Passes:
 
 
 class Aim(NamedTuple):
-    """A direction that was written: its slope, the largest step, the step below which moves may hide, and the scale.
+    """A direction that was written: its slope, the largest step if ``lr`` is 1, the step below which moves may hide.
 
     ``scale`` is the step that changes the unit's weights by as much as they are, see :mod:`fastals.relay`.
     """
 
     slope: float
-    cap: float
+    largest: float
     hidden: float
     scale: float
+    lr: float
+
+    @property
+    def cap(self) -> float:
+        """The largest step."""
+        return self.lr * self.largest
 
     @property
     def descends(self) -> bool:
@@ -214,9 +220,10 @@ class HostBatch:
         aim, rules = self._aim_tested(unit), unit.rules
         self.moves[unit] = Move(0.0, aim.slope, NOT_DESCENT)
         if aim.descends:
+            relay = self.settings.schedule == "relay"
+            cap, warm = (aim.largest, warm_step(rules, aim.scale)) if relay else (aim.cap, None)
             drawn = uniform(self.seed, unit.name)
-            warm = warm_step(rules, aim.scale) if self.settings.schedule == "relay" else None
-            start = initial_step(rules, self.loss, aim.slope, aim.cap, uniform=drawn, warm=warm)
+            start = initial_step(rules, self.loss, aim.slope, cap, uniform=drawn, warm=warm)
             self.proposed[unit] = self._search_from(unit, aim, start)
 
     def recall(self, unit: Unit) -> None:
@@ -227,7 +234,7 @@ class HostBatch:
             relative_step, trials = searched_step(rules, searched.search, aim.scale), searched.trials
         self.moves[unit] = Move(0.0, aim.slope, NOT_DESCENT, trials, relative_step=relative_step)
         if aim.descends:
-            start = recalled_step(rules, relative_step, aim.scale, aim.cap)
+            start = recalled_step(rules, relative_step, aim.scale, aim.largest)
             self.proposed[unit] = self._search_from(unit, aim, start)
 
     def _search_from(self, unit: Unit, aim: Aim, start: float) -> Search:
@@ -246,12 +253,11 @@ class HostBatch:
         self.gradients.check()
         rules, passes = unit.rules, self.passes[unit]
         slope, length = passes.direct(averaged, self.grad_scale)
-        lr, rms = float(rules["lr"]), max(passes.weight_rms, self.weight_rms)
-        largest = rules["eta_max"]
+        rms, largest = max(passes.weight_rms, self.weight_rms), rules["eta_max"]
         if rules["trust"] is not None and length > 0:
             largest = min(largest, rules["trust"] * rms / length)
         hidden = unit.rounding * passes.weight_rms / length if length > 0 else 0.0
-        return Aim(slope, lr * largest, hidden, lr * rms / length if length > 0 else 0.0)
+        return Aim(slope, largest, hidden, rms / length if length > 0 else 0.0, float(rules["lr"]))
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""

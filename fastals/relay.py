@@ -1,11 +1,12 @@
 """Relay: relative steps that single units find, and a common factor that the joint test finds.
 
-The relative step of a unit is r_u = η_u / scale_u, with scale_u = lr · max(RMS(w_u), RMS(w)) / RMS(d_u): the share of
-its weights that a step changes, what ``trust`` caps. A unit that is searched alone updates r_u; all units move by
+The relative step of a unit is r_u = η_u / scale_u, with scale_u = max(RMS(w_u), RMS(w)) / RMS(d_u): the share of its
+weights that a step changes, what ``trust`` caps. A unit that is searched alone updates r_u; all units move by
 
-    η_u = a · r_u · scale_u
+    η_u = a · lr · r_u · scale_u
 
-with one common factor a that the joint test shrinks and later steps let grow back to 1.
+with one common factor a that the joint test shrinks and later steps let grow back to 1. Units are searched alone as if
+``lr`` were 1, so that a scheduler shortens the moves and leaves alone what the units have learned.
 """
 
 import math
@@ -34,9 +35,9 @@ def searched_step(rules: MutableMapping, search: Search, scale: float) -> float:
     return math.sqrt(remembered * found) if remembered else found
 
 
-def recalled_step(rules: MutableMapping, relative_step: float, scale: float, cap: float) -> float:
-    """η_u by the relative step, ``cap`` at most; the smallest step of a first search if there is none yet."""
-    return min(cap, relative_step * scale or last_step(rules, cap))
+def recalled_step(rules: MutableMapping, relative_step: float, scale: float, largest: float) -> float:
+    """The step lr r_u scale_u, lr ``largest`` at most; by the last trial of a first search if there is no r_u yet."""
+    return float(rules["lr"]) * min(largest, relative_step * scale or last_step(rules, largest))
 
 
 def first_factor(rules: MutableMapping) -> float:

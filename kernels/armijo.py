@@ -98,20 +98,20 @@ def _rms(sums, unit):
 
 
 @triton.jit
-def _cap_and_scale(sums, rules, unit, units, length, UP: tl.constexpr):
-    """Largest step: lr · min(η_max, trust · rms / length), rms the larger RMS of weights, the unit's or the model's.
+def _largest_and_scale(sums, rules, unit, units, length, UP: tl.constexpr):
+    """Largest step if lr is 1: min(η_max, trust · scale), and the scale of :mod:`fastals.relay`: rms / length.
 
-    Beside it the scale of :mod:`fastals.relay`, lr · rms / length.
+    rms is the larger RMS of weights, the unit's or the model's.
     """
     o_u = tl.arange(0, UP)
     m_u = o_u < units
     weights = tl.sum(tl.load(sums + o_u * N_SUMS + SUM_WEIGHTS, mask=m_u, other=0.0))
     elements = tl.sum(tl.load(sums + o_u * N_SUMS + SUM_ELEMENTS, mask=m_u, other=0.0))
     rms = tl.maximum(_rms(sums, unit), tl.sqrt(weights / tl.maximum(elements, 1.0)))
-    trust, lr = tl.load(rules + RULE_TRUST), tl.load(rules + RULE_LR)
+    trust = tl.load(rules + RULE_TRUST)
     limited, divisor = (trust < float("inf")) & (length > 0), tl.where(length > 0, length, float("inf"))
     limit = tl.where(limited, trust * rms / divisor, float("inf"))
-    return tl.minimum(tl.load(rules + RULE_ETA_MAX), limit) * lr, lr * rms / divisor
+    return tl.minimum(tl.load(rules + RULE_ETA_MAX), limit), rms / divisor
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def open_kernel(
 ):
     """Start a search of the unit, with KEEP or RECALL put it at its remembered step or relative step.
 
-    With RELATIVE a warm search starts by the relative step.
+    With RELATIVE the search is as if lr were 1, and a warm one starts by the relative step.
 
     Nothing happens if all units have been moved together already.
     """
@@ -206,7 +206,9 @@ def open_kernel(
         memory += unit * N_MEMORY
         loss = tl.load(batch + BATCH_LOSS)
         averaged, slope, length = _aim(sums, flags, unit, TESTED=TESTED)
-        cap, scale = _cap_and_scale(sums, rules, unit, units, length, UP=UP)
+        largest, scale = _largest_and_scale(sums, rules, unit, units, length, UP=UP)
+        lr = tl.load(rules + RULE_LR)
+        cap = largest * lr
         hidden = tl.load(rounding + unit) * _rms(sums, unit) / tl.where(length > 0, length, float("inf"))
         descends = (slope > 0) & (slope < float("inf")) & (cap > 0)
         if KEEP:
@@ -216,14 +218,15 @@ def open_kernel(
             go = False
         elif RECALL:
             relative_step = _searched_step(row, rules, tl.load(memory + MEMORY_RELATIVE_STEP), scale)
-            smallest = cap * tl.load(rules + RULE_FLOOR)
-            eta = tl.where(relative_step * scale > 0, tl.minimum(cap, relative_step * scale), smallest)
+            eta = relative_step * scale
+            eta = lr * tl.where(eta > 0, tl.minimum(largest, eta), largest * tl.load(rules + RULE_FLOOR))
             eta = tl.where(descends, eta, 0.0)
             outcome = tl.where(descends, OUTCOME_RUNNING, OUTCOME_NOT_DESCENT)
             tl.store(row + RELATIVE_STEP, relative_step)
             go = False
         else:
             if RELATIVE:
+                cap = largest
                 remembered = RAISE * tl.load(memory + MEMORY_RELATIVE_STEP) * scale
             else:
                 remembered = tl.load(rules + RULE_GROWTH) * tl.load(memory + MEMORY_STEP_SIZE)
