@@ -78,15 +78,15 @@ class ByHand:
             share = max(rms(unit), all_rms) / length
             self.d.append(d)
             self.slopes.append(sum(float((x * y).sum()) for x, y in zip(g, d, strict=True)))
-            self.scales.append(lr * share)
-            caps.append(lr * min(10.0, self.trust * share))
+            self.scales.append(share)
+            caps.append(min(10.0, self.trust * share))
         self.trials = [0] * len(self.units)
         due = (self.count - 1) % self.every == 0
         turn = (self.count - 1) // self.every % len(self.units)
         for u in range(len(self.units)) if self.count == 1 else [turn] * due:
             self.search_alone(u, caps[u])
-        last = 2 ** (self.tries - 1)
-        self.move_all([min(cap, r * s) if r else cap / last for cap, r, s in zip(caps, self.r, self.scales, strict=True)])
+        last, units = 2 ** (self.tries - 1), zip(caps, self.r, self.scales, strict=True)
+        self.move_all([lr * min(cap, r * s) if r else lr * cap / last for cap, r, s in units])
 
     def search_alone(self, u, cap):
         last = cap / 2 ** (self.tries - 1)
