@@ -73,7 +73,7 @@ def losses(title: str, runs: list[Record], best: str, out: Path) -> Path:
     """
     figure, panels = new_figure(rows=3)
     top = 1.1 * max((r["losses"][0] for r in runs if math.isfinite(r["losses"][0])), default=1)
-    lowest = min((x for r in runs for x in running_mean(r["losses"]) if math.isfinite(x)), default=0)
+    lowest = min((x for r in runs for x in r["losses"] if math.isfinite(x)), default=0)
     for panel, key in zip(panels, ("steps", "seconds", "forwards"), strict=True):
         for i, method in enumerate(dict.fromkeys(r["method"] for r in runs)):
             members, wide = of_method(runs, method), method == best or not method.startswith("adamw")

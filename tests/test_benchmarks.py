@@ -961,8 +961,8 @@ def test_sensitivity_compares_the_same_seeds_at_a_third_and_ten_times():
 
 
 def test_losses_far_from_zero_are_drawn_without_the_void_below(figures, tmp_path):
-    charts.losses("far", [run("als", losses=[2.0] * 3)], "", tmp_path)
-    assert [panel.get_ylim() for panel in figures[0]] == [pytest.approx((1.8, 2.2))] * 3
+    charts.losses("far", [run("als", loss=1.8, losses=[2.0, 1.9, 1.8])], "", tmp_path)
+    assert [panel.get_ylim() for panel in figures[0]] == [pytest.approx((1.62, 2.2))] * 3
 
 
 def test_step_sizes_of_some_steps_span_all_steps(figures, tmp_path):
