@@ -121,6 +121,7 @@ def run_all(arguments: argparse.Namespace, tasks: dict[str, Task]) -> None:
     """Make the runs that the output file does not hold yet."""
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    conditions = stamp()  # of the code that runs, which may change on the disk before the last run is done
     done = {identity(json.loads(line)) for line in out.read_text().splitlines()} if out.exists() else set()
     for seed, regime, task, name, method in planned(arguments):
         case = {"task": task, "regime": regime, "method": name, "options": method.options, "seed": seed}
@@ -133,7 +134,7 @@ def run_all(arguments: argparse.Namespace, tasks: dict[str, Task]) -> None:
             print(f"skipped {name}: {error}", flush=True)
             continue
         with out.open("a") as file:
-            file.write(json.dumps(case | result | stamp()) + "\n")
+            file.write(json.dumps(case | result | conditions) + "\n")
         held_out = {k: round(result[k], 4) for k in ("accuracy", "perplexity") if k in result}
         print(case, f"loss {result['loss']:.4f} {held_out} {result['seconds'][-1]} s", flush=True)
 

