@@ -19,7 +19,7 @@ $(STAMP): requirements.txt pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)  ## fine-tune MiniLM on BBC News: ALS, the eager baseline and AdamW
-	$(BIN)/fastals finetune --model minilm --dataset bbc-news --compare --name demo
+	$(BIN)/fastals finetune --model minilm --dataset bbc-news --steps 60 --compare --adamw-lr 3e-4 --name demo
 
 test: $(STAMP)  ## the whole test suite, on all cores or WORKERS=...
 	$(BIN)/pytest $(PARALLEL)

@@ -56,11 +56,11 @@ def test_captured_sweep(in_turn, batch):
 
 
 @pytest.mark.parametrize("rival", ["adamw", "adamw-captured"])
-@pytest.mark.parametrize("schedule", ["sweep", "joint", "cycle"])
+@pytest.mark.parametrize("schedule", ["relay", "sweep", "joint", "cycle"])
 def test_captured(in_turn, schedule, rival):
     """Goals: ``joint``, accepted at once, at most 1.4x a captured AdamW and less than a plain one; ``cycle`` 1.25x."""
     shape_ = shape(32)
-    graphed = RIVALS["graphed"](shape_.model("cuda"), **ACCEPTING, schedule=schedule)
+    graphed = RIVALS["graphed"](shape_.model("cuda"), **ACCEPTING | {"schedule": schedule})
     in_turn(RIVALS[rival](shape_.model("cuda")), graphed, shape_, rival)
     report = graphed.optimizer.report
     assert schedule != "joint" or (report.joint_trials, report.trials) == (1, 1), "not accepted at once"

@@ -16,13 +16,14 @@ CASES = {  # name: (shape, arguments of both)
     "minilm": ("minilm", ACCEPTING),
     "bert-base": ("bert-base", ACCEPTING),
     **{f"depth-{n}": (f"depth-{n}", ACCEPTING) for n in (6, 12, 24, 48)},
-    **{f"{s}": ("minilm", ACCEPTING | {"schedule": s}) for s in ("independent", "cycle", "joint")},
+    **{f"{s}": ("minilm", ACCEPTING | {"schedule": s}) for s in ("relay", "independent", "cycle", "joint")},
     **{f"{k}-rejected": ("minilm", REJECTING | {"max_trials": k}) for k in (1, 2, 5)},
     **{name: (name, ACCEPTING) for name in SHAPES if name.startswith(("width", "batch", "length"))},
     **{name: (name, ACCEPTING) for name in ARCHITECTURES},
 }
-QUICK = ("minilm", "bert-base", "depth-6", "depth-12", "2-rejected")
+QUICK = ("minilm", "bert-base", "depth-6", "depth-12", "relay", "2-rejected")
 WEIGHED = ("minilm", "bert-base", *ARCHITECTURES)  # cases with a measured peak memory
+OPTIONS = {"als": {"trust": ACCEPTING["trust"]}, "sweep": ACCEPTING}  # of the rivals of AdamW
 needs_gpu = pytest.mark.gpu
 STAGES = [  # each adds one thing to the one before
     pytest.param("als", {"cache": False, "fused": False}, id="buffers"),
@@ -104,12 +105,12 @@ def probed_mode(options, device):
 @CAPTURED_SAME_AS_ADAMW
 @pytest.mark.parametrize("shape", full(["minilm", "bert-base"], ["minilm"]))
 @pytest.mark.parametrize(
-    "rival", ["als", "schedule-free", "prodigy", "salsa", pytest.param("adamw-captured", marks=needs_gpu)]
+    "rival", ["als", "sweep", "schedule-free", "prodigy", "salsa", pytest.param("adamw-captured", marks=needs_gpu)]
 )
 def test_instead(in_turn, device, rival, shape):
     models = models_of(shape, device)
     try:
-        other = RIVALS[rival](models[1], **(ACCEPTING if rival == "als" else {}))
+        other = RIVALS["als" if rival == "sweep" else rival](models[1], **OPTIONS.get(rival, {}))
     except ImportError as error:
         pytest.skip(f"{error.name} is not installed")
     in_turn(RIVALS["adamw"](models[0]), other, SHAPES[shape], "adamw")

@@ -68,10 +68,12 @@ def roof(title: str, cases: list[Record], out: Path) -> Path:
 def losses(title: str, runs: list[Record], best: str, out: Path) -> Path:
     """Running mean of the loss over steps, seconds and forward passes: mean and range of the seeds.
 
-    The axis ends just above the first loss, so that a diverging method does not squeeze the others.
+    The axis ends just above the first loss, so that a diverging method does not squeeze the others. It begins at 0
+    unless all losses are far from it.
     """
     figure, panels = new_figure(rows=3)
     top = 1.1 * max((r["losses"][0] for r in runs if math.isfinite(r["losses"][0])), default=1)
+    lowest = min((x for r in runs for x in r["losses"] if math.isfinite(x)), default=0)
     for panel, key in zip(panels, ("steps", "seconds", "forwards"), strict=True):
         for i, method in enumerate(dict.fromkeys(r["method"] for r in runs)):
             members, wide = of_method(runs, method), method == best or not method.startswith("adamw")
@@ -83,7 +85,8 @@ def losses(title: str, runs: list[Record], best: str, out: Path) -> Path:
             if method == best and key != "steps":
                 before = statistics.mean(sweep_cost(r, runs, key) - r[key][-1] for r in members)
                 panel.plot([before + v for v in x], y, "--", color=color, label=f"{method}, after the other rates")
-        panel.set(xlabel={"forwards": "forward passes"}.get(key, key), ylabel="loss, running mean", ylim=(0, top))
+        panel.set(xlabel={"forwards": "forward passes"}.get(key, key), ylabel="loss, running mean")
+        panel.set(ylim=(0 if lowest < top / 2 else 0.9 * lowest, top))
     panels[0].set(title=title, xlim=(0, runs[0]["steps"]))
     return _saved(figure, panels[1], out / f"loss_{slug(title)}.png")
 
@@ -92,7 +95,8 @@ def heat_map(title: str, run: Record, out: Path) -> Path:
     """Step size by unit and step; white if the unit did not move."""
     figure, axes = new_figure()
     sizes = [[math.log10(s) if s > 0 else math.nan for s in row] for row in run["step_sizes"].values()]
-    image = axes.imshow(sizes, aspect="auto", interpolation="nearest")
+    extent = (-0.5, len(run["losses"]) - 0.5, len(sizes) - 0.5, -0.5)
+    image = axes.imshow(sizes, aspect="auto", interpolation="nearest", extent=extent)
     figure.colorbar(image, label="log10 of the step size")
     axes.set_yticks(range(len(sizes)), list(run["step_sizes"]))
     axes.set(xlabel="step", title=f"{title}: step size of each unit, {run['method']}, seed {run['seed']}")

@@ -54,6 +54,7 @@ def train(task: Task, method: Method, regime: str, seed: int, steps: int) -> dic
     loss = statistics.mean(curves["losses"][-(steps // 5) :])
     curves["losses"] = [round(x, 5) for x in curves["losses"]]
     result = {"loss": loss} | task.measure(rival.model) | curves
+    result |= {k: v for k, v in rival.optimizer.param_groups[0].items() if k == "trust"}
     return result | (search_result(reports, seed) if reports else {})
 
 
@@ -95,7 +96,7 @@ def step(rival: Rival, batch: dict[str, torch.Tensor]) -> float:
 def search_result(reports: list[StepReport], seed: int) -> dict[str, Any]:
     """Trials per step and steps that raised the loss; for the first seed the step sizes at evenly spaced steps.
 
-    ``factors`` are the factors common to all units, of schedules that have one.
+    ``factors`` are the common factors of the joint tests, 1 in schedules without one.
     """
     result: dict[str, Any] = {
         "trials": statistics.mean(r.trials for r in reports),
@@ -107,8 +108,7 @@ def search_result(reports: list[StepReport], seed: int) -> dict[str, Any]:
         result["step_sizes"] = {u.name: [] for u in reports[0].units}
         for unit in (u for r in shown for u in r.units):
             result["step_sizes"][unit.name].append(float(f"{unit.step_size:.4g}"))
-        if hasattr(reports[0], "factor"):
-            result["factors"] = [float(f"{r.factor:.4g}") for r in shown]
+        result["factors"] = [float(f"{r.factor:.4g}") for r in shown]
     return result
 
 
@@ -189,6 +189,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     run_all(arguments, chosen(arguments.tasks, parser.error))
 
 

@@ -97,15 +97,16 @@ def lines() -> Iterator[Line]:
             ("sweep, eager baseline", plain + UNITS * (max(host, forward) + 200 * LAUNCH) + 3 * KERNELS,
              partial(step_time, batch, "eager", **ACCEPTING)),
             ("joint accepted at once, while", gradient + forward + KERNELS + 2 * UNITS * SMALL,
-             partial(step_time, batch, "graphed", schedule="joint", **ACCEPTING)),
+             partial(step_time, batch, "graphed", **ACCEPTING | {"schedule": "joint"})),
         ]  # fmt: skip
         for name, seconds, measure in figures:
             yield Line(name, "ms", 1e3 * seconds, measure, batch)
         for schedule, expected in (
             ("sweep", sweep),
+            ("relay", gradient + (1 + FORWARDS_OF_A_SWEEP / UNITS / 2) * forward + KERNELS + 3 * UNITS * SMALL),
             ("joint", gradient + forward + KERNELS + 2 * UNITS * SMALL),
         ):
-            measure = partial(back_to_back, batch, "graphed", schedule=schedule, **ACCEPTING)
+            measure = partial(back_to_back, batch, "graphed", **ACCEPTING | {"schedule": schedule})
             yield Line(f"{schedule}, while, without waits between", "ms", 1e3 * expected, measure, batch)
         host_time = partial(step_time, batch, "graphed", host=True, **ACCEPTING)
         yield Line("host time in step(), while", "ms", 0.4, host_time, batch)

@@ -26,35 +26,9 @@ class Run(NamedTuple):
 
 GRADIENT = 3  # forward passes of a step without a search: a forward, and a backward as two
 COST = 5.2  # forward passes of a step of ALS with its defaults, about; results hold the true count
-ADAMW_RATES = (1e-4, 3e-4, 3e-5, 1e-3, 1e-5)
-LORA_RATES = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2)  # small matrices, one of them zero at first, want longer steps
-
-
-def adamw(rate: float) -> str:
-    """Name of the method."""
-    return f"adamw {rate:g}"
-
-
-def equal_work(options: dict[str, Any]) -> Method:
-    """ALS for as many steps as take about the forward passes of AdamW."""
-    return Method("als", options, GRADIENT / COST)
-
-
-METHODS = {  # the most telling first, in case the runs are cut short
-    "als": Method("als", {}),
-    **{adamw(rate): Method("adamw", {"lr": rate}) for rate in ADAMW_RATES[:2]},
-    **{f"capped {share:g}": Method("capped", {"trust": share}) for share in (3e-3, 0.2)},
-    "als, equal work": equal_work({}),
-    "als sweep": Method("als", {"schedule": "sweep"}),
-    **{adamw(rate): Method("adamw", {"lr": rate}) for rate in (*ADAMW_RATES[2:], *LORA_RATES)},
-    **{f"capped {share:g}": Method("capped", {"trust": share}) for share in (1.5e-3, 6e-3)},
-    "salsa": Method("salsa", {}),
-    "prodigy": Method("prodigy", {}),
-    "schedule-free": Method("schedule-free", {}),
-    "schedule-free 3e-4": Method("schedule-free", {"lr": 3e-4}),
-    "als joint": Method("als", {"schedule": "joint"}),
-    "eager": Method("eager", {}),
-}
+EQUAL_WORK = ", equal work"  # ending of the names of such runs
+ADAMW_RATES, SHARES = (1e-4, 3e-4, 3e-5, 1e-3, 1e-5), (3e-3, 0.2, 1.5e-3, 6e-3)  # the likeliest first
+LORA_RATES, LORA_SHARES = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2), (3e-2, 0.2, 1e-2, 0.1)  # small matrices want longer steps
 
 
 def rates(task: str) -> tuple[float, ...]:
@@ -62,11 +36,49 @@ def rates(task: str) -> tuple[float, ...]:
     return LORA_RATES if task == "dialogues-lora" else ADAMW_RATES
 
 
+def shares(task: str) -> tuple[float, ...]:
+    """Relative sizes of the steps without a search; the second is the cap of ALS by default."""
+    return LORA_SHARES if task == "dialogues-lora" else SHARES
+
+
+def adamw(rate: float) -> str:
+    """Name of the method."""
+    return f"adamw {rate:g}"
+
+
+def capped(share: float) -> str:
+    """Name of the method."""
+    return f"capped {share:g}"
+
+
+def equal_work(options: dict[str, Any]) -> Method:
+    """ALS for as many steps as take about the forward passes of AdamW."""
+    return Method("als", options, GRADIENT / COST)
+
+
+METHODS = {
+    "als": Method("als", {}),
+    "als" + EQUAL_WORK: equal_work({}),
+    "als sweep": Method("als", {"schedule": "sweep"}),
+    "als joint": Method("als", {"schedule": "joint"}),
+    **{adamw(rate): Method("adamw", {"lr": rate}) for rate in (*ADAMW_RATES, *LORA_RATES)},
+    **{capped(share): Method("capped", {"trust": share}) for share in (*SHARES, *LORA_SHARES)},
+    "salsa": Method("salsa", {}),
+    "prodigy": Method("prodigy", {}),
+    "schedule-free": Method("schedule-free", {}),
+    "schedule-free 3e-4": Method("schedule-free", {"lr": 3e-4}),
+    "eager": Method("eager", {}),
+}
+
+
 def methods(task: str) -> list[str]:
-    """The methods of a task unless others are asked for: all, with AdamW's rates for this task, the likeliest first."""
-    tried = [adamw(rate) for rate in rates(task)]
-    others = [m for m in METHODS if not m.startswith("adamw")]
-    return [others[0], *tried[:2], *others[1:5], *tried[2:], *others[5:]]
+    """The methods of a task unless others are asked for, the most telling first, in case the runs are cut short."""
+    first, second, *other_rates = map(adamw, rates(task))
+    likeliest, cap, *other_shares = map(capped, shares(task))
+    return [
+        "als", first, second, likeliest, cap, "als" + EQUAL_WORK, "als sweep", *other_rates, *other_shares, "salsa",
+        "prodigy", "schedule-free", "schedule-free 3e-4", "als joint", "eager",
+    ]  # fmt: skip
 
 
 def planned(arguments: argparse.Namespace) -> list[Run]:
@@ -77,7 +89,7 @@ def planned(arguments: argparse.Namespace) -> list[Run]:
     """
     further = {f"als {json.dumps(o)}": Method("als", o) for o in arguments.als}
     if arguments.equal_work:
-        further |= {f"{name}, equal work": equal_work(method.options) for name, method in further.items()}
+        further |= {name + EQUAL_WORK: equal_work(method.options) for name, method in further.items()}
     known = METHODS | further
     columns = [[*(methods(t) if arguments.methods is None else arguments.methods), *further] for t in arguments.tasks]
     part, parts = arguments.shard

@@ -9,6 +9,11 @@ from typing import Any, NamedTuple
 from fastals.cli.errors import UserError
 
 Record = dict[str, Any]
+MEASURES = {  # held-out figures of a run: name in the record, head of their column
+    "perplexity": "held-out perplexity",
+    "accuracy": "held-out accuracy",
+    "balanced_accuracy": "mean over the classes",
+}
 
 
 class Measure(NamedTuple):
@@ -115,8 +120,10 @@ def _checked_run(run: Record) -> Record:
     _check_type(str, run["task"], run["regime"], run["method"], run["device"])
     _check_type(Real, run["seed"], run["steps"], run["loss"], run["accuracy"])
     _check_rows(run[key] for key in ("losses", "seconds", "forwards"))
+    _check_type(Real, *(run[key] for key in (*MEASURES, "trust", "joint_trials") if run.get(key) is not None))
+    _check_type(dict, run["options"])
     if "step_sizes" in run:
-        _check_rows(run["step_sizes"].values())
+        _check_rows([*run["step_sizes"].values(), *([run["factors"]] if "factors" in run else [])])
     if "trials" in run:
         _check_type(Real, run["trials"], run["rises"])
     return run

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
 import charts
+import sensitivity
 import tuning
 from records import Record, Results, bandwidth, device, mini_batch, quartiles, read_all, speedup
 from stamp import STAMP
@@ -197,8 +198,17 @@ def _task_sections(runs: list[Record], suffix: str, out: Path) -> list[str]:
         searched = sorted((r for r in members if "step_sizes" in r), key=lambda r: r["method"] != "als")
         pictures += [charts.heat_map(title, run, out) for run in searched[:1]]
         images = "\n\n".join(map(_image, pictures))
-        sections.append(f"## {_capital(title)}\n\n{_table(tuning.COLUMNS, tuning.rows(members))}\n\n{images}")
+        sections.append(f"## {_capital(title)}\n\n{_comparisons(members)}\n\n{images}")
     return sections
+
+
+def _comparisons(runs: list[Record]) -> str:
+    """Tables of the runs of one task and length: at equal steps, at equal work, and of the sensitivity."""
+    head, *rows = tuning.at_equal_steps(runs)
+    tables = [_table(head, rows)]
+    titled = {"At equal forward passes": tuning.at_equal_work(runs), "Sensitivity": sensitivity.table(runs)}
+    tables += [f"### {title}\n\n{_table(head, rows)}" for title, (head, *rows) in titled.items() if rows]
+    return "\n\n".join(tables)
 
 
 def _capital(title: str) -> str:

@@ -102,13 +102,14 @@ class Salsa(Rival):
 
 
 class Graphed(SearchRival):
-    """ALS with captured steps; with ``cycle``, one capture for each unit's turn."""
+    """ALS with captured steps; if units take turns, one capture for each unit's turn."""
 
     def __init__(self, model: nn.Module, optimizer: fastals.ALS, backend: Any = None) -> None:
         super().__init__(model, optimizer)
         self.train_step = GraphedStep(optimizer, partial(loss_of, model), backend=backend)
-        turns = len(optimizer.param_groups) if optimizer.settings.schedule == "cycle" else 1
-        self.first_steps = WARMUP + turns + 2
+        turns = len(optimizer.param_groups) if optimizer.settings.takes_turns else 1
+        every = optimizer.settings.every
+        self.first_steps = WARMUP + turns * (1 if every == "auto" else every) + 2
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """Search on the mini-batch."""

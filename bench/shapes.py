@@ -9,10 +9,10 @@ import transformers as hf
 from torch import Tensor, nn
 
 CLASSES = 5
-# Arguments of ALS with which most first trials pass, although the weights are random.
-ACCEPTING = {"trust": 1e-3}
-# Arguments of ALS with which every trial fails: no decrease reaches 0.999999 of the slope over so long a step.
-REJECTING = {"c": 0.999999, "trust": 0.2, "initial": "reset"}
+# Arguments of ALS for a sweep in which most first trials pass, although the weights are random.
+ACCEPTING = {"schedule": "sweep", "trust": 1e-3}
+# Arguments of ALS for a sweep in which every trial fails: no decrease reaches 0.999999 of the slope over such a step.
+REJECTING = {"schedule": "sweep", "c": 0.999999, "trust": 0.2, "initial": "reset"}
 
 
 @dataclass(frozen=True)

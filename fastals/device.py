@@ -292,7 +292,8 @@ class DeviceBatch:
         first = self.units[0].row
         self.do(partial(all_units.open_together, self.arena, first, remembered=remembered))
         params = [p for unit in self.units for p in unit.active_params()]
-        accepted = self.executor.repeat(self.arena, self.arena.units, partial(self._try_together, params, once, remembered))
+        attempt = partial(self._try_together, params, once, remembered)
+        accepted = self.executor.repeat(self.arena, self.arena.units, attempt)
         if not accepted:
             self.do(partial(trial, self.table, self.arena))
         if accepted is False:
@@ -355,8 +356,8 @@ def _read(history: Tensor, names: dict[int, str], step: int) -> StepReport:
     *rows, last = history[step % RING].tolist()
     batch = dict(zip(BATCH, last, strict=True))
     units = [_unit_report(dict(zip(STATE, rows[row], strict=True)), name) for row, name in names.items()]
-    joint_trials = int(batch["trials"])
-    return StepReport(batch["loss_before"], batch["loss"], units, joint_trials, batch["factor"] if joint_trials else 1.0)
+    joint = int(batch["trials"])
+    return StepReport(batch["loss_before"], batch["loss"], units, joint, batch["factor"] if joint else 1.0)
 
 
 def _unit_report(row: dict[str, float], name: str) -> UnitReport:

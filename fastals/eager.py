@@ -291,13 +291,17 @@ class EagerALS(torch.optim.Optimizer):
     def _relay(self) -> None:
         """Search one unit alone to learn its step, in the first step each, then move all by what they remember."""
         first = not all(part.rules["count"] for part in self.parts)
-        turn = [self.parts[turn_of(self.parts, self.settings.every)]]
+        turn = [self._turn()]
         start = self.loss
         for part in self._in_order() if first else turn:
             self._search(part)
             part.move(0.0)
             self.loss = start
         self._move_by_remembered()
+
+    def _turn(self) -> Part:
+        """The unit whose turn it is to be searched."""
+        return self.parts[turn_of(self.parts[0].rules, self.settings.every, len(self.parts))]
 
     def _move_by_remembered(self) -> None:
         """Move all units by their relative steps and one common factor, tested jointly."""
@@ -349,7 +353,7 @@ class EagerALS(torch.optim.Optimizer):
         if not all(part.rules["count"] for part in self.parts):
             self._sweep()
             return
-        turn = self.parts[turn_of(self.parts, self.settings.every)]
+        turn = self._turn()
         self._search(turn)
         self._keep([part for part in self.parts if part is not turn])
 

@@ -39,7 +39,8 @@ class ALS(torch.optim.Optimizer):
         params: a model (its blocks become units and its activations are cached), the groups of
             :func:`fastals.units`, or parameters / groups as for any optimizer (one unit each).
         lr: factor on the largest step that may be tried (``trust`` and ``eta_max``), for schedulers. It is no learning
-            rate: 1 is the usual value. Accepted steps are in ``group["step_size"]``.
+            rate: 1 is the usual value. In the relay it multiplies the remembered steps as well. Accepted
+            steps are in ``group["step_size"]``.
         betas, eps, weight_decay: as in AdamW; the decay is decoupled and part of the tested direction.
         model: the module whose activations are cached and whose buffers (running statistics) trials leave alone;
             needed only if ``params`` is neither the model nor the groups of :func:`fastals.units`.
@@ -50,17 +51,23 @@ class ALS(torch.optim.Optimizer):
         momentum: ``"none"``, ``"after"`` (test along the gradient's direction, move along the averaged
             one) or ``"tested"`` (test and move along the averaged one, or along the gradient's if the averaged
             one does not descend).
-        schedule: ``"sweep"``, ``"independent"``, ``"cycle"`` or ``"joint"``, see :mod:`fastals.schedule`.
+        schedule: which units are searched in a step, see :mod:`fastals.schedule`. ``"relay"``: one unit in turn is
+            searched alone, to learn how far it may go, and all move together by what they have learned, tested
+            jointly; ``"sweep"``: every unit in turn, the method of the papers; ``"independent"``, ``"cycle"``,
+            ``"joint"``.
         order: order of the searches in a sweep: ``"top_down"``, ``"bottom_up"`` or ``"random"``.
-        every: an integer N searches in every N-th step and repeats the remembered steps in between; ``"auto"`` (SaLSA)
-            chooses the steps that search, and waits for the device after each of them.
-        c: sufficient-decrease constant in (0, 1).
+        every: an integer N searches in every N-th step and repeats the remembered steps in between, untested but for
+            the relay, which tests its joint move in every step; ``"auto"`` (SaLSA) chooses the steps that search, and
+            waits for the device after each of them. Default: 2 for the relay, 1 for the others.
+        c: sufficient-decrease constant in (0, 1). Default: 0.3 for the relay, 0.1 for the others.
         backtrack: factor β in (0, 1) on rejection.
-        growth: factor γ ≥ 1 on the remembered step for the next mini-batch.
+        growth: factor γ ≥ 1 on the remembered step for the next mini-batch, in the relay on the common factor of all
+            steps. Default: 1.1 for the relay, 1.3 for the others.
         max_trials: trials per search at most; after them the unit is put back, bitwise.
         trust: largest relative change of a unit in one step: RMS(η d) over the entries with a nonzero gradient,
             divided by the larger of RMS(w) of the unit and RMS(w) of the model (so that heads that start small and
-            zero-initialised adapters can move); ``None`` for no cap.
+            zero-initialised adapters can move); ``None`` for no cap. Default: 0.2 for the relay, for which it is a
+            guard, 0.006 for the others.
         initial: first step of a search: ``"warm"``, ``"reset"``, ``"polyak"`` or ``"random"``.
         eta_init, eta_min, eta_max: first step ever (``None``: the largest allowed), smallest and largest step.
         reference: R of the test: ``"monotone"``, ``"nonmonotone"`` (Zhang-Hager) or ``"smoothed"`` (SaLSA).

@@ -5,7 +5,7 @@ drive searches on the host, on the device and while a step is recorded.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping
 from typing import Protocol
 
 from torch import Tensor
@@ -104,16 +104,16 @@ def cycle(batch: Batch, order: str) -> None:
     if _first_step(batch):
         sweep(batch, order)
         return
-    turn = batch.units[turn_of(batch.units, batch.every)]
+    turn = _turn(batch)
     batch.search(turn)
     for unit in batch.units:
         if unit is not turn:
             batch.keep(unit)
 
 
-def turn_of(units: Sequence[Unit], every: int | str) -> int:
-    """Index of the unit that :func:`cycle` and :func:`relay` search in this step."""
-    return units[0].rules["count"] // (1 if every == "auto" else int(every)) % len(units)
+def turn_of(rules: MutableMapping, every: int | str, units: int) -> int:
+    """Index of the unit that :func:`cycle` and :func:`relay` search in this step, by the first group's count."""
+    return rules["count"] // (1 if every == "auto" else int(every)) % units
 
 
 def joint(batch: Batch, order: str) -> None:
@@ -128,7 +128,7 @@ def joint(batch: Batch, order: str) -> None:
 
 def relay(batch: Batch, order: str) -> None:
     """Search one unit alone to learn its step, then move all by their remembered steps, tested jointly."""
-    turn = [batch.units[turn_of(batch.units, batch.every)]]
+    turn = [_turn(batch)]
     for unit in _in_order(batch, order) if _first_step(batch) else turn:
         batch.search(unit, put_back=True)
     move_by_remembered(batch, order)
@@ -154,6 +154,10 @@ def _in_order(batch: Batch, order: str) -> list[Unit]:
     if order == "random":
         return batch.random.sample(batch.units, len(batch.units))
     return batch.units[::-1] if order == "top_down" else list(batch.units)
+
+
+def _turn(batch: Batch) -> Unit:
+    return batch.units[turn_of(batch.units[0].rules, batch.every, len(batch.units))]
 
 
 def _first_step(batch: Batch) -> bool:

@@ -179,11 +179,10 @@ def judge_together_kernel(
             if accepted:
                 _credit(rows, batch, rules, lead, o_u, b_eta, m_u, f, required, factor)
         if REMEMBERED:
-            if going == 0:
-                next_factor = _next_factor(memory + unit * N_MEMORY, rule, accepted, factor, trials)
-                tl.store(batch + BATCH_NEXT_FACTOR, next_factor)
-                if exhausted:
-                    tl.store(rows + OUTCOME, tl.zeros_like(b_eta) + OUTCOME_EXHAUSTED, mask=m_u & (b_eta > 0))
+            next_factor = _next_factor(memory + unit * N_MEMORY, rule, accepted, factor, trials)
+            tl.store(batch + BATCH_NEXT_FACTOR, next_factor)  # that of the last trial stays
+            if exhausted:
+                tl.store(rows + OUTCOME, tl.zeros_like(b_eta) + OUTCOME_EXHAUSTED, mask=m_u & (b_eta > 0))
         tl.store(batch + BATCH_FACTOR, factor)
         tl.store(batch + BATCH_TRIALS, trials)
         tl.store(batch + BATCH_GO, tl.where(going, 1.0, 0.0))

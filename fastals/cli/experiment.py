@@ -16,7 +16,6 @@ from fastals.presets import PRESETS
 
 OPTIMIZERS = ("als", "eager", "adamw")
 DEFAULT_STEPS = 30
-ADAMW_RATE = 2e-5
 
 
 class Experiment:
@@ -91,11 +90,11 @@ def _partition(text: str) -> str | int | list[str]:
     return text if text in ("block", "model") else text.split(",")
 
 
-def build_optimizer(name: str, model: nn.Module, options: dict[str, Any]) -> torch.optim.Optimizer:
-    """ALS, its eager baseline, or AdamW at its usual rate."""
+def build_optimizer(name: str, model: nn.Module, experiment: Experiment) -> torch.optim.Optimizer:
+    """ALS, its eager baseline, or AdamW."""
     if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=ADAMW_RATE)
-    arguments = dict(options)
+        return torch.optim.AdamW(model.parameters(), lr=experiment.config.adamw_lr)
+    arguments = dict(experiment.options)
     by = arguments.pop("by")
     try:
         if name == "eager":

@@ -28,7 +28,7 @@ class TrainingLoop:
     def __init__(self, experiment: Experiment, name: str, run: RunFolder, show: Progress) -> None:
         self.experiment, self.name, self.run, self.show = experiment, name, run, show
         self.model: Any = experiment.build_model()
-        self.optimizer: Any = build_optimizer(name, self.model, experiment.options)
+        self.optimizer: Any = build_optimizer(name, self.model, experiment)
         self.scheduler = _scheduler(self.optimizer, experiment.config.anneal, experiment.steps, warmup=name == "adamw")
         self.step, self.seconds, self.forwards = 0, 0.0, 0.0
 
@@ -86,13 +86,12 @@ class TrainingLoop:
     def _summary(self) -> dict[str, Any]:
         lines = self.run.read_metrics()
         last_fifth = lines[-max(1, len(lines) // 5) :]
-        trials = [u["trials"] for line in lines for u in line["units"]]
         return {
             "optimizer": self.name,
             "steps": self.experiment.steps,
             "loss": statistics.mean(line["loss_before"] for line in last_fifth),
             "accuracy": self.experiment.accuracy(self.model),
-            "trials_per_unit": statistics.mean(trials) if trials else 0.0,
+            "trials": statistics.mean(line["trials"] for line in lines),
             "seconds": self.seconds,
             "forwards": self.forwards,
         }

@@ -1,6 +1,7 @@
 """The command line: ``fastals finetune``, ``fastals report`` and ``fastals bench``."""
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -52,7 +53,7 @@ def finetune(arguments: argparse.Namespace) -> int:
     if config.compare:
         runs |= {name: RunFolder(folder / name) for name in OPTIMIZERS if name != config.optimizer}
     for name in runs:
-        build_optimizer(name, experiment.build_model(), experiment.options)  # refuse before anything is written
+        build_optimizer(name, experiment.build_model(), experiment)  # refuse before anything is written
     if not _train_all(experiment, runs):
         print(f"interrupted; go on with: fastals finetune --resume {shlex.quote(str(folder))}", file=sys.stderr)
         return 130
@@ -153,6 +154,8 @@ def _check(config: Config) -> None:
         raise UserError("--steps and --epochs must not be negative")
     if config.steps and config.epochs:
         raise UserError("give --steps or --epochs, not both")
+    if not 0 < config.adamw_lr < math.inf:
+        raise UserError("--adamw-lr must be greater than 0, and finite")
     als_options(config)
 
 
@@ -211,6 +214,9 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default=defaults.device, help="auto: a GPU if there is one"
+    )
+    training.add_argument(
+        "--adamw-lr", type=float, default=defaults.adamw_lr, metavar="RATE", help="learning rate of the optimizer adamw"
     )
     training.add_argument(
         "--anneal",

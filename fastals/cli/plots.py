@@ -9,7 +9,7 @@ from fastals.cli.errors import needs_extra
 
 Lines = Sequence[Mapping[str, Any]]
 
-COLUMNS = ("run", "steps", "training loss", "held-out accuracy", "trials per unit", "seconds", "forward passes")
+COLUMNS = ("run", "steps", "training loss", "held-out accuracy", "trials a step", "seconds", "forward passes")
 
 
 def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -20,7 +20,7 @@ def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> Any:
         raise needs_extra(error) from error
     table = Table(*COLUMNS)
     for name, s in summaries.items():
-        trials = f"{s['trials_per_unit']:.2f}" if s["trials_per_unit"] else "-"
+        trials = f"{s['trials']:.2f}" if s.get("trials") else "-"  # runs of older versions have none
         table.add_row(
             name, str(s["steps"]), f"{s['loss']:.4f}", f"{s['accuracy']:.1%}", trials, f"{s['seconds']:.0f}",
             f"{s['forwards']:.0f}",
@@ -43,7 +43,10 @@ def plot_losses(runs: Mapping[str, Lines], path: Path) -> None:
 
 
 def plot_step_sizes(runs: Mapping[str, Lines], path: Path) -> None:
-    """Step size of every unit over the steps, log scale; a merged unit starts where its parts end."""
+    """Step size of every unit over the steps, log scale, and the common factor of the joint tests if there were any.
+
+    A merged unit starts where its parts end.
+    """
     searched = {name: lines for name, lines in runs.items() if any(line["units"] for line in lines)}
     if not searched:
         return
@@ -55,6 +58,9 @@ def plot_step_sizes(runs: Mapping[str, Lines], path: Path) -> None:
             axes.plot(
                 sizes, color=_shade(i / max(1, len(units) - 1)), marker=".", markersize=3, linewidth=1, label=unit
             )
+        if any(line.get("joint_trials") for line in lines):
+            factors = [line["factor"] or math.nan for line in lines]
+            axes.plot(factors, color="C3", linestyle=":", linewidth=1.5, label="common factor")
         axes.set(xlabel="step", ylabel="step size", yscale="log", title=f"{name}: step size of each unit")
         axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)

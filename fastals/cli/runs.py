@@ -30,6 +30,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     optimizer: str = "als"
+    adamw_lr: float = 1e-4
     preset: str = ""
     options: tuple[tuple[str, Any], ...] = ()
     units: str = "block"

@@ -217,7 +217,7 @@ class GraphedStep:
     def _tail(self, program: Program, search: bool) -> Tail:
         """The program's tail for this step, captured at its first use."""
         settings = self.engine.settings
-        turn = turn_of(program.units, settings.every) if settings.takes_turns else 0
+        turn = turn_of(program.units[0].rules, settings.every, len(program.units)) if settings.takes_turns else 0
         key = turn if search else "keep"
         if key not in program.tails:
             with self._on_stream():
