@@ -85,8 +85,8 @@ class ByHand:
         turn = (self.count - 1) // self.every % len(self.units)
         for u in range(len(self.units)) if self.count == 1 else [turn] * due:
             self.search_alone(u, caps[u])
-        last = 2 ** (self.tries - 1)
-        self.move_all([min(cap, r * s) if r else cap / last for cap, r, s in zip(caps, self.r, self.scales, strict=True)])
+        recalled = zip(caps, self.r, self.scales, strict=True)
+        self.move_all([min(cap, r * s) if r else cap / 2 ** (self.tries - 1) for cap, r, s in recalled])
 
     def search_alone(self, u, cap):
         last = cap / 2 ** (self.tries - 1)
@@ -518,14 +518,14 @@ def test_a_step_in_which_every_move_gives_nan_moves_nothing():
     model, opt = build(model=TinyTransformer(depth=2, dropout=0.0))
     batch = next(tiny_batches(1))
     train(model, opt, 2)
-    before, start, learned = weights(model), [p.detach().clone() for p in model.parameters()], memory(opt, "relative_step", "factor")
+    start, learned = weights(model), memory(opt, "relative_step", "factor")
 
     def closure():
         loss = model(**batch)
         return loss if all(map(torch.equal, model.parameters(), start)) else loss * math.nan
 
     opt.step(closure)
-    assert_same(weights(model), before)
+    assert_same(weights(model), start)
     assert (opt.report.factor, opt.report.loss_after) == (0.0, opt.report.loss_before)
     for i, (relative_step, factor) in enumerate(memory(opt, "relative_step", "factor")):
         assert factor == learned[i][1] / 2
@@ -567,17 +567,21 @@ def test_a_unit_that_does_not_descend_stays_and_the_others_move():
     assert [g["relative_step"] > 0 for g in opt.param_groups] == [False, True]
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("trust", [None, 0.2])
-def test_a_model_of_zeros_is_no_reason_for_an_error(trust):
-    """Its weights have no share to change; without a cap they move by the first step that the search allows."""
-    model = nn.Linear(4, 1, dtype=torch.float64)
+def test_a_model_of_zeros_is_no_reason_for_an_error(trust, fused):
+    """Its weights have no share to change; without a cap they move by the smallest step of a first search."""
+    if fused:
+        pytest.importorskip("triton")
+    model = nn.Linear(4, 1, device="cuda" if fused and torch.cuda.is_available() else "cpu")
     for p in model.parameters():
         nn.init.zeros_(p)
-    opt = fastals.ALS([{"params": [*model.parameters()], "name": "all"}], schedule="relay", trust=trust)
-    x = torch.randn(16, 4, dtype=torch.float64)
+    opt = fastals.ALS([{"params": [*model.parameters()], "name": "all"}], schedule="relay", trust=trust, fused=fused)
+    x = torch.randn(16, 4, device=model.weight.device)
     losses = [float(opt.step(lambda: (model(x) - x.sum(1, keepdim=True)).square().mean())) for _ in range(20)]
     assert all(b <= a for a, b in itertools.pairwise(losses))
     assert (losses[-1] < 0.1 * losses[0]) == (trust is None)
+    assert (opt.state_dict()["param_groups"][0]["relative_step"] > 0) == (trust is None)
 
 
 def test_a_frozen_unit_has_no_turn():
