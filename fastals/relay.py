@@ -45,7 +45,10 @@ def first_factor(rules: MutableMapping) -> float:
 
 
 def next_factor(rules: MutableMapping, accepted: float, trials: int) -> float:
-    """The first factor of the next joint test, after one that has accepted this factor, 0 if none."""
-    if not accepted:
-        return rules["backtrack"] * first_factor(rules)
-    return min(1.0, rules["growth"] * accepted) if trials == 1 else accepted
+    """The first factor of the next joint test, after one that has accepted this factor, 0 if none.
+
+    It is β^(K − 1) at least, as in the searches: below, no loss could show a decrease, and nothing would grow again.
+    """
+    factor = accepted if accepted else rules["backtrack"] * first_factor(rules)
+    grown = min(1.0, rules["growth"] * factor) if accepted and trials == 1 else factor
+    return max(grown, last_step(rules, 1.0))
