@@ -110,7 +110,7 @@ def _cap_and_scale(sums, rules, unit, units, length, UP: tl.constexpr):
     rms = tl.maximum(_rms(sums, unit), tl.sqrt(weights / tl.maximum(elements, 1.0)))
     trust, lr = tl.load(rules + RULE_TRUST), tl.load(rules + RULE_LR)
     limited, divisor = (trust < float("inf")) & (length > 0), tl.where(length > 0, length, float("inf"))
-    limit = tl.where(limited, trust * rms / divisor, float("inf"))
+    limit = tl.where(limited, tl.where(limited, trust, 0.0) * rms / divisor, float("inf"))
     return tl.minimum(tl.load(rules + RULE_ETA_MAX), limit) * lr, lr * rms / divisor
 
 
