@@ -12,13 +12,12 @@ with one common factor a that the joint test shrinks and later steps let grow ba
 import math
 from collections.abc import MutableMapping
 
-from fastals.kernels.arena import RAISE
 from fastals.search import Search, last_step
 
 
 def warm_step(rules: MutableMapping, scale: float) -> float:
-    """Where a further search of the unit alone starts: at 4 r_u, so that r_u can grow."""
-    return RAISE * rules["relative_step"] * scale
+    """Where a further search of the unit alone starts: one backtrack above r_u, so that r_u can grow."""
+    return rules["relative_step"] * scale / rules["backtrack"]
 
 
 def searched_step(rules: MutableMapping, search: Search, scale: float) -> float:
@@ -46,7 +45,10 @@ def first_factor(rules: MutableMapping) -> float:
 
 
 def next_factor(rules: MutableMapping, accepted: float, trials: int) -> float:
-    """The first factor of the next joint test, after one that has accepted this factor, 0 if none."""
-    if not accepted:
-        return rules["backtrack"] * first_factor(rules)
-    return min(1.0, rules["growth"] * accepted) if trials == 1 else accepted
+    """The first factor of the next joint test, after one that has accepted this factor, 0 if none.
+
+    It is β^(K − 1) at least, as in the searches: below, no loss could show a decrease, and nothing would grow again.
+    """
+    factor = accepted if accepted else rules["backtrack"] * first_factor(rules)
+    grown = min(1.0, rules["growth"] * factor) if accepted and trials == 1 else factor
+    return max(grown, last_step(rules, 1.0))

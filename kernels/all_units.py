@@ -56,6 +56,7 @@ from fastals.kernels.columns import (
     RESOLUTION,
     RULE_BACKTRACK,
     RULE_C,
+    RULE_FLOOR,
     RULE_GROWTH,
     RULE_MAX_TRIALS,
     RULE_NONMONOTONE_WEIGHT,
@@ -146,7 +147,8 @@ def _next_factor(memory, rule, accepted, factor, trials):
     first = tl.load(memory + MEMORY_FACTOR)
     shrunk = tl.load(rule + RULE_BACKTRACK) * tl.where(first > 0, first, 1.0)
     grown = tl.minimum(1.0, tl.load(rule + RULE_GROWTH) * factor)
-    return tl.where(accepted, tl.where(trials == 1, grown, factor), shrunk)
+    factor = tl.where(accepted, tl.where(trials == 1, grown, factor), shrunk)
+    return tl.maximum(factor, tl.load(rule + RULE_FLOOR))
 
 
 @triton.jit(do_not_specialize=["loss", "unit", "units"])

@@ -55,7 +55,6 @@ CONSTANTS = ("beta1", "new1", "beta2", "new2", "correction1", "correction2", "ep
 OUTCOMES = ("running", "accepted", "exhausted", "not_descent", "kept")
 INITIALS = ("warm", "reset", "polyak", "random")
 REFERENCES = ("monotone", "nonmonotone", "smoothed")
-RAISE = 4.0  # relay: a unit that is searched again starts at this multiple of its relative step
 RING = 64  # steps whose states are kept for reports, at least fastals.report.KEPT_REPORTS
 SPLIT = 64  # programs that add up the partial sums of one unit
 

@@ -53,7 +53,6 @@ from fastals.kernels.columns import (
     OUTCOME_KEPT,
     OUTCOME_NOT_DESCENT,
     OUTCOME_RUNNING,
-    RAISE,
     REFERENCE,
     REFERENCE_NONMONOTONE,
     REFERENCE_SMOOTHED,
@@ -110,7 +109,7 @@ def _largest_and_scale(sums, rules, unit, units, length, UP: tl.constexpr):
     rms = tl.maximum(_rms(sums, unit), tl.sqrt(weights / tl.maximum(elements, 1.0)))
     trust = tl.load(rules + RULE_TRUST)
     limited, divisor = (trust < float("inf")) & (length > 0), tl.where(length > 0, length, float("inf"))
-    limit = tl.where(limited, trust * rms / divisor, float("inf"))
+    limit = tl.where(limited, tl.where(limited, trust, 0.0) * rms / divisor, float("inf"))
     return tl.minimum(tl.load(rules + RULE_ETA_MAX), limit), rms / divisor
 
 
@@ -227,7 +226,7 @@ def open_kernel(
         else:
             if RELATIVE:
                 cap = largest
-                remembered = RAISE * tl.load(memory + MEMORY_RELATIVE_STEP) * scale
+                remembered = tl.load(memory + MEMORY_RELATIVE_STEP) * scale / tl.load(rules + RULE_BACKTRACK)
             else:
                 remembered = tl.load(rules + RULE_GROWTH) * tl.load(memory + MEMORY_STEP_SIZE)
             first = _initial_step(rules, memory, loss, tl.where(descends, slope, 1.0), cap, remembered)

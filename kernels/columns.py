@@ -37,7 +37,6 @@ SIZES = {
     "N_SPANS": len(table.SPANS),
     "N_RING": arena.RING,
     "N_SPLIT": arena.SPLIT,
-    "RAISE": arena.RAISE,
 }
 _columns = [(prefix + name.upper(), i) for prefix, names in TABLES.items() for i, name in enumerate(names) if name]
 _numbers = SIZES | dict(_columns)

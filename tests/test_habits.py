@@ -15,7 +15,9 @@ from torch.nn import functional as F  # noqa: N812
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastals")  # a unit may run uncached; what counts is that it is exact
 checked_searches = pytest.mark.parametrize(
-    "search", [*SEARCHES, {"schedule": "sweep", "cache": "check"}, {"schedule": "relay", "cache": "check"}], ids=lambda s: "-".join(s.values())
+    "search",
+    [*SEARCHES, {"schedule": "sweep", "cache": "check"}, {"schedule": "relay", "cache": "check"}],
+    ids=lambda s: "-".join(s.values()),
 )
 
 

@@ -168,7 +168,8 @@ def test_smoothed(b, h, mean, loss, trial, slope, c):
     decrease = b * h + (1 - b) * (loss - trial)
     required = c * eta * (b * mean + (1 - b) * slope)
     assume(abs(decrease - required) > 1e-9)
-    search = open_search(rules(reference="smoothed", smoothing=b, mean_decrease=h, mean_slope=mean, c=c), loss, slope, eta)
+    r = rules(reference="smoothed", smoothing=b, mean_decrease=h, mean_slope=mean, c=c)
+    search = open_search(r, loss, slope, eta)
     search.judge(trial)
     assert search.accepted == (decrease >= required)
 

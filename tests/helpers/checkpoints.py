@@ -16,7 +16,8 @@ from helpers.tiny import TinyTransformer, tiny_batches
 import fastals
 
 STEPS = 3  # before the checkpoint, and again after it
-LARGE_STEPS = {"schedule": "sweep", "trust": 0.05, "c": 0.5, "growth": 2.0, "max_trials": 4}  # so large that some trials are rejected
+# Steps so large that some trials are rejected; the schedule is the default of that state.
+LARGE_STEPS = {"schedule": "sweep", "trust": 0.05, "c": 0.5, "growth": 2.0, "max_trials": 4}
 CASES = {
     "float32": {"momentum": "after", **LARGE_STEPS},
     "bfloat16": {"momentum": "tested", "reference": "smoothed", **LARGE_STEPS},
