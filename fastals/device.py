@@ -203,7 +203,6 @@ class DeviceBatch:
         """Start from f(w_t) = ``start``: snapshot the weights and sum up the slopes."""
         self.device, self.arena, self.table, self.executor = device, device.arena, device.table, executor
         self.losses, self.units, self.seed, self.random = losses, units, seed, random.Random(seed)
-        self.every = device.settings.every
         self.tested, self.loss_dtype = device.settings.momentum == "tested", start.dtype
         self.gradients, self.do = Gradients(units), executor.do
         device.refresh_rules(seed)

@@ -22,7 +22,7 @@ from fastals.optimizer import ALS
 from fastals.partition import units
 from fastals.relay import first_factor, next_factor, recalled_step, searched_step, warm_step
 from fastals.report import ACCEPTED, EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
-from fastals.schedule import turn_of
+from fastals.schedule import is_overdue, note_turn, turn_of
 from fastals.search import MEMORY, Search, initial_step, schedule_next_search, uniform, visible
 from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_small_lr
 
@@ -112,7 +112,7 @@ class EagerALS(torch.optim.Optimizer):
         start = self._differentiate() if loss is None else closure()
         after = rng.get_state(self.devices) if loss is None else self.before
         self._begin(float(start), torch.finfo(start.dtype).eps)
-        due = any(p.rules["count"] >= p.rules["next_search"] or not p.rules["count"] for p in self.parts)
+        due = self._is_due([part.rules for part in self.parts])
         if due:
             getattr(self, f"_{self.settings.schedule}")()
         elif self.settings.schedule == "relay":
@@ -124,6 +124,11 @@ class EagerALS(torch.optim.Optimizer):
         self._finish(float(start), due)
         rng.set_state(after)
         return start
+
+    def _is_due(self, rules: list[dict]) -> bool:
+        """Whether this step searches."""
+        due = any(r["count"] >= r["next_search"] or not r["count"] for r in rules)
+        return due or (self.settings.takes_turns and is_overdue(rules, self.settings.every))
 
     def _differentiate(self) -> Tensor:
         """Compute the loss and leave the gradients in ``p.grad``."""
@@ -240,10 +245,11 @@ class EagerALS(torch.optim.Optimizer):
         """Start a search from the current loss if the direction descends; returns whether it does."""
         cap = self._aim_tested(part)
         part.search, part.eta, part.trials, part.outcome = None, 0.0, 0, NOT_DESCENT
+        warm = None
+        if self.settings.schedule == "relay":
+            cap, warm = part.largest, warm_step(part.rules, part.scale)
         if 0 < part.slope < math.inf and cap > 0:
-            warm, drawn = None, uniform(self.seed, part.name)
-            if self.settings.schedule == "relay":
-                cap, warm = part.largest, warm_step(part.rules, part.scale)
+            drawn = uniform(self.seed, part.name)
             start = initial_step(part.rules, self.loss, part.slope, cap, uniform=drawn, warm=warm)
             part.search = self._search_from(part, start)
         return part.search is not None
@@ -304,7 +310,7 @@ class EagerALS(torch.optim.Optimizer):
 
     def _turn(self) -> Part:
         """The unit whose turn it is to be searched."""
-        return self.parts[turn_of(self.parts[0].rules, self.settings.every, len(self.parts))]
+        return self.parts[turn_of([part.rules for part in self.parts])]
 
     def _move_by_remembered(self) -> None:
         """Move all units by their relative steps and one common factor, tested jointly."""
@@ -409,6 +415,8 @@ class EagerALS(torch.optim.Optimizer):
         for part in self.parts:
             for group in part.groups[1:]:  # the groups of a merged unit remember alike
                 group.update({k: part.rules[k] for k in MEMORY})
+        if due and self.settings.takes_turns:
+            note_turn([part.groups for part in self.parts])
         for group in self.param_groups:
             group["count"] += 1
             if due:

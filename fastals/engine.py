@@ -25,7 +25,7 @@ from fastals.losses import Losses
 from fastals.partition import observed
 from fastals.repeatable import check_repeatable
 from fastals.report import Reports, StepReport
-from fastals.schedule import BETWEEN, SCHEDULES, Batch, keep_all
+from fastals.schedule import BETWEEN, SCHEDULES, Batch, is_overdue, keep_all, note_turn
 from fastals.search import MEMORY, plain_memory, schedule_next_search
 from fastals.settings import Settings, refuse_replaced, refuse_resized, warn_of_processes
 from fastals.surroundings import FirstWriteError
@@ -154,10 +154,11 @@ class Engine:
         if search or not any(self.learned.verdicts.values()):  # a captured search relies on a verdict
             inspect(batch)
 
-    @staticmethod
-    def is_due(units: Sequence[Unit]) -> bool:
+    def is_due(self, units: Sequence[Unit]) -> bool:
         """Whether this step searches; otherwise it repeats the remembered steps."""
-        return any(u.rules["count"] >= u.rules["next_search"] or not u.rules["count"] for u in units)
+        rules = [u.rules for u in units]
+        due = any(r["count"] >= r["next_search"] or not r["count"] for r in rules)
+        return due or (self.settings.takes_turns and is_overdue(rules, self.settings.every))
 
     def move(self, batch: Batch, *, search: bool) -> None:
         """Move the weights: by the searches of the schedule, or by the remembered steps between two searches."""
@@ -168,13 +169,15 @@ class Engine:
 
     def _commit(self, batch: Batch, *, searched: bool) -> None:
         batch.commit(self.state)
-        self.count(batch.report(), batch.losses.forwards, searched=searched)
+        self.count(batch.report(), batch.losses.forwards, batch.units if searched else [])
         if self.settings.merge_below is not None:
             self._merge(self.settings.merge_below)
         batch.losses.finish()
 
-    def count(self, report: StepReport | Callable[[], StepReport], forwards: float, *, searched: bool) -> None:
-        """Count a step that was made, set when the units search next, and report the step."""
+    def count(self, report: StepReport | Callable[[], StepReport], forwards: float, searched: Sequence[Unit]) -> None:
+        """Count a step that was made, set when its units search next if it has searched, and report the step."""
+        if searched and self.settings.takes_turns:
+            note_turn([unit.groups for unit in searched])
         for group in self.groups:
             group["count"] += 1
             if searched:

@@ -186,7 +186,7 @@ class HostBatch:
     ) -> None:
         """Start from f(w_t) = ``start``: snapshot the weights, scale the gradients."""
         self.passes, self.losses, self.settings, self.seed = passes, losses, settings, seed
-        self.units, self.random, self.every = list(passes), random.Random(seed), settings.every
+        self.units, self.random = list(passes), random.Random(seed)
         self.start = self.loss = float(start)
         self.resolution = torch.finfo(start.dtype).eps * abs(self.start) / 2
         self.gradients = Gradients(self.units)
@@ -219,11 +219,12 @@ class HostBatch:
         """Set the unit's first step, if its direction descends."""
         aim, rules = self._aim_tested(unit), unit.rules
         self.moves[unit] = Move(0.0, aim.slope, NOT_DESCENT)
+        warm = None
+        if self.settings.schedule == "relay":
+            aim, warm = aim._replace(lr=1.0), warm_step(rules, aim.scale)
         if aim.descends:
-            relay = self.settings.schedule == "relay"
-            cap, warm = (aim.largest, warm_step(rules, aim.scale)) if relay else (aim.cap, None)
             drawn = uniform(self.seed, unit.name)
-            start = initial_step(rules, self.loss, aim.slope, cap, uniform=drawn, warm=warm)
+            start = initial_step(rules, self.loss, aim.slope, aim.cap, uniform=drawn, warm=warm)
             self.proposed[unit] = self._search_from(unit, aim, start)
 
     def recall(self, unit: Unit) -> None:
@@ -233,6 +234,7 @@ class HostBatch:
         if searched is not None and searched.search is not None:
             relative_step, trials = searched_step(rules, searched.search, aim.scale), searched.trials
         self.moves[unit] = Move(0.0, aim.slope, NOT_DESCENT, trials, relative_step=relative_step)
+        self.proposed.pop(unit, None)
         if aim.descends:
             start = recalled_step(rules, relative_step, aim.scale, aim.largest)
             self.proposed[unit] = self._search_from(unit, aim, start)

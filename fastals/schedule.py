@@ -5,7 +5,7 @@ drive searches on the host, on the device and while a step is recorded.
 """
 
 import random
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from fastals.buffers import Unit
 from fastals.losses import Losses
 from fastals.report import StepReport
+from fastals.search import LONGEST_WAIT
 
 ORDERS = ("top_down", "bottom_up", "random")
 
@@ -24,14 +25,12 @@ class Batch(Protocol):
         losses: evaluates the loss of this mini-batch.
         units: those that have a gradient, in forward order.
         random: draws the order of the searches.
-        every: the steps from one search to the next, or ``"auto"``.
         seed: seeds the numbers drawn for this step.
     """
 
     losses: Losses
     units: list[Unit]
     random: random.Random
-    every: int | str
     seed: str
 
     def run(self, schedule: "Schedule", order: str) -> None:
@@ -111,9 +110,27 @@ def cycle(batch: Batch, order: str) -> None:
             batch.keep(unit)
 
 
-def turn_of(rules: MutableMapping, every: int | str, units: int) -> int:
-    """Index of the unit that :func:`cycle` and :func:`relay` search in this step, by the first group's count."""
-    return rules["count"] // (1 if every == "auto" else int(every)) % units
+def turn_of(rules: Sequence[MutableMapping]) -> int:
+    """Index of the unit that :func:`cycle` and :func:`relay` search in this step: the one searched the longest ago."""
+    return min(range(len(rules)), key=lambda i: rules[i]["last_search"])
+
+
+def is_overdue(rules: Sequence[MutableMapping], every: int | str) -> bool:
+    """Whether a unit was never searched, or not for twice the steps in which all have their turn.
+
+    Otherwise a unit without a gradient in every other mini-batch would miss all its turns.
+    """
+    longest = 2 * len(rules) * (LONGEST_WAIT if every == "auto" else int(every))
+    return any(not r["last_search"] or r["count"] - r["last_search"] >= longest for r in rules)
+
+
+def note_turn(units: Sequence[Sequence[MutableMapping]]) -> None:
+    """Note in the groups of the units, before the step is counted, which of them it has searched."""
+    rules = [groups[0] for groups in units]
+    first = any(not r["count"] for r in rules)
+    for groups in units if first else [units[turn_of(rules)]]:
+        for group in groups:
+            group["last_search"] = group["count"] + 1
 
 
 def joint(batch: Batch, order: str) -> None:
@@ -157,7 +174,7 @@ def _in_order(batch: Batch, order: str) -> list[Unit]:
 
 
 def _turn(batch: Batch) -> Unit:
-    return batch.units[turn_of(batch.units[0].rules, batch.every, len(batch.units))]
+    return batch.units[turn_of([unit.rules for unit in batch.units])]
 
 
 def _first_step(batch: Batch) -> bool:

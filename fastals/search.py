@@ -67,8 +67,12 @@ MEMORY: dict[str, float | int] = {
     "relative_step": 0.0,  # relay: r_u, see fastals.relay
     "factor": 0.0,  # relay: common factor a of the next joint test; 0 stands for 1
     "next_search": 0,  # count of the step that searches next
+    "last_search": 0,  # schedules that take turns: count after the last step that searched the unit; 0 for never
     "count": 0,  # steps taken
 }
+
+
+LONGEST_WAIT = 10  # steps between two searches at most with ``every="auto"``
 
 
 def plain_memory(group: MutableMapping) -> dict[str, float | int]:
@@ -223,7 +227,8 @@ def schedule_next_search(rules: MutableMapping, every: int | str) -> None:
     rules["mean_step_slow"] = _mean(rules["mean_step_slow"], step, 0.99) if has_means else step
     low, high = sorted((rules["mean_step_fast"], rules["mean_step_slow"]))
     change = high / low - 1 if low > 0 else math.inf
-    rules["next_search"] = rules["count"] - 1 + (10 if change <= 0.1 else max(1, int(1 / change)))
+    wait = LONGEST_WAIT if change <= 1 / LONGEST_WAIT else max(1, int(1 / change))
+    rules["next_search"] = rules["count"] - 1 + wait
 
 
 def _mean(old: float, new: float, weight: float) -> float:

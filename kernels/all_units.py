@@ -101,7 +101,7 @@ def _required(rows, rules, lead, o_u, b_eta, m_u):
     return visible(b_decrease, b_eta, b_hidden, tl.load(rows + RESOLUTION, mask=m_u, other=0.0))
 
 
-@triton.jit(do_not_specialize=["units"])
+@triton.jit(do_not_specialize=["unit", "units"])
 def open_together_kernel(state, memory, rules, lead, flags, unit, units, REMEMBERED: tl.constexpr, UP: tl.constexpr):
     """Start the test of a common factor on the steps of all units that have one; with REMEMBERED that of the unit."""
     o_u = tl.arange(0, UP)

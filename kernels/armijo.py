@@ -207,7 +207,7 @@ def open_kernel(
         averaged, slope, length = _aim(sums, flags, unit, TESTED=TESTED)
         largest, scale = _largest_and_scale(sums, rules, unit, units, length, UP=UP)
         lr = tl.load(rules + RULE_LR)
-        cap = largest * lr
+        cap = largest if RELATIVE else largest * lr
         hidden = tl.load(rounding + unit) * _rms(sums, unit) / tl.where(length > 0, length, float("inf"))
         descends = (slope > 0) & (slope < float("inf")) & (cap > 0)
         if KEEP:
@@ -225,7 +225,6 @@ def open_kernel(
             go = False
         else:
             if RELATIVE:
-                cap = largest
                 remembered = tl.load(memory + MEMORY_RELATIVE_STEP) * scale / tl.load(rules + RULE_BACKTRACK)
             else:
                 remembered = tl.load(rules + RULE_GROWTH) * tl.load(memory + MEMORY_STEP_SIZE)

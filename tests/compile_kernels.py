@@ -30,7 +30,11 @@ TENSORS = [  # dtypes of parameter and gradient, and whether they start at a mul
     ("fp16", "fp16", True), ("fp32", "fp32", False), ("bf16", "bf16", False),
 ]  # fmt: skip
 CONSTANTS = {"UP": 16, "COLUMNS": 8, "ROWS": 1024, "BLOCK": 128}
-FLAGS = {"open_kernel": ("TESTED", "KEEP"), "judge_together_kernel": ("ONCE",)}
+FLAGS = {
+    "open_kernel": ("TESTED", "KEEP", "RELATIVE", "RECALL"),
+    "open_together_kernel": ("REMEMBERED",),
+    "judge_together_kernel": ("ONCE", "REMEMBERED"),
+}
 
 
 def build(kernel, types, constants, arch, warps):
@@ -82,6 +86,8 @@ def main(arch):
         types = {n: SCALARS[n] for n in kernel.arg_names if n in SCALARS}
         names = FLAGS.get(kernel.__name__, ())
         for flags in product((False, True), repeat=len(names)):
+            if sum(flag for name, flag in zip(names, flags, strict=True) if name != "TESTED") > 1:
+                continue  # each is a purpose of its own
             constants = CONSTANTS | dict(zip(names, flags, strict=True))
             warps = 1 if kernel in scalar else WARPS if kernel is moments.reduce_kernel else 4
             resources = describe(build(kernel, types, constants, arch, warps))

@@ -72,7 +72,7 @@ def main(arch):
     driver.set_active(Driver(arch))
     kernels.why_not_fused = lambda params: ""
     for dtype in (torch.float32, torch.bfloat16):
-        for schedule in ("sweep", "independent", "joint", "cycle"):
+        for schedule in ("relay", "sweep", "independent", "joint", "cycle"):
             momentum = {"independent": "after", "joint": "tested"}.get(schedule, "none")
             torch.manual_seed(0)
             model = TinyTransformer(depth=2).to(dtype)

@@ -88,9 +88,30 @@ def test_launches_of_each_phase(launches, dtypes):
 
 
 @pytest.mark.parametrize("options", [{}, HARD], ids=["accepted", "rejected"])
+def test_launches_and_looks_of_a_relay(launches, options):
+    """Beside those of a search in its turn: each unit's step and the joint test with its trials."""
+    model, opt = build(schedule="relay", **options)
+    data = batches(4)
+    train(model, opt, data[:1])
+    for t in (1, 2):
+        launches.clear()
+        train(model, opt, data[t : t + 1])
+        units, joint, searched = len(opt.report.units), opt.report.joint_trials, t == 2
+        alone = opt.report.trials - joint
+        assert bool(alone) == searched
+        put_back = searched + (opt.report.factor == 0)
+        expected = {
+            "begin": 1, "constants": 1, "survey": 1, "reduce": 1, "add_parts": 1, "open": units + searched,
+            "open_together": 1, "trial": alone + joint + put_back, "judge_together": joint, "look": alone + joint,
+            "advance": 1, "remember": 1,
+        } | ({"judge": alone, "put_back": 1} if searched else {})  # fmt: skip
+        assert launches == expected
+
+
+@pytest.mark.parametrize("options", [{}, HARD], ids=["accepted", "rejected"])
 def test_launches_and_looks_of_a_sweep(launches, options):
     """One survey and one advance for all units; per trial one trial, one judgement and one look at the flag."""
-    model, opt = build(**options)
+    model, opt = build(schedule="sweep", **options)
     data = batches(3)
     train(model, opt, data[:2])
     launches.clear()

@@ -17,7 +17,7 @@ from fastals.kernels.moments import add_parts_kernel, advance, reduce_kernel, su
 from fastals.kernels.plain import rounding
 from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH
 from fastals.kernels.trial import trial
-from fastals.search import INITIALS, MEMORY, REFERENCES, Search
+from fastals.search import INITIALS, MEMORY, REFERENCES, Search, initial_step
 
 pytestmark = pytest.mark.proves(claim="fused-kernels")
 CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -302,7 +302,8 @@ def test_the_armijo_kernels_search_like_the_search_on_the_host(rules, memory, lo
     cap = min(twin["eta_max"], limit) * rules["lr"]
     resolution = torch.finfo(precision).eps * start.item() / 2
     hidden = rounding(groups[0]["params"]) * math.sqrt(sums["weights"] / sums["elements"]) / length
-    search = Search(twin, start.item(), sums["slope"], cap, uniform=drawn, resolution=resolution, hidden=hidden)
+    first = initial_step(twin, start.item(), sums["slope"], cap, uniform=drawn)
+    search = Search(twin, start.item(), sums["slope"], first, resolution=resolution, hidden=hidden)
     assert row["eta"] == pytest.approx(search.eta, rel=1e-12)
     left = iter(losses)
     while search.running:

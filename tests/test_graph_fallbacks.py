@@ -15,7 +15,7 @@ from fastals.graphs.graphed import WARMUP, GraphMode, pad
 @interpreted
 def test_programs_are_kept_by_signature_and_the_oldest_goes():
     log = []
-    model, _, step = build(log=log, max_signatures=2)
+    model, _, step = build(log=log, max_signatures=2, schedule="sweep")  # one tail a signature
     lengths = [next(tiny_batches(1, length=n)) for n in (4, 5, 6)]
     for batch in lengths:
         for _ in range(WARMUP + 2):

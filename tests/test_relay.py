@@ -82,7 +82,7 @@ class ByHand:
             caps.append(min(10.0, self.trust * share))
         self.trials = [0] * len(self.units)
         due = (self.count - 1) % self.every == 0
-        turn = (self.count - 1) // self.every % len(self.units)
+        turn = ((self.count - 1) // self.every - 1) % len(self.units)
         for u in range(len(self.units)) if self.count == 1 else [turn] * due:
             self.search_alone(u, caps[u])
         last, recalled = 2 ** (self.tries - 1), zip(caps, self.r, self.scales, strict=True)
@@ -649,3 +649,49 @@ def test_steps_with_gradients_already_there_are_the_same():
             one_step(optimizer, net, batch, backward)
             reports.append(optimizer.report.as_dict())
         assert_same(*reports)
+
+
+# Turns
+
+
+class TwoTasks(nn.Module):
+    """A body with a head for each of two tasks that alternate."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)])
+
+    def forward(self, x, task):
+        return self.heads[task](self.body(x).tanh())
+
+
+@pytest.mark.parametrize("every", [1, 2, "auto"])
+@pytest.mark.parametrize("optimizer", [fastals.ALS, EagerALS])
+def test_no_unit_misses_its_turns_because_tasks_alternate(optimizer, every):
+    """With a search in every second step, those of one task only would search."""
+    torch.manual_seed(0)
+    model = TwoTasks()
+    modules = {"body": model.body, "a": model.heads[0], "b": model.heads[1]}
+    groups = [{"name": name, "params": list(module.parameters())} for name, module in modules.items()]
+    opt, searched = optimizer(groups, model=model, schedule="relay", every=every), []
+    for t in range(60):
+        opt.zero_grad()
+        x = torch.randn(16, 4)
+        opt.step(lambda: (model(x, t % 2) - x.sum(1, keepdim=True)).square().mean())  # noqa: B023
+        searched += [(t, u.name) for u in opt.report.units if u.trials]
+    steps = {name: [t for t, n in searched if n == name] for name in "ab"}
+    waits = {name: max(b - a for a, b in itertools.pairwise([*ts, 60])) for name, ts in steps.items()}
+    assert max(waits.values()) <= 4 * 3 * (10 if every == "auto" else every)
+    assert all(g["relative_step"] > 0 for g in opt.param_groups)
+
+
+def test_a_warm_up_from_0_does_not_cost_the_first_search():
+    model, opt = build()
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    before = weights(model)
+    report = take_step(model, opt, next(tiny_batches(1)))
+    assert all(u.trials for u in report.units)
+    assert report.joint_trials == 0
+    assert all(group["relative_step"] > 0 for group in opt.param_groups)
+    assert_same(weights(model), before)

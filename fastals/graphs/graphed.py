@@ -216,8 +216,7 @@ class GraphedStep:
 
     def _tail(self, program: Program, search: bool) -> Tail:
         """The program's tail for this step, captured at its first use."""
-        settings = self.engine.settings
-        turn = turn_of(program.units[0].rules, settings.every, len(program.units)) if settings.takes_turns else 0
+        turn = turn_of([unit.rules for unit in program.units]) if self.engine.settings.takes_turns else 0
         key = turn if search else "keep"
         if key not in program.tails:
             with self._on_stream():
@@ -242,7 +241,7 @@ class GraphedStep:
             loss = program.loss.clone()
             self._notes.add(program.device.arena.flags[-1])
         program.device.arena.steps += 1  # the report is that of the last of these
-        engine.count(tail.batch.report(), math.nan, searched=searched)
+        engine.count(tail.batch.report(), math.nan, program.units if searched else [])
         return loss
 
     def _forget_if_changed(self, modules: list[torch.nn.Module]) -> bool:

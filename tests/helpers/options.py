@@ -6,9 +6,10 @@ HARD_SWEEP = HARD | {
     "schedule": "sweep", "order": "top_down", "momentum": "none", "initial": "warm", "reference": "monotone",
 }  # fmt: skip
 CAPTURED = [  # what a captured step must support
-    {"schedule": "sweep"}, {"schedule": "sweep", "order": "bottom_up"}, {"schedule": "independent"},
-    {"schedule": "cycle"}, {"schedule": "joint"}, {"schedule": "joint", "momentum": "after"}, {"momentum": "tested"},
-    {"every": 2}, {"every": "auto"}, {"max_grad_norm": 0.1}, {"initial": "random"}, {"cache": False},
+    {"schedule": "relay"}, {"schedule": "sweep"}, {"schedule": "sweep", "every": 2},
+    {"schedule": "sweep", "order": "bottom_up"}, {"schedule": "independent"}, {"schedule": "cycle"},
+    {"schedule": "joint"}, {"schedule": "joint", "momentum": "after"}, {"momentum": "tested"}, {"every": 2},
+    {"every": "auto"}, {"max_grad_norm": 0.1}, {"initial": "random"}, {"cache": False},
 ]  # fmt: skip
 
 
