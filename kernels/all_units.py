@@ -80,7 +80,7 @@ def begin_kernel(state, flags, loss, units, eps, UP: tl.constexpr):
         if column == RESOLUTION:
             b_value += eps * tl.abs(f) / 2
         if column == RELATIVE_STEP:  # in the last row: next_factor
-            b_value += float("nan")
+            b_value -= 1
         if column == BATCH_LOSS_BEFORE or column == BATCH_LOSS:  # noqa: SIM109
             b_value = tl.where(o_r == units, f, b_value)
         tl.store(state + o_r * N_STATE + column, b_value, mask=m_r)
@@ -259,7 +259,7 @@ def _learn(rows, memory, rules, m_u):
 @triton.jit
 def _learn_relay(rows, memory, m_u, next_factor):
     """Write what the relay remembers: relative steps, and in all units that took part the common factor."""
-    b_relative = tl.load(rows + RELATIVE_STEP, mask=m_u, other=float("nan"))
+    b_relative = tl.load(rows + RELATIVE_STEP, mask=m_u, other=-1.0)
     b_slope = tl.load(rows + SLOPE, mask=m_u, other=0.0)
     tl.store(memory + MEMORY_RELATIVE_STEP, b_relative, mask=m_u & (b_relative >= 0) & (tl.abs(b_slope) < float("inf")))
     b_took_part = tl.load(rows + OUTCOME, mask=m_u, other=0.0) > OUTCOME_RUNNING

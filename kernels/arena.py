@@ -19,7 +19,7 @@ STATE = (
     "reference", "required_slope", "slope", "final_loss", "resolution",
     "hidden",  # steps below this may vanish in the rounding of the parameters
     "averaged",  # 1 if the direction is the averaged one
-    "relative_step",  # relay: what the unit will remember; NaN if it is to remember what it does
+    "relative_step",  # relay: what the unit will remember; negative if it is to remember what it does
 )  # fmt: skip
 #: Columns of the last row of ``state``: the mini-batch, and the joint test of all units. "" is not used.
 BATCH = (
@@ -30,7 +30,7 @@ BATCH = (
     "reference",
     "required",  # sum of the decreases that the units require
     "", "", "resolution", "", "",
-    "next_factor",  # relay: first factor of the next joint test; NaN if it is to stay as it is
+    "next_factor",  # relay: first factor of the next joint test; negative if it is to stay as it is
 )  # fmt: skip
 #: Columns of ``memory``: what a unit remembers between mini-batches.
 REMEMBERED = (
