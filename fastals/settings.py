@@ -16,7 +16,7 @@ SMALL_LR = 1e-2  # below it, lr was probably meant as a learning rate of AdamW
 NON_NEGATIVE = Range(lambda x: 0 <= float(x) < math.inf, "0 or more")
 #: Defaults that depend on the schedule: those of the relay, and of all others.
 RELAY_DEFAULTS = {"c": 0.3, "trust": 0.2, "growth": 1.1, "every": 2}
-SINGLE_DEFAULTS = {"c": 0.1, "trust": 0.006, "growth": 1.3, "every": 1}
+OTHER_DEFAULTS = {"c": 0.1, "trust": 0.006, "growth": 1.3, "every": 1}
 SETTINGS = {
     "direction": one_of(("adam", "sgd")),
     "momentum": one_of(("none", "after", "tested")),
@@ -79,7 +79,7 @@ def sort_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, An
     Raises:
         ValueError: one is out of its range.
     """
-    by_schedule = RELAY_DEFAULTS if arguments["schedule"] == "relay" else SINGLE_DEFAULTS
+    by_schedule = RELAY_DEFAULTS if arguments["schedule"] == "relay" else OTHER_DEFAULTS
     arguments = {k: by_schedule[k] if k in by_schedule and v == "default" else v for k, v in arguments.items()}
     settings = Settings(**{f.name: arguments[f.name] for f in fields(Settings)})
     constants = {k: v for k, v in arguments.items() if k in DIRECTION_RANGES or k in RANGES}
