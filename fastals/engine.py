@@ -162,8 +162,8 @@ class Engine:
 
     def move(self, batch: Batch, *, search: bool) -> None:
         """Move the weights: by the searches of the schedule, or by the remembered steps between two searches."""
-        name = self.settings.schedule
-        batch.run(SCHEDULES[name] if search else BETWEEN.get(name, keep_all), self.settings.order)
+        schedules = SCHEDULES if search else BETWEEN if batch.units else {}
+        batch.run(schedules.get(self.settings.schedule, keep_all), self.settings.order)
         if self.settings.momentum == "after":
             batch.follow_momentum()
 

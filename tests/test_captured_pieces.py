@@ -333,7 +333,7 @@ class Traced:
         if make is normed:
             learned.memory.written = {(id(m._buffers), name) for m in model.modules() for name in m._buffers}
         for group in self.opt.param_groups:
-            group["count"] = graphed.WARMUP
+            group["count"], group["last_search"] = graphed.WARMUP, 1
 
         def evaluate(batch):
             return loss_fn(model, batch) if loss_fn else loss_of(model(**batch))
@@ -361,7 +361,7 @@ CASES = [
     (make, options)
     for make in (tiny, bert)
     for options in (
-        {"schedule": "sweep"}, {"order": "bottom_up"}, {"schedule": "independent"}, {"schedule": "cycle"},
+        {"schedule": "relay"}, {"schedule": "sweep"}, {"schedule": "sweep", "order": "bottom_up"}, {"schedule": "independent"}, {"schedule": "cycle"},
         {"schedule": "joint"}, {"momentum": "after"}, {"momentum": "tested"}, {"max_grad_norm": 0.1},
         {"cache": False}, {"schedule": "joint", "cache": False, "momentum": "after", "max_grad_norm": 1.0},
         {"direction": "sgd"},

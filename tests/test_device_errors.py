@@ -143,7 +143,7 @@ def test_a_first_step_at_a_loss_that_is_not_finite_is_refused(kind):
 def test_a_kept_step_at_a_loss_that_is_not_finite_is_refused(kind):
     torch.manual_seed(0)
     model = TinyTransformer(depth=1).to(CUDA)
-    opt = optimizer(kind, model, every=2)
+    opt = optimizer(kind, model, schedule="sweep", every=2)
     data = batches(2)
     train(model, opt, data[:1])
     before = [p.detach().clone() for p in model.parameters()]

@@ -217,7 +217,7 @@ def test_a_common_factor_shrinks_by_the_rules_of_the_first_unit_that_has_gradien
 @pytest.mark.parametrize("kind", ["fused", "plain", "eager"])
 def test_steps_that_a_bfloat16_loss_cannot_show_are_taken_and_grow(kind):
     weight = torch.nn.Parameter(torch.ones(64, device=CUDA))
-    opt = optimizer(kind, holding(weight), eta_init=1e-5)
+    opt = optimizer(kind, holding(weight), schedule="sweep", eta_init=1e-5)
     steps = []
     for _ in range(8):
         opt.step(lambda: (1 + 1e-3 * weight.mean()).bfloat16())
