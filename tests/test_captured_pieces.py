@@ -362,7 +362,8 @@ CASES = [
     for make in (tiny, bert)
     for options in (
         {"schedule": "relay"}, {"schedule": "sweep"}, {"schedule": "sweep", "order": "bottom_up"},
-        {"schedule": "independent"}, {"schedule": "cycle"}, {"schedule": "joint"}, {"momentum": "after"}, {"momentum": "tested"}, {"max_grad_norm": 0.1},
+        {"schedule": "independent"}, {"schedule": "cycle"}, {"schedule": "joint"},
+        {"momentum": "after"}, {"momentum": "tested"}, {"max_grad_norm": 0.1},
         {"cache": False}, {"schedule": "joint", "cache": False, "momentum": "after", "max_grad_norm": 1.0},
         {"direction": "sgd"},
     )
