@@ -22,7 +22,7 @@ from fastals.optimizer import ALS
 from fastals.partition import units
 from fastals.relay import first_factor, next_factor, recalled_step, searched_step, warm_step
 from fastals.report import ACCEPTED, EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
-from fastals.schedule import is_overdue, note_turn, turn_of
+from fastals.schedule import is_due, note_turn, turn_of
 from fastals.search import MEMORY, Search, initial_step, schedule_next_search, uniform, visible
 from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_small_lr
 
@@ -112,7 +112,7 @@ class EagerALS(torch.optim.Optimizer):
         start = self._differentiate() if loss is None else closure()
         after = rng.get_state(self.devices) if loss is None else self.before
         self._begin(float(start), torch.finfo(start.dtype).eps)
-        due = self._is_due([part.rules for part in self.parts])
+        due = is_due([part.rules for part in self.parts], self.settings.every, turns=self.settings.takes_turns)
         if due:
             getattr(self, f"_{self.settings.schedule}")()
         elif self.settings.schedule == "relay":
@@ -124,11 +124,6 @@ class EagerALS(torch.optim.Optimizer):
         self._finish(float(start), due)
         rng.set_state(after)
         return start
-
-    def _is_due(self, rules: list[dict]) -> bool:
-        """Whether this step searches."""
-        due = any(r["count"] >= r["next_search"] or not r["count"] for r in rules)
-        return due or (self.settings.takes_turns and is_overdue(rules, self.settings.every))
 
     def _differentiate(self) -> Tensor:
         """Compute the loss and leave the gradients in ``p.grad``."""
@@ -300,9 +295,8 @@ class EagerALS(torch.optim.Optimizer):
     def _relay(self) -> None:
         """Search one unit alone to learn its step, in the first step each, then move all by what they remember."""
         first = not all(part.rules["count"] for part in self.parts)
-        turn = [self._turn()]
         start = self.loss
-        for part in self._in_order() if first else turn:
+        for part in self._in_order() if first else [self._turn()]:
             self._search(part)
             part.move(0.0)
             self.loss = start

@@ -25,7 +25,7 @@ from fastals.losses import Losses
 from fastals.partition import observed
 from fastals.repeatable import check_repeatable
 from fastals.report import Reports, StepReport
-from fastals.schedule import BETWEEN, SCHEDULES, Batch, is_overdue, keep_all, note_turn
+from fastals.schedule import BETWEEN, SCHEDULES, Batch, is_due, keep_all, note_turn
 from fastals.search import MEMORY, plain_memory, schedule_next_search
 from fastals.settings import Settings, refuse_replaced, refuse_resized, warn_of_processes
 from fastals.surroundings import FirstWriteError
@@ -156,9 +156,7 @@ class Engine:
 
     def is_due(self, units: Sequence[Unit]) -> bool:
         """Whether this step searches; otherwise it repeats the remembered steps."""
-        rules = [u.rules for u in units]
-        due = any(r["count"] >= r["next_search"] or not r["count"] for r in rules)
-        return due or (self.settings.takes_turns and is_overdue(rules, self.settings.every))
+        return is_due([u.rules for u in units], self.settings.every, turns=self.settings.takes_turns)
 
     def move(self, batch: Batch, *, search: bool) -> None:
         """Move the weights: by the searches of the schedule, or by the remembered steps between two searches."""

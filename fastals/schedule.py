@@ -115,7 +115,13 @@ def turn_of(rules: Sequence[MutableMapping]) -> int:
     return min(range(len(rules)), key=lambda i: rules[i]["last_search"])
 
 
-def is_overdue(rules: Sequence[MutableMapping], every: int | str) -> bool:
+def is_due(rules: Sequence[MutableMapping], every: int | str, *, turns: bool) -> bool:
+    """Whether the step of these units searches, by the last search of any, or because the turn of one is overdue."""
+    due = any(r["count"] >= r["next_search"] or not r["count"] for r in rules)
+    return due or (turns and _is_overdue(rules, every))
+
+
+def _is_overdue(rules: Sequence[MutableMapping], every: int | str) -> bool:
     """Whether a unit was never searched, or not for twice the steps in which all have their turn.
 
     Otherwise a unit without a gradient in every other mini-batch would miss all its turns.
@@ -145,8 +151,7 @@ def joint(batch: Batch, order: str) -> None:
 
 def relay(batch: Batch, order: str) -> None:
     """Search one unit alone to learn its step, then move all by their remembered steps, tested jointly."""
-    turn = [_turn(batch)]
-    for unit in _in_order(batch, order) if _first_step(batch) else turn:
+    for unit in _in_order(batch, order) if _first_step(batch) else [_turn(batch)]:
         batch.search(unit, put_back=True)
     move_by_remembered(batch, order)
 
