@@ -169,5 +169,9 @@ def warn_of_processes() -> None:
 
 
 def _require(name: str, value: object, allowed: Range) -> None:
-    if not allowed.holds(value):
+    try:
+        holds = allowed.holds(value)
+    except TypeError:  # a string where a number belongs, as a misspelt "default"
+        holds = False
+    if not holds:
         raise ValueError(f"{name} must be {allowed.words}, not {value!r}")

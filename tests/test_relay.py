@@ -695,3 +695,9 @@ def test_a_warm_up_from_0_does_not_cost_the_first_search():
     assert report.joint_trials == 0
     assert all(group["relative_step"] > 0 for group in opt.param_groups)
     assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("name", ["c", "trust", "growth", "every"])
+def test_a_misspelt_default_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be .*, not 'defualt'"):
+        fastals.ALS(nn.Linear(2, 2), **{name: "defualt"})
