@@ -10,7 +10,8 @@ With ``equal work`` ALS takes fewer steps, annealed over these, so that it makes
 Timed: forward, backward, step. Seconds are wall-clock time on a GPU and processor time of this process, with one
 thread, on a CPU. Forward passes are counted as in :mod:`rivals`. The loss is that of the mini-batch before each step;
 ``loss`` is its mean over the last fifth of the steps. Accuracy and perplexity are held out and not timed. A run that
-ends with an error of the rival, or with a loss that is not finite, is kept with a loss of NaN.
+ends with an error of the rival, or with a loss that is not finite, is kept with a loss of NaN. With ``--processes``
+runs are made side by side; on a GPU, which they share, their seconds are NaN.
 """
 
 import argparse
@@ -18,15 +19,19 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from methods import METHODS, Method, planned
+from methods import METHODS, Method, Run, planned
 from rivals import RIVALS, Rival
 from stamp import stamp
 from tasks import REGIMES, TASKS, Task
@@ -45,17 +50,18 @@ WARMUP = {
 }  # rivals with a cosine: share of the steps that warm up
 
 
-def train(task: Task, method: Method, regime: str, seed: int, steps: int) -> dict[str, Any]:
+def train(task: Task, run: Run) -> dict[str, Any]:
     """The result of one run."""
+    method, steps = run.how, round(run.steps * run.how.times)
     warms_up = {"warmup_steps": steps // 10} if method.rival == "schedule-free" else {}
-    rival = RIVALS[method.rival](task.model(seed), **method.options, **warms_up)
-    curves, reports = descend(rival, method, task.batches(regime, seed, steps), steps, task.device)
+    rival = RIVALS[method.rival](task.model(run.seed), **method.options, **warms_up)
+    curves, reports = descend(rival, method, task.batches(run.regime, run.seed, steps), steps, task.device)
     rival.rest()
     loss = statistics.mean(curves["losses"][-(steps // 5) :])
     curves["losses"] = [round(x, 5) for x in curves["losses"]]
     result = {"loss": loss} | task.measure(rival.model) | curves
     result |= {k: v for k, v in rival.optimizer.param_groups[0].items() if k == "trust"}
-    return result | (search_result(reports, seed) if reports else {})
+    return result | (search_result(reports, run.seed) if reports else {})
 
 
 def descend(
@@ -117,38 +123,83 @@ def identity(run: dict[str, Any]) -> tuple:
     return tuple(run[k] for k in ("seed", "regime", "task", "method", "steps"))
 
 
-def run_all(arguments: argparse.Namespace, tasks: dict[str, Task]) -> None:
-    """Make the runs that the output file does not hold yet."""
+def case(run: Run) -> dict[str, Any]:
+    """The fields of its line that are known before it is made."""
+    return {
+        "task": run.task, "regime": run.regime, "method": run.method, "options": run.how.options, "seed": run.seed,
+        "steps": run.steps,
+    }  # fmt: skip
+
+
+def run_all(arguments: argparse.Namespace, make: Callable[[Run], dict[str, Any]]) -> int:
+    """Make the runs that the output file does not hold yet; returns how many failed."""
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     conditions = stamp()  # of the code that runs, which may change on the disk before the last run is done
     done = {identity(json.loads(line)) for line in out.read_text().splitlines()} if out.exists() else set()
-    for seed, regime, task, name, method in planned(arguments):
-        case = {"task": task, "regime": regime, "method": name, "options": method.options, "seed": seed}
-        case["steps"] = arguments.steps
-        if identity(case) in done:
-            continue
+    failed = 0
+    for run, get in started([r for r in planned(arguments) if identity(case(r)) not in done], make, arguments):
         try:
-            result = train(tasks[task], method, regime, seed, round(arguments.steps * method.times))
+            result = get()
         except ImportError as error:
-            print(f"skipped {name}: {error}", flush=True)
+            print(f"skipped {run.method}: {error}", flush=True)
+            continue
+        except RuntimeError as error:  # of one run, as one that does not fit into memory
+            failed += 1
+            print(f"failed: {case(run)}: {type(error).__name__}: {error}", flush=True)
             continue
         with out.open("a") as file:
-            file.write(json.dumps(case | result | conditions) + "\n")
+            file.write(json.dumps(case(run) | result | conditions) + "\n")
         held_out = {k: round(result[k], 4) for k in ("accuracy", "perplexity") if k in result}
-        print(case, f"loss {result['loss']:.4f} {held_out} {result['seconds'][-1]} s", flush=True)
+        print(case(run), f"loss {result['loss']:.4f} {held_out} {result['seconds'][-1]} s", flush=True)
+    return failed
 
 
-def chosen(names: Iterable[str], refuse: Callable[[str], Any]) -> dict[str, Task]:
-    """The tasks; one whose package is missing is refused before anything runs."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tasks = {}
+def started(
+    runs: list[Run], make: Callable[[Run], dict[str, Any]], arguments: argparse.Namespace
+) -> Iterator[tuple[Run, Callable[[], dict[str, Any]]]]:
+    """The runs as they end, each with a function that returns its result or raises its error."""
+    if arguments.processes == 1:
+        prepare(arguments.threads)
+        yield from ((run, partial(make, run)) for run in runs)
+        return
+    pool = ProcessPoolExecutor(arguments.processes, get_context("spawn"), prepare, (arguments.threads,))
+    try:
+        futures = {pool.submit(make, run): run for run in runs}
+        yield from ((futures[future], future.result) for future in as_completed(futures))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare(threads: int) -> None:
+    """Settings of a process that makes runs."""
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def trained(shared: bool, run: Run) -> dict[str, Any]:
+    """The result of the run on this machine; without seconds if processes share its GPU."""
+    result = train(read(run.task), run)
+    if shared and torch.cuda.is_available():
+        result["seconds"] = [math.nan] * len(result["seconds"])
+    return result
+
+
+@cache
+def read(task: str) -> Task:
+    """The task, read once per process."""
+    return TASKS[task]("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def refuse_missing(names: Iterable[str], refuse: Callable[[str], Any]) -> None:
+    """Refuse a task whose package is missing, before anything runs."""
     for name in names:
         try:
-            tasks[name] = TASKS[name](device)
+            read(name)
         except ImportError as error:
             refuse(f"task {name}: {error}")
-    return tasks
 
 
 def ten_or_more(text: str) -> int:
@@ -158,20 +209,14 @@ def ten_or_more(text: str) -> int:
     return int(text)
 
 
-def shard(text: str) -> tuple[int, int]:
-    """A part of the runs: ``1/2`` is the first of two."""
-    part, parts = map(int, text.split("/"))
-    if not 1 <= part <= parts:
-        raise argparse.ArgumentTypeError("k/n with k from 1 to n")
-    return part, parts
-
-
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help=".jsonl file; runs that it holds already are not made again")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--steps", type=ten_or_more, default=STEPS, help="steps of a run, at least 10")
+    parser.add_argument(
+        "--steps", type=ten_or_more, nargs="+", default=[STEPS], help="steps of a run, at least 10; one length or more"
+    )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="tasks to run")
     parser.add_argument("--regimes", nargs="+", default=["full"], choices=list(REGIMES), help="training samples kept")
     parser.add_argument(
@@ -181,17 +226,12 @@ def main() -> None:
         "--als", nargs="*", type=json.loads, default=[], metavar="JSON", help="arguments of ALS for further methods"
     )
     parser.add_argument("--equal-work", action="store_true", help="run those of --als at equal work as well")
-    parser.add_argument(
-        "--shard", type=shard, default=(1, 1), metavar="K/N", help="make the K-th of N parts of the runs"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--processes", type=int, default=1, help="runs made side by side")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a process")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    run_all(arguments, chosen(arguments.tasks, parser.error))
+    refuse_missing(arguments.tasks, parser.error)
+    sys.exit(run_all(arguments, partial(trained, arguments.processes > 1)) > 0)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ class Method(NamedTuple):
 class Run(NamedTuple):
     """A run to be made; ``method`` is the name of the method."""
 
+    steps: int
     seed: int
     regime: str
     task: str
@@ -25,6 +26,7 @@ class Run(NamedTuple):
 
 
 GRADIENT = 3  # forward passes of a step without a search: a forward, and a backward as two
+TELLING = 9  # methods of a task that are run first
 COST = 5.2  # forward passes of a step of ALS with its defaults, about; results hold the true count
 EQUAL_WORK = ", equal work"  # ending of the names of such runs
 ADAMW_RATES, SHARES = (1e-4, 3e-4, 3e-5, 1e-3, 1e-5), (3e-3, 0.2, 1.5e-3, 6e-3)  # the likeliest first
@@ -76,28 +78,26 @@ def methods(task: str) -> list[str]:
     first, second, *other_rates = map(adamw, rates(task))
     likeliest, cap, *other_shares = map(capped, shares(task))
     return [
-        "als", first, second, likeliest, cap, "als" + EQUAL_WORK, "als sweep", *other_rates, *other_shares, "salsa",
+        "als", first, second, likeliest, cap, *other_shares, "als" + EQUAL_WORK, *other_rates, "als sweep", "salsa",
         "prodigy", "schedule-free", "schedule-free 3e-4", "als joint", "eager",
     ]  # fmt: skip
 
 
 def planned(arguments: argparse.Namespace) -> list[Run]:
-    """Runs in order: all of the first seed, and in them the first method of every task, first.
+    """Runs in order: of each length all seeds of the most telling methods first, then those of the others.
 
-    Shards take turns within a task and within a method. The eager baseline takes the steps of ALS up to rounding and
-    runs once per task, for its time.
+    The eager baseline takes the steps of ALS up to rounding and runs once per task, for its time.
     """
     further = {f"als {json.dumps(o)}": Method("als", o) for o in arguments.als}
     if arguments.equal_work:
         further |= {name + EQUAL_WORK: equal_work(method.options) for name, method in further.items()}
     known = METHODS | further
     columns = [[*(methods(t) if arguments.methods is None else arguments.methods), *further] for t in arguments.tasks]
-    part, parts = arguments.shard
     return [
-        Run(seed, regime, task, row[column], known[row[column]])
+        Run(steps, seed, regime, task, row[column], known[row[column]])
+        for steps, telling in product(arguments.steps, (True, False))
         for seed, regime in product(range(arguments.seeds), arguments.regimes)
         for i, row in enumerate(zip(*columns, strict=True))
         for column, task in enumerate(arguments.tasks)
-        if (i + column) % parts == part - 1
-        if row[column] != "eager" or (seed, regime) == (0, "full")
+        if (i < TELLING) == telling and (row[column] != "eager" or (seed, regime) == (0, "full"))
     ]

@@ -93,8 +93,8 @@ def figures(members: Sequence[Record], runs: Sequence[Record]) -> list[str]:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean, lowest and highest."""
-    if not values:
+    """Mean, lowest and highest; a dash where none were measured."""
+    if not values or any(map(math.isnan, values)):
         return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ({min(values):.{digits}f} - {max(values):.{digits}f})" if len(values) > 1 else mean

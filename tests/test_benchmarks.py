@@ -496,35 +496,31 @@ def test_units_without_a_gradient_or_a_slope_stay():
 def arguments(**more):
     import methods
 
-    defaults = {"seeds": 2, "steps": 10, "tasks": ["tweets"], "regimes": ["full"], "methods": None, "als": []}
-    defaults |= {"equal_work": False, "shard": (1, 1)}
+    defaults = {"seeds": 2, "steps": [10], "tasks": ["tweets"], "regimes": ["full"], "methods": None, "als": []}
+    defaults |= {"equal_work": False, "processes": 1, "threads": 1}
     return methods, SimpleNamespace(**defaults | more)
 
 
-def test_the_first_seed_and_the_most_telling_method_of_every_task_come_first():
-    methods, asked = arguments(tasks=["tweets", "dialogues-lora"])
+def test_all_seeds_of_the_most_telling_methods_come_first():
+    methods, asked = arguments(tasks=["tweets", "dialogues-lora"], steps=[20, 10])
     runs = methods.planned(asked)
-    assert [r[:4] for r in runs[:4]] == [
-        (0, "full", "tweets", "als"), (0, "full", "dialogues-lora", "als"),
-        (0, "full", "tweets", "adamw 0.0001"), (0, "full", "dialogues-lora", "adamw 0.001"),
+    assert [(r.seed, r.task, r.method) for r in runs[:4]] == [
+        (0, "tweets", "als"), (0, "dialogues-lora", "als"), (0, "tweets", "adamw 0.0001"),
+        (0, "dialogues-lora", "adamw 0.001"),
     ]  # fmt: skip
-    assert [r.seed for r in runs] == sorted(r.seed for r in runs)
+    assert [r.steps for r in runs] == sorted((r.steps for r in runs), reverse=True)
+    first, second = ([r for r in runs if r.steps == steps] for steps in (20, 10))
+    assert [r._replace(steps=10) for r in first] == second
+    telling = {r.method for r in second[: 2 * methods.TELLING] if r.task == "tweets"}
+    assert [r.method in telling for r in second if r.task == "tweets"] == sorted(
+        (r.method in telling for r in second if r.task == "tweets"), reverse=True
+    )
+    assert len(telling) == methods.TELLING
     for task in asked.tasks:
-        how = [r.how for r in runs if r.task == task]
+        how = [r.how for r in second if r.task == task]
         assert {h.options["lr"] for h in how if h.rival == "adamw"} == set(methods.rates(task))
         assert {h.options["trust"] for h in how if h.rival == "capped"} == set(methods.shares(task))
-        assert sum(r.task == task and r.method == "eager" for r in runs) == 1
-
-
-@pytest.mark.parametrize("tasks", [["tweets"], ["tweets", "dialogues"], ["tweets", "dialogues", "sms-spam"]])
-def test_shards_take_turns_and_make_every_run_once(tasks):
-    methods, asked = arguments(tasks=tasks)
-    runs = methods.planned(asked)
-    shards = [methods.planned(SimpleNamespace(**vars(asked) | {"shard": (k, 2)})) for k in (1, 2)]
-    assert sorted(r[:4] for shard in shards for r in shard) == sorted(r[:4] for r in runs)
-    for task in tasks:
-        counts = [sum(r.task == task for r in shard) for shard in shards]
-        assert abs(counts[0] - counts[1]) <= 2
+        assert sum(r.task == task and r.method == "eager" for r in second) == 1
 
 
 def test_als_takes_fewer_steps_at_equal_work():
@@ -562,14 +558,21 @@ def tiny_task():
     return Tiny()
 
 
+def train_tiny(run):
+    """The result of a run on the tiny task."""
+    import convergence
+
+    return convergence.train(tiny_task(), run)
+
+
 def test_convergence_runs_store_all_that_a_page_needs_and_go_on_where_they_ended(tmp_path, monkeypatch):
     import convergence
 
     monkeypatch.setattr(convergence, "SHOWN", 7)
     out = tmp_path / "runs.jsonl"
     names = ["als", "als, equal work", "adamw 0.001", "capped 0.003"]
-    _, asked = arguments(methods=names, seeds=1, steps=12, out=str(out))
-    convergence.run_all(asked, {"tweets": tiny_task()})
+    _, asked = arguments(methods=names, seeds=1, steps=[12], out=str(out))
+    assert convergence.run_all(asked, train_tiny) == 0
     runs = records.read(out).runs
     assert [r["method"] for r in runs] == names
     searched, fewer, adamw, capped = runs
@@ -584,9 +587,23 @@ def test_convergence_runs_store_all_that_a_page_needs_and_go_on_where_they_ended
     assert all(0 <= r["balanced_accuracy"] <= 1 and "step_sizes" not in r for r in (adamw, capped))
     page = report.report([out], tmp_path / "page").read_text()
     assert "### At equal forward passes" in page
-    convergence.run_all(SimpleNamespace(**vars(asked) | {"seeds": 2}), {"tweets": tiny_task()})
+    convergence.run_all(SimpleNamespace(**vars(asked) | {"seeds": 2}), train_tiny)
     assert [(r["seed"], r["method"]) for r in records.read(out).runs] == [(s, m) for s in (0, 1) for m in names]
     assert "step_sizes" not in records.read(out).runs[-4]
+
+
+def test_runs_side_by_side_are_all_stored_and_one_that_fails_takes_no_other_along(tmp_path, capsys):
+    import convergence
+    from helpers.runs import fail_first
+
+    out = tmp_path / "runs.jsonl"
+    _, asked = arguments(methods=["als", "capped 0.003"], seeds=3, out=str(out), processes=2)
+    assert convergence.run_all(asked, fail_first) == 2
+    assert capsys.readouterr().out.count("RuntimeError: out of memory") == 2
+    runs = records.read(out).runs
+    assert sorted((r["seed"], r["method"]) for r in runs) == [(s, m) for s in (1, 2) for m in asked.methods]
+    page = report.report([out], tmp_path / "page").read_text()
+    assert "| als | 0.500 (0.500 - 0.500) | 1.000 (1.000 - 1.000) | - | 3 (3 - 3) |" in page
 
 
 def test_the_mean_over_the_classes_counts_a_rare_class_as_a_common_one():
