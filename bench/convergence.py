@@ -5,8 +5,8 @@
 
 The tasks are those of :mod:`tasks`, the methods those of :mod:`methods`. Every method sees the same batches in the same
 order. AdamW warms up for 10 % of the steps and anneals by a cosine to zero; ALS, its units without a search and Prodigy
-anneal by the same cosine without a warm-up; schedule-free AdamW warms up and SaLSA does neither, as their authors say.
-With ``equal work`` ALS takes fewer steps, annealed over these, so that it makes about as many forward passes as AdamW.
+anneal by the same cosine without a warm-up, but for ALS at a ``constant lr``; schedule-free AdamW warms up and SaLSA
+does neither, as their authors say. With ``equal work`` ALS takes fewer steps, annealed over these, so that it makes about as many forward passes as AdamW.
 Timed: forward, backward, step. Seconds are wall-clock time on a GPU and processor time of this process, with one
 thread, on a CPU. Forward passes are counted as in :mod:`rivals`. The loss is that of the mini-batch before each step;
 ``loss`` is its mean over the last fifth of the steps. Accuracy and perplexity are held out and not timed. A run that
@@ -70,7 +70,7 @@ def descend(
     """Train until the batches or the finite losses end; returns losses, seconds and forwards so far, and reports."""
     now = time.process_time if device == "cpu" else time.perf_counter
     annealing = None
-    if method.rival in WARMUP:
+    if method.rival in WARMUP and method.anneals:
         annealing = get_cosine_schedule_with_warmup(rival.optimizer, int(WARMUP[method.rival] * steps), steps)
     curves: dict[str, list[float]] = {"losses": [], "seconds": [], "forwards": []}
     reports, clock = [], 0.0

@@ -123,7 +123,7 @@ risky=(
 	$graph::test_a_loop_on_the_device_ends_when_its_flag_says_so
 	$graph::test_loops_run_on_the_device_where_bindings_and_driver_know_them
 	$graph::test_a_forward_without_gradients_has_the_masks_and_the_loss_of_one_with
-	"$same[sweep-bottom_up-host]" "$same[sweep-bottom_up-while]"
+	"$same[sweep-bottom_up-host]" "$same[sweep-bottom_up-while]" "$same[relay-while]"
 	$graph::test_dropout_masks_are_held_in_a_step_and_change_between_steps
 	$graph::test_searches_without_a_step_and_refused_steps_leave_the_weights_bitwise
 	$graph::test_a_loss_that_waits_for_the_device_is_not_captured_and_steps_go_on
@@ -151,7 +151,7 @@ run_b() {
 	together "kernel_tests 160" "device_tests 160" "graph_tests 160" "same_tests 160" "all_model_tests 160"
 	bench captured 100 bench/bench_graph.py --full -k "floor or sweep" || failed=1
 	bench kernels 60 bench/bench_kernels.py -k "roofs or look or bert_base" || failed=1
-	bench schedules 60 bench/bench_graph.py -k "test_captured and (joint or cycle)" || failed=1
+	bench schedules 60 bench/bench_graph.py -k "test_captured and (relay or joint or cycle)" || failed=1
 	bench stages 50 bench/bench_step.py -k test_stage || failed=1
 	bench depth 80 bench/bench_graph.py -k depth || failed=1
 	bench rest 100 bench/bench_step.py bench/bench_kernels.py -k "host_time or instead or (lora and not bert)" || failed=1

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
-    """A rival, its arguments, and its number of steps as a multiple of ``--steps``."""
+    """A rival, its arguments, its steps as a multiple of ``--steps``, and whether a scheduler may anneal it."""
 
     rival: str
     options: dict[str, Any]
     times: float = 1.0
+    anneals: bool = True
 
 
 class Run(NamedTuple):
@@ -28,7 +29,7 @@ class Run(NamedTuple):
 GRADIENT = 3  # forward passes of a step without a search: a forward, and a backward as two
 TELLING = 9  # methods of a task that are run first
 COST = 5.2  # forward passes of a step of ALS with its defaults, about; results hold the true count
-EQUAL_WORK = ", equal work"  # ending of the names of such runs
+EQUAL_WORK, CONSTANT = ", equal work", ", constant lr"  # endings of the names of such runs
 ADAMW_RATES, SHARES = (1e-4, 3e-4, 3e-5, 1e-3, 1e-5), (3e-3, 0.2, 1.5e-3, 6e-3)  # the likeliest first
 LORA_RATES, LORA_SHARES = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2), (3e-2, 0.2, 1e-2, 0.1)  # small matrices want longer steps
 
@@ -61,6 +62,7 @@ def equal_work(options: dict[str, Any]) -> Method:
 METHODS = {
     "als": Method("als", {}),
     "als" + EQUAL_WORK: equal_work({}),
+    "als" + CONSTANT: Method("als", {}, anneals=False),
     "als sweep": Method("als", {"schedule": "sweep"}),
     "als joint": Method("als", {"schedule": "joint"}),
     **{adamw(rate): Method("adamw", {"lr": rate}) for rate in (*ADAMW_RATES, *LORA_RATES)},
@@ -79,7 +81,7 @@ def methods(task: str) -> list[str]:
     likeliest, cap, *other_shares = map(capped, shares(task))
     return [
         "als", first, second, likeliest, cap, *other_shares, "als" + EQUAL_WORK, *other_rates, "als sweep", "salsa",
-        "prodigy", "schedule-free", "schedule-free 3e-4", "als joint", "eager",
+        "prodigy", "schedule-free", "schedule-free 3e-4", "als joint", "als" + CONSTANT, "eager",
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from methods import EQUAL_WORK
+from methods import CONSTANT, EQUAL_WORK
 from records import Record
 from tuning import Table, best_rate, figure_names, figures, of_method
 
@@ -37,7 +37,9 @@ def _figures(row: Row, seeds: set[int], runs: Sequence[Record]) -> list[str]:
 def _of_als(runs: Sequence[Record]) -> Iterator[Row]:
     """The rows of each set of other arguments whose cap was varied."""
     searches = [
-        r for r in runs if r["method"].startswith("als") and not r["method"].endswith(EQUAL_WORK) and r.get("trust")
+        r
+        for r in runs
+        if r["method"].startswith("als") and not r["method"].endswith((EQUAL_WORK, CONSTANT)) and r.get("trust")
     ]
     for others in dict.fromkeys(map(_others, searches)):
         family = [r for r in searches if _others(r) == others]
