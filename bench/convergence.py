@@ -6,12 +6,12 @@
 The tasks are those of :mod:`tasks`, the methods those of :mod:`methods`. Every method sees the same batches in the same
 order. AdamW warms up for 10 % of the steps and anneals by a cosine to zero; ALS, its units without a search and Prodigy
 anneal by the same cosine without a warm-up, but for ALS at a ``constant lr``; schedule-free AdamW warms up and SaLSA
-does neither, as their authors say. With ``equal work`` ALS takes fewer steps, annealed over these, so that it makes about as many forward passes as AdamW.
-Timed: forward, backward, step. Seconds are wall-clock time on a GPU and processor time of this process, with one
-thread, on a CPU. Forward passes are counted as in :mod:`rivals`. The loss is that of the mini-batch before each step;
-``loss`` is its mean over the last fifth of the steps. Accuracy and perplexity are held out and not timed. A run that
-ends with an error of the rival, or with a loss that is not finite, is kept with a loss of NaN. With ``--processes``
-runs are made side by side; on a GPU, which they share, their seconds are NaN.
+does neither, as their authors say. With ``equal work`` ALS takes fewer steps, annealed over these, so that it makes
+about as many forward passes as AdamW. Timed: forward, backward, step. Seconds are wall-clock time on a GPU and
+processor time of this process, with one thread, on a CPU. Forward passes are counted as in :mod:`rivals`. The loss is
+that of the mini-batch before each step; ``loss`` is its mean over the last fifth of the steps. Accuracy and perplexity
+are held out and not timed. A run that ends with an error of the rival, or with a loss that is not finite, is kept with
+a loss of NaN. With ``--processes`` runs are made side by side; on a GPU, which they share, their seconds are NaN.
 """
 
 import argparse
