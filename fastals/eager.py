@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastals import rng
 from fastals.optimizer import ALS
 from fastals.partition import units
-from fastals.relay import first_factor, next_factor, recalled_step, searched_step, warm_step
+from fastals.relay import first_factor, next_factor, recalled_step, scale_of, searched_step, warm_step
 from fastals.report import ACCEPTED, EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import is_due, note_turn, turn_of
 from fastals.search import MEMORY, Search, initial_step, schedule_next_search, uniform, visible
@@ -46,7 +46,7 @@ class Part:
     direction: list[Tensor] = field(default_factory=list)
     slope: float = 0.0
     hidden: float = 0.0  # smaller step sizes may vanish in the rounding of the parameters
-    scale: float = 0.0  # the step size that changes the weights by as much as they are
+    scale: float = 0.0  # the step size of which the relative step is a share
     largest: float = 0.0  # largest step if lr is 1
     eta: float = 0.0
     trials: int = 0
@@ -208,7 +208,7 @@ class EagerALS(torch.optim.Optimizer):
     def _largest_step(self, part: Part, length: float) -> float:
         """The cap on the step size: ``eta_max`` and the trust ratio, times ``lr``."""
         largest, trust, rms = part.rules["eta_max"], part.rules["trust"], max(_rms(part.weights), self.weight_rms)
-        part.scale = rms / length if length > 0 else 0.0
+        part.scale = scale_of(rms, length, adam=self.settings.direction == "adam")
         if trust is not None and length > 0:
             largest = min(largest, trust * rms / length)
         part.largest = largest

@@ -16,7 +16,7 @@ from fastals.buffers import Gradients, Unit, unit_groups
 from fastals.kernels import plain
 from fastals.learned import ALL_UNITS
 from fastals.losses import Losses
-from fastals.relay import first_factor, next_factor, recalled_step, searched_step, warm_step
+from fastals.relay import first_factor, next_factor, recalled_step, scale_of, searched_step, warm_step
 from fastals.repeatable import reconsider, replay_outdated
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import Schedule
@@ -143,7 +143,7 @@ class Passes:
 class Aim(NamedTuple):
     """A direction that was written: its slope, the largest step if ``lr`` is 1, the step below which moves may hide.
 
-    ``scale`` is the step that changes the unit's weights by as much as they are, see :mod:`fastals.relay`.
+    ``scale`` is the step of which the relative step is a share, see :mod:`fastals.relay`.
     """
 
     slope: float
@@ -259,7 +259,7 @@ class HostBatch:
         if rules["trust"] is not None and length > 0:
             largest = min(largest, rules["trust"] * rms / length)
         hidden = unit.rounding * passes.weight_rms / length if length > 0 else 0.0
-        return Aim(slope, largest, hidden, rms / length if length > 0 else 0.0, float(rules["lr"]))
+        return Aim(slope, largest, hidden, scale_of(rms, length, adam=unit.adam), float(rules["lr"]))
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""

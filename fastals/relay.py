@@ -1,7 +1,12 @@
 """Relay: relative steps that single units find, and a common factor that the joint test finds.
 
-The relative step of a unit is r_u = η_u / scale_u, with scale_u = max(RMS(w_u), RMS(w)) / RMS(d_u): the share of its
-weights that a step changes, what ``trust`` caps. A unit that is searched alone updates r_u; all units move by
+The relative step of a unit is r_u = η_u / scale_u, with
+
+    scale_u = max(RMS(w_u), RMS(w)) / max(RMS(d_u), ℓ)
+
+where ℓ is 1 for Adam's direction g / √v, whose RMS is usually about 1, and 0 for SGD's. So r_u is the share of its
+weights that a usual step changes, what ``trust`` caps; on a mini-batch with a small gradient, such as one that the model
+has learned, d_u is shorter and so is the step, as Adam's. A unit that is searched alone updates r_u; all units move by
 
     η_u = a · lr · r_u · scale_u
 
@@ -13,6 +18,11 @@ import math
 from collections.abc import MutableMapping
 
 from fastals.search import Search, last_step
+
+
+def scale_of(rms: float, length: float, *, adam: bool) -> float:
+    """scale_u of a unit whose weights have this RMS and whose direction has this one; 0 for a direction of zeros."""
+    return rms / max(length, 1.0 if adam else 0.0) if length > 0 else 0.0
 
 
 def warm_step(rules: MutableMapping, scale: float) -> float:

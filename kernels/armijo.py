@@ -97,8 +97,8 @@ def _rms(sums, unit):
 
 
 @triton.jit
-def _largest_and_scale(sums, rules, unit, units, length, UP: tl.constexpr):
-    """Largest step if lr is 1: min(η_max, trust · scale), and the scale of :mod:`fastals.relay`: rms / length.
+def _largest_and_scale(sums, rules, unit, units, length, ADAM: tl.constexpr, UP: tl.constexpr):
+    """Largest step if lr is 1: min(η_max, trust · rms / length), and the scale of :mod:`fastals.relay`.
 
     rms is the larger RMS of weights, the unit's or the model's.
     """
@@ -110,7 +110,7 @@ def _largest_and_scale(sums, rules, unit, units, length, UP: tl.constexpr):
     trust = tl.load(rules + RULE_TRUST)
     limited, divisor = (trust < float("inf")) & (length > 0), tl.where(length > 0, length, float("inf"))
     limit = tl.where(limited, tl.where(limited, trust, 0.0) * rms / divisor, float("inf"))
-    return tl.minimum(tl.load(rules + RULE_ETA_MAX), limit), rms / divisor
+    return tl.minimum(tl.load(rules + RULE_ETA_MAX), limit), rms / tl.maximum(divisor, 1.0 if ADAM else 0.0)
 
 
 @triton.jit
@@ -190,6 +190,7 @@ def open_kernel(
     KEEP: tl.constexpr,
     RELATIVE: tl.constexpr,
     RECALL: tl.constexpr,
+    ADAM: tl.constexpr,
     UP: tl.constexpr,
 ):
     """Start a search of the unit, with KEEP or RECALL put it at its remembered step or relative step.
@@ -205,7 +206,7 @@ def open_kernel(
         memory += unit * N_MEMORY
         loss = tl.load(batch + BATCH_LOSS)
         averaged, slope, length = _aim(sums, flags, unit, TESTED=TESTED)
-        largest, scale = _largest_and_scale(sums, rules, unit, units, length, UP=UP)
+        largest, scale = _largest_and_scale(sums, rules, unit, units, length, ADAM=ADAM, UP=UP)
         lr = tl.load(rules + RULE_LR)
         cap = largest if RELATIVE else largest * lr
         hidden = tl.load(rounding + unit) * _rms(sums, unit) / tl.where(length > 0, length, float("inf"))
@@ -318,6 +319,7 @@ def open_search(
         KEEP=keep,
         RELATIVE=relative,
         RECALL=recall,
+        ADAM=arena.adam,
         UP=arena.padded_rows,
         **SCALAR,
     )

@@ -31,7 +31,7 @@ TENSORS = [  # dtypes of parameter and gradient, and whether they start at a mul
 ]  # fmt: skip
 CONSTANTS = {"UP": 16, "COLUMNS": 8, "ROWS": 1024, "BLOCK": 128}
 FLAGS = {
-    "open_kernel": ("TESTED", "KEEP", "RELATIVE", "RECALL"),
+    "open_kernel": ("TESTED", "KEEP", "RELATIVE", "RECALL", "ADAM"),
     "open_together_kernel": ("REMEMBERED",),
     "judge_together_kernel": ("ONCE", "REMEMBERED"),
 }

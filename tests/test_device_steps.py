@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 from helpers.fused import CUDA, batches, build, holding, optimizer, train
-from helpers.options import HARD, values
+from helpers.options import HARD, HARD_SWEEP, values
 from helpers.tiny import TinyTransformer
 
 import fastals
@@ -264,8 +264,8 @@ def test_many_steps_from_the_same_points_accept_the_same_steps():
     torch.manual_seed(0)
     model = TinyTransformer(depth=4, width=64, dropout=0.0).to(CUDA)
     twin = copy.deepcopy(model)
-    opt = fastals.ALS(fastals.units(model), model=model, fused=True, **HARD)
-    eager = EagerALS(fastals.units(twin), **HARD)
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True, **HARD_SWEEP)
+    eager = EagerALS(fastals.units(twin), **HARD_SWEEP)
     close_calls = rejected = 0
     for batch in batches(steps):
         opt.step(lambda: model(**batch))  # noqa: B023

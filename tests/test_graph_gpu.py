@@ -112,14 +112,15 @@ def test_two_signatures_live_beside_each_other_and_one_survives_the_other():
         assert opt.report.loss_after <= opt.report.loss_before
 
 
+@pytest.mark.parametrize("schedule", ["sweep", "relay"])
 @pytest.mark.parametrize("mode", ["while", "host", "eager"])
-def test_dropout_masks_are_held_in_a_step_and_change_between_steps(mode, monkeypatch):
+def test_dropout_masks_are_held_in_a_step_and_change_between_steps(mode, schedule, monkeypatch):
     """With steps too short to change a weight every first trial's loss is f(w_t), bitwise, and is accepted."""
     if mode == "host":
         monkeypatch.setattr(cuda, "runtime", None)
     torch.manual_seed(0)
     model = TinyTransformer(depth=3, dropout=0.5).cuda()
-    short = {"trust": None, "eta_init": 1e-30, "eta_max": 1e-30, "eta_min": 1e-38}
+    short = {"trust": None, "eta_init": 1e-30, "eta_max": 1e-30, "eta_min": 1e-38, "schedule": schedule}
     opt = fastals.ALS(fastals.units(model), model=model, fused=True, **short)
     step = opt.graphed(lambda batch: model(**batch)) if mode != "eager" else lambda b: opt.step(lambda: model(**b))
     batch = {k: v.cuda() for k, v in next(tiny_batches(1)).items()}
@@ -127,7 +128,9 @@ def test_dropout_masks_are_held_in_a_step_and_change_between_steps(mode, monkeyp
     for _ in range(8):
         step(batch)
         report = opt.report
-        assert [(u.outcome, u.trials) for u in report.units] == [("accepted", 1)] * len(report.units)
+        assert {u.outcome for u in report.units} == {"accepted"}
+        assert {u.trials for u in report.units} <= ({1} if schedule == "sweep" else {0, 1})
+        assert report.joint_trials == (schedule == "relay")
         assert report.loss_after == report.loss_before
         starts.append(report.loss_before)
     assert len(set(starts)) == len(starts)
@@ -220,7 +223,8 @@ def test_losses_have_the_same_bits_whether_host_or_device_runs_the_loops(kernel,
     assert seen[0] == seen[1]
 
 
-def test_searches_without_a_step_and_refused_steps_leave_the_weights_bitwise():
+@pytest.mark.parametrize("schedule", ["sweep", "relay"])
+def test_searches_without_a_step_and_refused_steps_leave_the_weights_bitwise(schedule):
     torch.manual_seed(0)
     model = TinyTransformer(depth=2, dropout=0.0).cuda()
     factor, shift = torch.ones((), device="cuda"), torch.zeros((), device="cuda")
@@ -230,7 +234,7 @@ def test_searches_without_a_step_and_refused_steps_leave_the_weights_bitwise():
         shift.add_(1.0)
         return model(**batch) * factor + shift
 
-    opt = fastals.ALS(fastals.units(model), model=model, fused=True, max_trials=3)
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True, max_trials=3, schedule=schedule)
     opt.engine._repeatable = True  # it is not, which the first step would refuse
     step = opt.graphed(loss_fn)
     batch = {k: v.cuda() for k, v in next(tiny_batches(1)).items()}
@@ -239,7 +243,9 @@ def test_searches_without_a_step_and_refused_steps_leave_the_weights_bitwise():
         warnings.simplefilter("ignore")  # cached trials differ from full forwards, by the shift
         for _ in range(WARMUP + 3):
             step(batch)
-    assert {(u.outcome, u.trials) for u in opt.report.units} == {("exhausted", 3)}
+    assert {u.outcome for u in opt.report.units} == {"exhausted"}
+    assert {u.trials for u in opt.report.units} <= ({3} if schedule == "sweep" else {0, 3})
+    assert opt.report.joint_trials == (3 if schedule == "relay" else 0)
     factor.fill_(math.nan)
     if step.mode.name == "while":
         step(batch)

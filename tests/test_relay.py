@@ -75,11 +75,11 @@ class ByHand:
             d = [x / ((v / (1 - 0.999**self.count)).sqrt() + 1e-8) for x, v in zip(g, squares, strict=True)]
             moving = sum(int((x != 0).sum()) for x in g)
             length = math.sqrt(sum(float((y * y).sum()) for y in d) / moving)
-            share = max(rms(unit), all_rms) / length
+            larger = max(rms(unit), all_rms)
             self.d.append(d)
             self.slopes.append(sum(float((x * y).sum()) for x, y in zip(g, d, strict=True)))
-            self.scales.append(share)
-            caps.append(min(10.0, self.trust * share))
+            self.scales.append(larger / max(length, 1.0))
+            caps.append(min(10.0, self.trust * larger / length))
         self.trials = [0] * len(self.units)
         due = (self.count - 1) % self.every == 0
         turn = ((self.count - 1) // self.every - 1) % len(self.units)
@@ -157,6 +157,30 @@ def test_a_run_is_the_one_computed_by_hand(options, warm_up):
         assert memory(opt, "factor") == [(hand.a,)] * len(units)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", ["adam", "sgd"])
+def test_a_batch_with_a_small_gradient_moves_the_model_little_along_adams_direction(direction):
+    """As after Adam; a relative step of a short direction would be as long as any, along what is left of noise."""
+    options = {"schedule": "relay", "direction": direction, "every": 100, "eta_max": 1e6}
+    model, opt = build(**options)
+    train(model, opt, 6)
+    moved = []
+    for factor in (1.0, 0.01):
+        twin, state = copy.deepcopy(model), copy.deepcopy(opt.state_dict())
+        again = fastals.ALS(fastals.units(twin), model=twin, **options)
+        again.load_state_dict(state)
+        start, batch = weights(twin), list(tiny_batches(7))[6]
+        torch.manual_seed(1)
+        again.step(lambda: factor * twin(**batch))  # noqa: B023
+        assert again.report.joint_trials == 1
+        moved.append(
+            sum(float((p.detach() - q).square().sum()) for p, q in zip(twin.parameters(), start, strict=True)) ** 0.5
+        )
+    if direction == "adam":
+        assert moved[1] < 0.1 * moved[0]
+    else:
+        assert moved[1] == pytest.approx(moved[0], rel=1e-6)
 
 
 def test_the_runs_by_hand_meet_every_case():
