@@ -5,8 +5,9 @@ The relative step of a unit is r_u = η_u / scale_u, with
     scale_u = max(RMS(w_u), RMS(w)) / max(RMS(d_u), ℓ)
 
 where ℓ is 1 for Adam's direction g / √v, whose RMS is usually about 1, and 0 for SGD's. So r_u is the share of its
-weights that a usual step changes, what ``trust`` caps; on a mini-batch with a small gradient, such as one that the model
-has learned, d_u is shorter and so is the step, as Adam's. A unit that is searched alone updates r_u; all units move by
+weights that a usual step changes, what ``trust`` caps; on a mini-batch with a small gradient, such as one that the
+model has learned, d_u is shorter and so is the step, as Adam's. A unit that is searched alone updates r_u; all units
+move by
 
     η_u = a · lr · r_u · scale_u
 
