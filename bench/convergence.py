@@ -44,6 +44,7 @@ SHOWN = 250  # of the steps of a run that hold step sizes, at most
 WARMUP = {
     "adamw": 0.1,
     "als": 0.0,
+    "averaged": 0.0,
     "capped": 0.0,
     "eager": 0.0,
     "prodigy": 0.0,

@@ -143,7 +143,7 @@ all_model_tests() { model_tests "$1" "hugging_face or profiled"; }
 run_a() {
 	stage smoke 40 "$python" bench/smoke.py || failed=1
 	together "kernel_tests 80" "device_tests 80" "risky_tests 80" "few_model_tests 80"
-	stage first-light 100 "$python" bench/first_light.py "$work/results/first_light.json" \
+	stage first-light 120 "$python" bench/first_light.py "$work/results/first_light.json" \
 		$([ $dry = 1 ] && echo --dry-run) || failed=1
 }
 

@@ -63,6 +63,7 @@ METHODS = {
     "als": Method("als", {}),
     "als" + EQUAL_WORK: equal_work({}),
     "als" + CONSTANT: Method("als", {}, anneals=False),
+    "als averaged" + CONSTANT: Method("averaged", {"decay": 0.9}, anneals=False),
     "als sweep": Method("als", {"schedule": "sweep"}),
     "als joint": Method("als", {"schedule": "joint"}),
     **{adamw(rate): Method("adamw", {"lr": rate}) for rate in (*ADAMW_RATES, *LORA_RATES)},
@@ -81,7 +82,8 @@ def methods(task: str) -> list[str]:
     likeliest, cap, *other_shares = map(capped, shares(task))
     return [
         "als", first, second, likeliest, cap, *other_shares, "als" + EQUAL_WORK, *other_rates, "als sweep", "salsa",
-        "prodigy", "schedule-free", "schedule-free 3e-4", "als joint", "als" + CONSTANT, "eager",
+        "prodigy", "schedule-free", "schedule-free 3e-4", "als joint", "als" + CONSTANT,
+        "als averaged" + CONSTANT, "eager",
     ]  # fmt: skip
 
 

@@ -83,6 +83,28 @@ class SearchRival(Rival):
         return loss
 
 
+class Averaged(SearchRival):
+    """ALS, evaluated at an average of its weights, mean ← k mean + (1 − k) w with k = min(decay, (t + 1)/(t + 10))."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, decay: float) -> None:
+        super().__init__(model, optimizer)
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.decay, self.steps, self.means = decay, 0, [p.detach().clone() for p in self.params]
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Search on the mini-batch, then average."""
+        loss = super().step(batch)
+        self.steps += 1
+        decay = min(self.decay, (self.steps + 1) / (self.steps + 10))
+        torch._foreach_lerp_(self.means, [p.detach() for p in self.params], 1 - decay)
+        return loss
+
+    def rest(self) -> None:
+        """Move to the average."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, self.means)
+
+
 class Salsa(Rival):
     """SaLSA: its closure takes a flag for the backward, and its masks are seeded by the wall clock's seconds."""
 
@@ -170,6 +192,11 @@ def als(model: nn.Module, **options) -> SearchRival:
     return SearchRival(model, fastals.ALS(model, **options))
 
 
+def averaged(model: nn.Module, decay: float, **options) -> Averaged:
+    """ALS whose weights are averaged."""
+    return Averaged(model, fastals.ALS(model, **options), decay)
+
+
 def eager(model: nn.Module, **options) -> SearchRival:
     """The baseline of every speed-up."""
     return SearchRival(model, EagerALS(fastals.units(model), **options))
@@ -220,6 +247,7 @@ def salsa(model: nn.Module, **options) -> Salsa:
 
 RIVALS: dict[str, Callable[..., Rival]] = {
     "als": als,
+    "averaged": averaged,
     "eager": eager,
     "graphed": graphed,
     "adamw": adamw,

@@ -494,6 +494,22 @@ def test_units_without_a_gradient_or_a_slope_stay():
     assert still.tolist() == unused.tolist() == [1.0, 1.0]
 
 
+def test_averaged_weights_are_read_at_rest_only():
+    from rivals import RIVALS
+
+    model, batches = tiny_task().model(0), list(tiny_task().batches("full", 0, 3))
+    rival = RIVALS["averaged"](model, decay=0.25)
+    mean = [p.detach().clone() for p in model.parameters()]
+    for t, batch in enumerate(batches):
+        rival.step(batch)
+        keep = min(0.25, (t + 2) / (t + 11))
+        mean = [keep * m + (1 - keep) * p.detach() for m, p in zip(mean, model.parameters(), strict=True)]
+    assert not all(torch.allclose(m, p) for m, p in zip(mean, model.parameters(), strict=True))
+    rival.rest()
+    for m, p in zip(mean, model.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), m)
+
+
 def arguments(**more):
     import methods
 
