@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastals import rng
 from fastals.optimizer import ALS
 from fastals.partition import units
-from fastals.relay import first_factor, next_factor, recalled_step, scale_of, searched_step, warm_step
+from fastals.relay import first_factor, next_factor, recalled_step, searched_step, usual_length, warm_step
 from fastals.report import ACCEPTED, EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import is_due, note_turn, turn_of
 from fastals.search import MEMORY, Search, initial_step, schedule_next_search, uniform, visible
@@ -113,7 +113,9 @@ class EagerALS(torch.optim.Optimizer):
         after = rng.get_state(self.devices) if loss is None else self.before
         self._begin(float(start), torch.finfo(start.dtype).eps)
         due = is_due([part.rules for part in self.parts], self.settings.every, turns=self.settings.takes_turns)
-        if due:
+        if not self.parts:
+            pass
+        elif due:
             getattr(self, f"_{self.settings.schedule}")()
         elif self.settings.schedule == "relay":
             self._move_by_remembered()
@@ -140,7 +142,7 @@ class EagerALS(torch.optim.Optimizer):
         self.random = random.Random(self.seed)
         self.scale = self._clipping_factor()
         self.parts = [part for part in map(self._part, self._unit_groups()) if part.params]
-        self.weight_rms = _rms([w for part in self.parts for w in part.weights])
+        self.weight_rms = _rms([w for part in self.parts for w in part.weights]) if self.parts else 0.0
 
     def _clipping_factor(self) -> float:
         """The factor that brings the norm of all gradients down to ``max_grad_norm``; 1 if the norm is not finite."""
@@ -207,10 +209,12 @@ class EagerALS(torch.optim.Optimizer):
 
     def _largest_step(self, part: Part, length: float) -> float:
         """The cap on the step size: ``eta_max`` and the trust ratio, times ``lr``."""
-        largest, trust, rms = part.rules["eta_max"], part.rules["trust"], max(_rms(part.weights), self.weight_rms)
-        part.scale = scale_of(rms, length, adam=self.settings.direction == "adam")
-        if trust is not None and length > 0:
-            largest = min(largest, trust * rms / length)
+        largest, part.scale = part.rules["eta_max"], 0.0
+        if length > 0:
+            usual = usual_length(self.settings.schedule, self.settings.direction)
+            part.scale = max(_rms(part.weights), self.weight_rms) / max(length, usual)
+            if part.rules["trust"] is not None:
+                largest = min(largest, part.rules["trust"] * part.scale)
         part.largest = largest
         return float(part.rules["lr"]) * largest
 
@@ -328,7 +332,9 @@ class EagerALS(torch.optim.Optimizer):
         part.relative_step, part.eta, part.outcome, part.search = relative_step, 0.0, NOT_DESCENT, None
         if not (0 < part.slope < math.inf and cap > 0):
             return None
-        return self._search_from(part, recalled_step(part.rules, relative_step, part.scale, part.largest))
+        search = self._search_from(part, recalled_step(part.rules, relative_step, part.scale, part.largest))
+        search.trials = part.trials
+        return search
 
     def _jointly(self, searches: dict[Part, Search], tries: int, factor: float = 1.0) -> float:
         """Move units together; the first common factor of their steps with a sufficient decrease, 0 if none has it."""

@@ -16,7 +16,7 @@ from fastals.buffers import Gradients, Unit, unit_groups
 from fastals.kernels import plain
 from fastals.learned import ALL_UNITS
 from fastals.losses import Losses
-from fastals.relay import first_factor, next_factor, recalled_step, scale_of, searched_step, warm_step
+from fastals.relay import first_factor, next_factor, recalled_step, searched_step, usual_length, warm_step
 from fastals.repeatable import reconsider, replay_outdated
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import Schedule
@@ -238,6 +238,7 @@ class HostBatch:
         if aim.descends:
             start = recalled_step(rules, relative_step, aim.scale, aim.largest)
             self.proposed[unit] = self._search_from(unit, aim, start)
+            self.proposed[unit].trials = trials
 
     def _search_from(self, unit: Unit, aim: Aim, start: float) -> Search:
         return Search(unit.rules, self.loss, aim.slope, start, resolution=self.resolution, hidden=aim.hidden)
@@ -255,11 +256,14 @@ class HostBatch:
         self.gradients.check()
         rules, passes = unit.rules, self.passes[unit]
         slope, length = passes.direct(averaged, self.grad_scale)
-        rms, largest = max(passes.weight_rms, self.weight_rms), rules["eta_max"]
-        if rules["trust"] is not None and length > 0:
-            largest = min(largest, rules["trust"] * rms / length)
-        hidden = unit.rounding * passes.weight_rms / length if length > 0 else 0.0
-        return Aim(slope, largest, hidden, scale_of(rms, length, adam=unit.adam), float(rules["lr"]))
+        largest, scale, hidden = rules["eta_max"], 0.0, 0.0
+        if length > 0:
+            usual = usual_length(self.settings.schedule, self.settings.direction)
+            scale = max(passes.weight_rms, self.weight_rms) / max(length, usual)
+            hidden = unit.rounding * passes.weight_rms / length
+            if rules["trust"] is not None:
+                largest = min(largest, rules["trust"] * scale)
+        return Aim(slope, largest, hidden, scale, float(rules["lr"]))
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""

@@ -21,9 +21,9 @@ from collections.abc import MutableMapping
 from fastals.search import Search, last_step
 
 
-def scale_of(rms: float, length: float, *, adam: bool) -> float:
-    """scale_u of a unit whose weights have this RMS and whose direction has this one; 0 for a direction of zeros."""
-    return rms / max(length, 1.0 if adam else 0.0) if length > 0 else 0.0
+def usual_length(schedule: str, direction: str) -> float:
+    """ℓ: the RMS of a direction below which steps are shorter; 0 in other schedules."""
+    return 1.0 if (schedule, direction) == ("relay", "adam") else 0.0
 
 
 def warm_step(rules: MutableMapping, scale: float) -> float:

@@ -97,20 +97,18 @@ def _rms(sums, unit):
 
 
 @triton.jit
-def _largest_and_scale(sums, rules, unit, units, length, ADAM: tl.constexpr, UP: tl.constexpr):
-    """Largest step if lr is 1: min(η_max, trust · rms / length), and the scale of :mod:`fastals.relay`.
-
-    rms is the larger RMS of weights, the unit's or the model's.
-    """
+def _largest_and_scale(sums, rules, unit, units, length, USUAL: tl.constexpr, UP: tl.constexpr):
+    """Largest step if lr is 1: min(η_max, trust · scale), and the scale of :mod:`fastals.relay`, USUAL its ℓ."""
     o_u = tl.arange(0, UP)
     m_u = o_u < units
     weights = tl.sum(tl.load(sums + o_u * N_SUMS + SUM_WEIGHTS, mask=m_u, other=0.0))
     elements = tl.sum(tl.load(sums + o_u * N_SUMS + SUM_ELEMENTS, mask=m_u, other=0.0))
     rms = tl.maximum(_rms(sums, unit), tl.sqrt(weights / tl.maximum(elements, 1.0)))
     trust = tl.load(rules + RULE_TRUST)
-    limited, divisor = (trust < float("inf")) & (length > 0), tl.where(length > 0, length, float("inf"))
-    limit = tl.where(limited, tl.where(limited, trust, 0.0) * rms / divisor, float("inf"))
-    return tl.minimum(tl.load(rules + RULE_ETA_MAX), limit), rms / tl.maximum(divisor, 1.0 if ADAM else 0.0)
+    limited = (trust < float("inf")) & (length > 0)
+    scale = rms / tl.where(length > 0, tl.maximum(length, USUAL), float("inf"))
+    limit = tl.where(limited, tl.where(limited, trust, 0.0) * scale, float("inf"))
+    return tl.minimum(tl.load(rules + RULE_ETA_MAX), limit), scale
 
 
 @triton.jit
@@ -190,7 +188,7 @@ def open_kernel(
     KEEP: tl.constexpr,
     RELATIVE: tl.constexpr,
     RECALL: tl.constexpr,
-    ADAM: tl.constexpr,
+    USUAL: tl.constexpr,
     UP: tl.constexpr,
 ):
     """Start a search of the unit, with KEEP or RECALL put it at its remembered step or relative step.
@@ -206,7 +204,7 @@ def open_kernel(
         memory += unit * N_MEMORY
         loss = tl.load(batch + BATCH_LOSS)
         averaged, slope, length = _aim(sums, flags, unit, TESTED=TESTED)
-        largest, scale = _largest_and_scale(sums, rules, unit, units, length, ADAM=ADAM, UP=UP)
+        largest, scale = _largest_and_scale(sums, rules, unit, units, length, USUAL=USUAL, UP=UP)
         lr = tl.load(rules + RULE_LR)
         cap = largest if RELATIVE else largest * lr
         hidden = tl.load(rounding + unit) * _rms(sums, unit) / tl.where(length > 0, length, float("inf"))
@@ -319,7 +317,7 @@ def open_search(
         KEEP=keep,
         RELATIVE=relative,
         RECALL=recall,
-        ADAM=arena.adam,
+        USUAL=1.0 if arena.adam and (relative or recall) else 0.0,
         UP=arena.padded_rows,
         **SCALAR,
     )

@@ -17,6 +17,7 @@ from helpers.tiny import TinyTransformer
 
 import fastals
 from fastals.eager import EagerALS
+from fastals.search import MEMORY
 
 pytestmark = pytest.mark.proves(claim="fused-optimizer")
 CASES = [
@@ -182,6 +183,22 @@ def test_under_autocast_the_fused_path_takes_the_steps_of_the_plain_one():
     for ours, theirs in zip(*reports, strict=True):
         assert ours.loss_after <= ours.loss_before
         assert [(u.outcome, u.trials) for u in ours.units] == [(u.outcome, u.trials) for u in theirs.units]
+
+
+@pytest.mark.parametrize("direction", ["adam", "sgd"])
+def test_the_fused_relay_remembers_what_the_plain_one_does(direction):
+    remembered = []
+    for kind in ("fused", "plain"):
+        torch.manual_seed(0)
+        model = TinyTransformer(depth=2).to(CUDA)
+        hard = {"c": 0.9, "trust": 3.0, "every": 1, "initial": "reset", "direction": direction}
+        opt = optimizer(kind, model, **hard)
+        for t, batch in enumerate(batches(6)):
+            opt.step(lambda m=model, b=batch, scale=0.01 if t == 4 else 1.0: scale * m(**b))
+        remembered.append([{k: float(group[k]) for k in MEMORY} for group in opt.state_dict()["param_groups"]])
+    assert any(unit["backtracks"] for unit in remembered[0])
+    for ours, theirs in zip(*remembered, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -79,7 +79,7 @@ class ByHand:
             self.d.append(d)
             self.slopes.append(sum(float((x * y).sum()) for x, y in zip(g, d, strict=True)))
             self.scales.append(larger / max(length, 1.0))
-            caps.append(min(10.0, self.trust * larger / length))
+            caps.append(min(10.0, self.trust * self.scales[-1]))
         self.trials = [0] * len(self.units)
         due = (self.count - 1) % self.every == 0
         turn = ((self.count - 1) // self.every - 1) % len(self.units)
@@ -181,6 +181,46 @@ def test_a_batch_with_a_small_gradient_moves_the_model_little_along_adams_direct
         assert moved[1] < 0.1 * moved[0]
     else:
         assert moved[1] == pytest.approx(moved[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("momentum", ["none", "tested"])
+def test_a_search_raises_the_relative_step_by_half_a_backtrack_and_never_above_trust(momentum):
+    """Also where the direction is short, so that a trial of any length passes."""
+    model, opt = build(every=1, momentum=momentum)
+    largest = []
+    for t, batch in enumerate(tiny_batches(40)):
+        before = [r for (r,) in memory(opt, "relative_step")]
+        torch.manual_seed(t)
+        opt.step(lambda b=batch, scale=1e-3 if t % 2 else 1.0: scale * model(**b))
+        after = [r for (r,) in memory(opt, "relative_step")]
+        pairs = [(old, new) for old, new in zip(before, after, strict=True) if old]
+        lowest = 0.2 / 2**7  # where no search starts below
+        assert all(new <= 1.0001 * math.sqrt(old * max(2 * old, lowest)) for old, new in pairs)
+        largest.append(max(after))
+    assert max(largest) <= 0.2 * 1.0001
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_two_trials_are_enough_to_find_the_factor(fused):
+    if fused:
+        pytest.importorskip("triton")
+    device = "cuda" if fused and torch.cuda.is_available() else "cpu"
+    params = [nn.Parameter(torch.ones(4, device=device)) for _ in range(8)]
+    groups = [{"params": [p], "name": str(i)} for i, p in enumerate(params)]
+    opt = fastals.ALS(groups, max_trials=2, fused=fused)
+    for _ in range(40):
+        opt.step(lambda: (sum(p.sum() for p in params) - 30).square() / 100)
+    assert opt.report.loss_after < 1e-3
+
+
+@pytest.mark.parametrize("optimizer", [fastals.ALS, EagerALS])
+def test_a_step_in_which_no_unit_has_a_gradient_moves_nothing(optimizer):
+    model = TinyTransformer(depth=2)
+    opt = optimizer(fastals.units(model), model=model)
+    other = nn.Parameter(torch.ones(()))
+    before = weights(model)
+    opt.step(lambda: other.square())
+    assert_same(weights(model), before)
 
 
 def test_the_runs_by_hand_meet_every_case():
