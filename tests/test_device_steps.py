@@ -196,7 +196,7 @@ def test_the_fused_relay_remembers_what_the_plain_one_does(direction):
         for t, batch in enumerate(batches(6)):
             opt.step(lambda m=model, b=batch, scale=0.01 if t == 4 else 1.0: scale * m(**b))
         remembered.append([{k: float(group[k]) for k in MEMORY} for group in opt.state_dict()["param_groups"]])
-    assert any(unit["backtracks"] for unit in remembered[0])
+    assert direction == "sgd" or any(unit["backtracks"] for unit in remembered[0])
     for ours, theirs in zip(*remembered, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
