@@ -75,7 +75,8 @@ class ALS(torch.optim.Optimizer):
         merge_below: if the smallest step of a unit is below this, merge the unit with that of the next smallest step;
             two units stay.
         max_grad_norm: clip the gradient's norm in the direction; the slope keeps the true gradient. Use
-            it in place of ``clip_grad_norm_``, which would make the test too easy.
+            it in place of ``clip_grad_norm_``, which would make the test too easy. A relative step along SGD's
+            direction is of the same length with it and without.
         cache: replay the calls of modules that a trial cannot change. ``"check"`` compares every cached trial with a
             full forward and raises an error that names the call if they differ: for tests, and for closures in doubt.
         fused: ``"auto"`` runs the searches on the device with Triton kernels if all parameters are on one CUDA
