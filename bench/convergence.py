@@ -136,6 +136,7 @@ def run_all(arguments: argparse.Namespace, make: Callable[[Run], dict[str, Any]]
     """Make the runs that the output file does not hold yet; returns how many failed."""
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    prepare(arguments.threads)
     conditions = stamp()  # of the code that runs, which may change on the disk before the last run is done
     done = {identity(json.loads(line)) for line in out.read_text().splitlines()} if out.exists() else set()
     failed = 0
@@ -161,7 +162,6 @@ def started(
 ) -> Iterator[tuple[Run, Callable[[], dict[str, Any]]]]:
     """The runs as they end, each with a function that returns its result or raises its error."""
     if arguments.processes == 1:
-        prepare(arguments.threads)
         yield from ((run, partial(make, run)) for run in runs)
         return
     pool = ProcessPoolExecutor(arguments.processes, get_context("spawn"), prepare, (arguments.threads,))

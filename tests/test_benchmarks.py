@@ -592,6 +592,7 @@ def test_convergence_runs_store_all_that_a_page_needs_and_go_on_where_they_ended
     assert convergence.run_all(asked, train_tiny) == 0
     runs = records.read(out).runs
     assert [r["method"] for r in runs] == names
+    assert {r["threads"] for r in runs} == {1}
     searched, fewer, adamw, capped = runs
     assert [len(r["losses"]) for r in runs] == [12, round(12 * 3 / 5.2), 12, 12]
     assert {r["steps"] for r in runs} == {12}
