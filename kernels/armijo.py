@@ -106,9 +106,9 @@ def _largest_and_scale(sums, rules, unit, units, length, USUAL: tl.constexpr, UP
     rms = tl.maximum(_rms(sums, unit), tl.sqrt(weights / tl.maximum(elements, 1.0)))
     trust = tl.load(rules + RULE_TRUST)
     limited = (trust < float("inf")) & (length > 0)
-    scale = rms / tl.where(length > 0, tl.maximum(length, USUAL), float("inf"))
-    limit = tl.where(limited, tl.where(limited, trust, 0.0) * scale, float("inf"))
-    return tl.minimum(tl.load(rules + RULE_ETA_MAX), limit), scale
+    divisor = tl.where(length > 0, tl.maximum(length, USUAL), float("inf"))
+    limit = tl.where(limited, tl.where(limited, trust, 0.0) * rms / divisor, float("inf"))
+    return tl.minimum(tl.load(rules + RULE_ETA_MAX), limit), rms / divisor
 
 
 @triton.jit
@@ -317,7 +317,7 @@ def open_search(
         KEEP=keep,
         RELATIVE=relative,
         RECALL=recall,
-        USUAL=1.0 if arena.adam and (relative or recall) else 0.0,
+        USUAL=int(arena.adam and (relative or recall)),
         UP=arena.padded_rows,
         **SCALAR,
     )

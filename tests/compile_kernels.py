@@ -29,7 +29,7 @@ TENSORS = [  # dtypes of parameter and gradient, and whether they start at a mul
     ("fp32", "fp32", True), ("fp32", "bf16", True), ("bf16", "bf16", True), ("bf16", "fp32", True),
     ("fp16", "fp16", True), ("fp32", "fp32", False), ("bf16", "bf16", False),
 ]  # fmt: skip
-CONSTANTS = {"UP": 16, "USUAL": 1.0, "COLUMNS": 8, "ROWS": 1024, "BLOCK": 128}
+CONSTANTS = {"UP": 16, "USUAL": 1, "COLUMNS": 8, "ROWS": 1024, "BLOCK": 128}
 FLAGS = {
     "open_kernel": ("TESTED", "KEEP", "RELATIVE", "RECALL"),
     "open_together_kernel": ("REMEMBERED",),
