@@ -211,11 +211,11 @@ class EagerALS(torch.optim.Optimizer):
         """The cap on the step size: ``eta_max`` and the trust ratio, times ``lr``."""
         largest, part.scale = part.rules["eta_max"], 0.0
         if length > 0:
-            usual = max(length, usual_length(self.settings.schedule, self.settings.direction))
+            divisor = max(length, usual_length(self.settings.schedule, self.settings.direction))
             rms = max(_rms(part.weights), self.weight_rms)
-            part.scale = rms / usual
+            part.scale = rms / divisor
             if part.rules["trust"] is not None:
-                largest = min(largest, part.rules["trust"] * rms / usual)
+                largest = min(largest, part.rules["trust"] * rms / divisor)
         part.largest = largest
         return float(part.rules["lr"]) * largest
 

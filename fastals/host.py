@@ -258,11 +258,11 @@ class HostBatch:
         slope, length = passes.direct(averaged, self.grad_scale)
         largest, scale, hidden = rules["eta_max"], 0.0, 0.0
         if length > 0:
-            usual = max(length, usual_length(self.settings.schedule, self.settings.direction))
+            divisor = max(length, usual_length(self.settings.schedule, self.settings.direction))
             rms = max(passes.weight_rms, self.weight_rms)
-            scale, hidden = rms / usual, unit.rounding * passes.weight_rms / length
+            scale, hidden = rms / divisor, unit.rounding * passes.weight_rms / length
             if rules["trust"] is not None:
-                largest = min(largest, rules["trust"] * rms / usual)
+                largest = min(largest, rules["trust"] * rms / divisor)
         return Aim(slope, largest, hidden, scale, float(rules["lr"]))
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:

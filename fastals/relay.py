@@ -22,7 +22,7 @@ from fastals.search import Search, last_step
 
 
 def usual_length(schedule: str, direction: str) -> float:
-    """ℓ: the RMS of a direction below which steps are shorter; 0 in other schedules."""
+    """ℓ, below which a shorter direction makes a shorter step; 0 in other schedules, whose cap is of any direction."""
     return 1.0 if (schedule, direction) == ("relay", "adam") else 0.0
 
 
