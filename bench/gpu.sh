@@ -134,7 +134,7 @@ device_tests() { tests device-tests "$1" tests/test_device_*.py; }
 risky_tests() { tests graph-tests "$1" -x "${risky[@]}"; }
 graph_tests() { tests graph-tests "$1" "${graphs[@]}" --deselect $same -k "not hugging_face and not profiled"; }
 same_tests() {
-	tests same-tests "$1" $same tests/test_benchmarks.py tests/test_reference.py -k "take_the or takes_the or same_answers"
+	tests same-tests "$1" $same tests/test_bench_runs.py tests/test_reference.py -k "take_the or takes_the or same_answers"
 }
 model_tests() { tests models-tests "$1" $graph -k "$2"; }
 few_model_tests() { model_tests "$1" "hugging_face and not compiled"; }

@@ -1,5 +1,6 @@
-"""Seeds, poisoned memory and visible skips for all tests."""
+"""Seeds, poisoned memory, visible skips, and files of results, for all tests."""
 
+import json
 import os
 from importlib.util import find_spec
 
@@ -52,3 +53,16 @@ def poisoned_memory(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(plain_like(*a, **k)))
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A function that writes stored results into a file, whose kind its name tells."""
+
+    def write(name, records):
+        path = tmp_path / name
+        lines = "".join(json.dumps(r) + "\n" for r in records)
+        path.write_text(lines if name.endswith("l") else json.dumps({"benchmarks": records}))
+        return str(path)
+
+    return write
