@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastals import rng
 from fastals.optimizer import ALS
 from fastals.partition import units
-from fastals.relay import first_factor, next_factor, recalled_step, searched_step, usual_length, warm_step
+from fastals.relay import first_factor, next_factor, recalled_step, searched_step, unshortened, usual_length, warm_step
 from fastals.report import ACCEPTED, EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import is_due, note_turn, turn_of
 from fastals.search import MEMORY, Search, initial_step, schedule_next_search, uniform, visible
@@ -138,7 +138,7 @@ class EagerALS(torch.optim.Optimizer):
     def _begin(self, start: float, eps: float) -> None:
         """Copy the weights and add the gradients to copies of the moments."""
         self.loss, self.resolution, self.joint_trials, self.factor = start, eps * abs(start) / 2, 0, 1.0
-        self.margins, self.seed = [], f"{self.settings.seed}-{self.param_groups[0]['count']}"
+        self.may_grow, self.margins, self.seed = False, [], f"{self.settings.seed}-{self.param_groups[0]['count']}"
         self.random = random.Random(self.seed)
         self.scale = self._clipping_factor()
         self.parts = [part for part in map(self._part, self._unit_groups()) if part.params]
@@ -323,7 +323,7 @@ class EagerALS(torch.optim.Optimizer):
                 search.eta, part.outcome = part.eta, ACCEPTED
                 search.accept(start - (start - self.loss) * (share / sum(shares) if share else 0.0))
         if searches:
-            self.next_factor = next_factor(rules, factor, self.joint_trials)
+            self.next_factor = next_factor(rules, factor, self.joint_trials, self.may_grow)
 
     def _recall(self, part: Part) -> Search | None:
         """A search that stands at the relative step of the unit, None if the direction does not descend."""
@@ -350,6 +350,8 @@ class EagerALS(torch.optim.Optimizer):
             largest = start + (highest - start) - visible(factor * required, self.resolution)
             self.margins.append(loss - largest)
             if math.isfinite(loss) and loss <= largest:
+                shown = unshortened(self.parts[0].rules) * factor * required
+                self.may_grow = loss <= start + (highest - start) - visible(shown, self.resolution)
                 self.loss, self.factor = loss, factor
                 return factor
             factor *= self.parts[0].rules["backtrack"]

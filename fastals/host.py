@@ -16,7 +16,7 @@ from fastals.buffers import Gradients, Unit, unit_groups
 from fastals.kernels import plain
 from fastals.learned import ALL_UNITS
 from fastals.losses import Losses
-from fastals.relay import first_factor, next_factor, recalled_step, searched_step, usual_length, warm_step
+from fastals.relay import first_factor, next_factor, recalled_step, searched_step, unshortened, usual_length, warm_step
 from fastals.repeatable import reconsider, replay_outdated
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import Schedule
@@ -197,7 +197,7 @@ class HostBatch:
         self.grad_scale = self._clipping(settings.max_grad_norm)
         self.moves: dict[Unit, Move] = {}
         self.proposed: dict[Unit, Search] = {}  # their units move together
-        self.joint_trials, self.factor = 0, 1.0
+        self.joint_trials, self.factor, self.may_grow = 0, 1.0, False
 
     def _clipping(self, max_grad_norm: float | None) -> float:
         """min(1, max_grad_norm / ‖g‖), or 1 if the norm is not finite: units with such gradients do not move."""
@@ -317,7 +317,8 @@ class HostBatch:
                 self.passes[unit].trial(factor * search.eta)
             loss = float(self.losses.at(ALL_UNITS, [p for unit in searches for p in unit.active_params()]))
             if math.isfinite(loss) and loss <= reference - visible(factor * required, self.resolution):
-                self.loss = loss
+                shown = unshortened(self.units[0].rules) * factor * required
+                self.loss, self.may_grow = loss, loss <= reference - visible(shown, self.resolution)
                 return factor
             factor *= self.units[0].rules["backtrack"]
         for unit in searches:
@@ -373,7 +374,7 @@ class HostBatch:
                 group.update({k: unit.rules[k] for k in MEMORY})
 
     def _remember_factor(self) -> None:
-        factor = next_factor(self.units[0].rules, self.factor, self.joint_trials)
+        factor = next_factor(self.units[0].rules, self.factor, self.joint_trials, self.may_grow)
         for unit in self.units:
             unit.rules["factor"] = factor
 

@@ -12,7 +12,8 @@ move by
     η_u = a · lr · r_u · scale_u
 
 with one common factor a that the joint test shrinks and later steps let grow back to 1. Units are searched alone as if
-``lr`` were 1, so that a scheduler shortens the moves and leaves alone what the units have learned.
+``lr`` were 1, and a grows only if the move that ``lr`` has not shortened would pass, so that a scheduler shortens the
+moves and leaves alone what has been learned.
 """
 
 import math
@@ -55,11 +56,23 @@ def first_factor(rules: MutableMapping) -> float:
     return rules["factor"] or 1.0
 
 
-def next_factor(rules: MutableMapping, accepted: float, trials: int) -> float:
+def unshortened(rules: MutableMapping) -> float:
+    """How many times the required decrease lets the factor grow: 1 + (1 − lr) (1 − c) / c.
+
+    A move misses a part of the decrease η s that the slopes promise; along a parabola this part is in proportion to its
+    length, and 1 − c may be missed. So this is what a move shows if and only if the one that ``lr`` has not shortened
+    would pass.
+    """
+    c = rules["c"]
+    return 1 + max(0.0, 1 - float(rules["lr"])) * (1 - c) / c
+
+
+def next_factor(rules: MutableMapping, accepted: float, trials: int, may_grow: bool) -> float:
     """The first factor of the next joint test, after one that has accepted this factor, 0 if none.
 
-    It is β^(K − 1) at least, as in the searches: below, no loss could show a decrease, and nothing would grow again.
+    It grows after a first trial that has shown :func:`unshortened` times the required decrease (``may_grow``). It is
+    β^(K − 1) at least, as in the searches: below, no loss could show a decrease, and nothing would grow again.
     """
     factor = accepted if accepted else rules["backtrack"] * first_factor(rules)
-    grown = min(1.0, rules["growth"] * factor) if accepted and trials == 1 else factor
+    grown = min(1.0, rules["growth"] * factor) if may_grow and trials == 1 else factor
     return max(grown, last_step(rules, 1.0))

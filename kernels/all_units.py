@@ -58,6 +58,7 @@ from fastals.kernels.columns import (
     RULE_C,
     RULE_FLOOR,
     RULE_GROWTH,
+    RULE_LR,
     RULE_MAX_TRIALS,
     RULE_NONMONOTONE_WEIGHT,
     RULE_SMOOTHING,
@@ -142,12 +143,19 @@ def _credit(rows, batch, rules, lead, o_u, b_eta, m_u, f, required, factor):
 
 
 @triton.jit
-def _next_factor(memory, rule, accepted, factor, trials):
+def _unshortened(rule):
+    """How many times the required decrease lets the factor grow, as :func:`fastals.relay.unshortened`."""
+    c = tl.load(rule + RULE_C)
+    return 1 + tl.maximum(0.0, 1 - tl.load(rule + RULE_LR)) * (1 - c) / c
+
+
+@triton.jit
+def _next_factor(memory, rule, accepted, factor, trials, may_grow):
     """The first factor of the next joint test, as :func:`fastals.relay.next_factor`."""
     first = tl.load(memory + MEMORY_FACTOR)
     shrunk = tl.load(rule + RULE_BACKTRACK) * tl.where(first > 0, first, 1.0)
     grown = tl.minimum(1.0, tl.load(rule + RULE_GROWTH) * factor)
-    factor = tl.where(accepted, tl.where(trials == 1, grown, factor), shrunk)
+    factor = tl.where(accepted, tl.where((trials == 1) & may_grow, grown, factor), shrunk)
     return tl.maximum(factor, tl.load(rule + RULE_FLOOR))
 
 
@@ -163,9 +171,10 @@ def judge_together_kernel(
     if tl.load(batch + BATCH_GO) != 0:
         f = tl.load(loss).to(tl.float64)
         factor, trials = tl.load(batch + BATCH_FACTOR), tl.load(batch + BATCH_TRIALS) + 1
-        required = tl.load(batch + BATCH_REQUIRED)
-        decrease = visible(factor * required, factor, 0.0, tl.load(batch + BATCH_RESOLUTION))
-        accepted = (tl.abs(f) < float("inf")) & (f <= tl.load(batch + BATCH_REFERENCE) - decrease)
+        required, reference = tl.load(batch + BATCH_REQUIRED), tl.load(batch + BATCH_REFERENCE)
+        resolution = tl.load(batch + BATCH_RESOLUTION)
+        decrease = visible(factor * required, factor, 0.0, resolution)
+        accepted = (tl.abs(f) < float("inf")) & (f <= reference - decrease)
         rule = rules + tl.load(lead + unit) * N_RULES
         max_trials = 1 if ONCE else tl.load(rule + RULE_MAX_TRIALS)
         exhausted = (accepted == 0) & (trials >= max_trials)
@@ -181,7 +190,9 @@ def judge_together_kernel(
             if accepted:
                 _credit(rows, batch, rules, lead, o_u, b_eta, m_u, f, required, factor)
         if REMEMBERED:
-            next_factor = _next_factor(memory + unit * N_MEMORY, rule, accepted, factor, trials)
+            shown = _unshortened(rule) * factor * required
+            may_grow = f <= reference - visible(shown, factor, 0.0, resolution)
+            next_factor = _next_factor(memory + unit * N_MEMORY, rule, accepted, factor, trials, may_grow)
             tl.store(batch + BATCH_NEXT_FACTOR, next_factor)  # that of the last trial stays
             if exhausted:
                 tl.store(rows + OUTCOME, tl.zeros_like(b_eta) + OUTCOME_EXHAUSTED, mask=m_u & (b_eta > 0))

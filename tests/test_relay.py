@@ -85,6 +85,7 @@ class ByHand:
         turn = ((self.count - 1) // self.every - 1) % len(self.units)
         for u in range(len(self.units)) if self.count == 1 else [turn] * due:
             self.search_alone(u, caps[u])
+        self.missed = lr * (1 - self.c)  # of the promised decrease, if the factor is to grow
         last, recalled = 2 ** (self.tries - 1), zip(caps, self.r, self.scales, strict=True)
         self.move_all([lr * min(cap, r * s) if r else lr * cap / last for cap, r, s in recalled])
 
@@ -106,10 +107,12 @@ class ByHand:
             self.joint_trials = k + 1
             chosen = {u: a * eta for u, eta in enumerate(etas)}
             self.after = self.loss_with(chosen)
-            if self.after <= self.before - self.c * sum(a * e * s for e, s in zip(etas, self.slopes, strict=True)):
+            promised = sum(a * e * s for e, s in zip(etas, self.slopes, strict=True))
+            if self.after <= self.before - self.c * promised:
                 self.put(chosen)
                 self.steps, self.factor = list(chosen.values()), a
-                self.a = max(min(1.0, self.growth * a) if k == 0 else a, 0.5 ** (self.tries - 1))
+                grows = k == 0 and self.after <= self.before - (1 - self.missed) * promised
+                self.a = max(min(1.0, self.growth * a) if grows else a, 0.5 ** (self.tries - 1))
                 return
             a /= 2
         self.after, self.a = self.before, max(self.a / 2, 0.5 ** (self.tries - 1))
