@@ -232,6 +232,26 @@ def test_a_common_factor_shrinks_by_the_rules_of_the_first_unit_that_has_gradien
 
 
 @pytest.mark.parametrize("kind", ["fused", "plain", "eager"])
+def test_the_common_factor_does_not_grow_back_what_lr_takes_away(kind):
+    """On a parabola that all units share, from the same point every time: their steps may add up to 1.4 with c = 0.3."""
+    params = [torch.nn.Parameter(torch.ones(4, device=CUDA)) for _ in range(2)]
+    opt = optimizer(kind, holding(*params), by=[r"\b0", r"\b1"], direction="sgd", trust=8.0, every=1000)
+    factors = []
+    for t in range(40):
+        for group in opt.param_groups:
+            group["lr"] = 0.1 if t else 1.0
+        with torch.no_grad():
+            for p in params:
+                p.fill_(1.0)
+        opt.step(lambda: (params[0] + params[1]).square().sum() / 2)
+        factors.append(opt.report.factor)
+    assert factors[0] == 0.5, "each unit has found 1"
+    assert factors[:5] == pytest.approx([0.5 * 1.1**t for t in (0, 0, 1, 2, 3)], rel=1e-6)
+    assert 0.7 < factors[-1] <= 0.77
+    assert factors[-1] == factors[10]
+
+
+@pytest.mark.parametrize("kind", ["fused", "plain", "eager"])
 def test_steps_that_a_bfloat16_loss_cannot_show_are_taken_and_grow(kind):
     weight = torch.nn.Parameter(torch.ones(64, device=CUDA))
     opt = optimizer(kind, holding(weight), schedule="sweep", eta_init=1e-5)
