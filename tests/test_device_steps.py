@@ -233,7 +233,7 @@ def test_a_common_factor_shrinks_by_the_rules_of_the_first_unit_that_has_gradien
 
 @pytest.mark.parametrize("kind", ["fused", "plain", "eager"])
 def test_the_common_factor_does_not_grow_back_what_lr_takes_away(kind):
-    """On a parabola that all units share, from the same point every time: their steps may add up to 1.4 with c = 0.3."""
+    """On a parabola that the units share, from one point every time: their steps may add up to 1.4 with c = 0.3."""
     params = [torch.nn.Parameter(torch.ones(4, device=CUDA)) for _ in range(2)]
     opt = optimizer(kind, holding(*params), by=[r"\b0", r"\b1"], direction="sgd", trust=8.0, every=1000)
     factors = []
