@@ -227,7 +227,7 @@ class ALS(torch.optim.Optimizer):
 
     @property
     def report(self) -> StepReport | None:
-        """The last step's report; on the fused path it is read from the device at the first look."""
+        """The last step's :class:`fastals.StepReport`, None before the first; on the fused path the look waits."""
         return self._reports.last()
 
     @property
@@ -246,9 +246,11 @@ class ALS(torch.optim.Optimizer):
         """Load a state that :meth:`state_dict` gave, dtypes kept.
 
         Raises:
-            ValueError: the state belongs to another partition of the model into units, or lacks a moment.
+            ValueError: the state belongs to another partition of the model into units or to a model of other shapes, or
+                lacks a moment.
         """
         self._check_moments(state_dict["state"].values())
+        self._check_shapes(state_dict)
         self._fit(state_dict["param_groups"])
         super().load_state_dict(state_dict)
         params = [p for g in self.param_groups for p in g["params"]]
@@ -263,6 +265,17 @@ class ALS(torch.optim.Optimizer):
         for name in (n for n, needed in wanted.items() if needed):
             if any(name not in entry for entry in saved):
                 raise ValueError(f"the state has no {name!r}: it was saved with another momentum or direction")
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        params, indices = _by_name(self.param_groups), _by_name(state_dict["param_groups"])
+        for name in params.keys() & indices.keys():
+            shape = params[name].shape
+            for key, value in state_dict["state"].get(indices[name], {}).items():
+                if value.ndim and value.shape != shape:
+                    raise ValueError(
+                        f"the state of parameter {name!r} was saved with another model: its {key} has the shape "
+                        f"{tuple(value.shape)}, the parameter has {tuple(shape)}"
+                    )
 
     def _fit(self, saved: list[dict[str, Any]]) -> None:
         """Take over the units of a saved state if they hold the same parameters; refuse other units."""
@@ -293,3 +306,10 @@ class ALS(torch.optim.Optimizer):
         names = ", ".join(f"{g['name']}: {sum(p.numel() for p in g['params']):,}" for g in self.param_groups)
         rules = {k: v for k, v in self.defaults.items() if k not in MEMORY}
         return f"ALS({self.settings}, {rules}, units=[{names}])"
+
+
+def _by_name(groups: Iterable[dict[str, Any]]) -> dict[str | int, Any]:
+    """What groups hold for each parameter by its name, by its position if they hold no names."""
+    params = [p for g in groups for p in g["params"]]
+    names: list[str | int] = [name for g in groups for name in g.get("param_names", [])]
+    return dict(zip(names if len(names) == len(params) else range(len(params)), params, strict=True))

@@ -7,13 +7,24 @@ from typing import Any
 
 ACCEPTED = "accepted"  # a trial passed the test
 EXHAUSTED = "exhausted"  # no trial passed; the unit is back at its old weights
-NOT_DESCENT = "not_descent"  # slope <= 0 or not finite; no step was tried
+NOT_DESCENT = "not_descent"  # slope <= 0 or not finite, or lr = 0; no step was tried
 KEPT = "kept"  # moved by its remembered step without a test
 
 
 @dataclass(frozen=True, slots=True)
 class UnitReport:
-    """One unit in one step; ``step_size`` is 0 if it did not move, ``trials`` counts its loss evaluations."""
+    """One unit in one step.
+
+    Attributes:
+        name: as in :func:`fastals.units`.
+        step_size: η of its move, with the common factor in schedules that have one; 0 if it did not move.
+        slope: ⟨g, d⟩, what a unit of step size promises.
+        trials: loss evaluations of its own search; 0 if it was not searched in this step, as most units in the relay.
+            What its searches have found there, the relative step, is ``relative_step`` of its parameter group.
+        outcome: of its move. ``accepted``: it has passed a test, alone or with the others. ``exhausted``: no trial has
+            passed, and it is back at its old weights. ``not_descent``: the slope is not positive or not finite, or
+            ``lr`` is 0, and no step was tried. ``kept``: it has moved by its remembered step without a test.
+    """
 
     name: str
     step_size: float

@@ -633,6 +633,20 @@ def test_clear_error_for_the_state_of_another_partition():
     assert_same(snapshot(model, opt), before)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_clear_error_for_the_state_of_another_model(named):
+    """torch itself would spread a moment of another shape over the parameter."""
+    model, others = TinyTransformer(width=8), [TinyTransformer(width=4), TinyTransformer(width=16)]
+    opts = [fastals.ALS(m if named else [{"params": [*m.parameters()]}]) for m in (model, *others)]
+    for m, opt in zip((model, *others), opts, strict=True):
+        train(m, opt, 2)
+    before = snapshot(model, opts[0])
+    for other in opts[1:]:
+        with pytest.raises(ValueError, match=r"saved with another model: its exp_avg_sq has the shape"):
+            opts[0].load_state_dict(other.state_dict())
+    assert_same(snapshot(model, opts[0]), before)
+
+
 def test_clear_error_for_parameters_converted_after_construction(trained):
     model, opt = trained
     model.double()
