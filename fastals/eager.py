@@ -347,11 +347,12 @@ class EagerALS(torch.optim.Optimizer):
                 part.move(factor * search.eta)
             self.joint_trials += 1
             loss = self._evaluate()
-            largest = start + (highest - start) - visible(factor * required, self.resolution)
+            reference = start + (highest - start)
+            largest = reference - visible(factor * required, self.resolution)
             self.margins.append(loss - largest)
             if math.isfinite(loss) and loss <= largest:
                 shown = unshortened(self.parts[0].rules) * factor * required
-                self.may_grow = loss <= start + (highest - start) - visible(shown, self.resolution)
+                self.may_grow = loss <= reference - visible(shown, self.resolution)
                 self.loss, self.factor = loss, factor
                 return factor
             factor *= self.parts[0].rules["backtrack"]

@@ -267,6 +267,7 @@ class ALS(torch.optim.Optimizer):
                 raise ValueError(f"the state has no {name!r}: it was saved with another momentum or direction")
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        """Before units are regrouped, so that a refused state changes nothing."""
         params, indices = _by_name(self.param_groups), _by_name(state_dict["param_groups"])
         for name in params.keys() & indices.keys():
             shape = params[name].shape
