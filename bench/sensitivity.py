@@ -63,6 +63,7 @@ def _rows(name: str, family: Sequence[Record], key: str, base: float) -> Iterato
             yield Row(name, f"{within[0][key]:.3g}", factor, of_method(within, within[0]["method"]))
 
 
-def _others(run: Record) -> str:
-    """The arguments of the method but for the cap."""
-    return json.dumps({k: v for k, v in run["options"].items() if k != "trust"}, sort_keys=True)
+def _others(run: Record) -> tuple[str, str]:
+    """The arguments of the method but for the cap, and the commit that a stored run is of before, if it is."""
+    others = json.dumps({k: v for k, v in run["options"].items() if k != "trust"}, sort_keys=True)
+    return others, run["method"].partition(" before ")[2]

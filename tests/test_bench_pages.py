@@ -305,12 +305,15 @@ def test_sensitivity_compares_the_same_seeds_at_a_third_and_ten_times():
 
     runs = [searched(seed=1, loss=9.0), searched(loss=0.5), searched(2.0, loss=0.6), searched(0.0667, loss=0.7)]
     runs += [searched(0.1), searched(schedule="joint"), run("als, equal work", trust=0.2)]
+    runs += [r | {"method": r["method"] + " before abc", "loss": r["loss"] + 2} for r in runs[1:4]]
     runs += [adamw(1e-3, 1.1, 0.9), adamw(3e-4, 1.2, 0.8), adamw(1e-2, 1.3, 0.1), adamw(1e-5, 1.4, 0.1)]
     head, *table = sensitivity.table(runs)
     assert head[:3] == ["method", "value", "times its default or best"]
     assert [row[:4] for row in table] == [
         ["als", "0.0667", "a third", "0.700"], ["als", "0.2", "1", "0.500"], ["als", "2", "10", "0.600"],
-        ['als {"schedule": "joint"}', "0.2", "1", "1.000"], ["adamw", "0.0003", "a third", "1.200"],
+        ['als {"schedule": "joint"}', "0.2", "1", "1.000"],
+        ["als before abc", "0.0667", "a third", "2.700"], ["als before abc", "0.2", "1", "2.500"],
+        ["als before abc", "2", "10", "2.600"], ["adamw", "0.0003", "a third", "1.200"],
         ["adamw", "0.001", "1", "1.100"], ["adamw", "0.01", "10", "1.300"],
     ]  # fmt: skip
     assert {row[-1] for row in table} == {"1"}
