@@ -65,6 +65,8 @@ MEMORY: dict[str, float | int] = {
     "mean_step_fast": 0.0,  # SaLSA search frequency
     "mean_step_slow": 0.0,
     "relative_step": 0.0,  # relay: r_u, see fastals.relay
+    "direction_rms": 0.0,  # relay: RMS of the direction in the last step of the unit; 0 stands for not known
+    "weight_rms": 0.0,  # relay: the larger of the RMS of the weights of the unit and of the model in that step
     "factor": 0.0,  # relay: common factor a of the next joint test; 0 stands for 1
     "next_search": 0,  # count of the step that searches next
     "last_search": 0,  # schedules that take turns: count after the last step that searched the unit; 0 for never

@@ -20,6 +20,8 @@ STATE = (
     "hidden",  # steps below this may vanish in the rounding of the parameters
     "averaged",  # 1 if the direction is the averaged one
     "relative_step",  # relay: what the unit will remember; negative if it is to remember what it does
+    "held",  # 1 if the snapshot holds the weights of this step
+    "scale",  # relay: the step of which the relative step is a share; 0 if not known
 )  # fmt: skip
 #: Columns of the last row of ``state``: the mini-batch, and the joint test of all units. "" is not used.
 BATCH = (
@@ -31,10 +33,12 @@ BATCH = (
     "required",  # sum of the decreases that the units require
     "", "", "resolution", "", "",
     "next_factor",  # relay: first factor of the next joint test; negative if it is to stay as it is
+    "", "",
 )  # fmt: skip
 #: Columns of ``memory``: what a unit remembers between mini-batches.
 REMEMBERED = (
     "step_size", "backtracks", "average", "average_weight", "mean_decrease", "mean_slope", "relative_step", "factor",
+    "direction_rms", "weight_rms",
 )  # fmt: skip
 #: Columns of ``rules``: the constants of a parameter group, ``floor`` = β^(max_trials − 1), and ``uniform``, drawn from
 #: [0, 1) for this step.
@@ -68,8 +72,8 @@ class Arena:
         counts: float32 [parameters], updates so far.
         constants: float32 [parameters, 8], of this step's update.
         partials: float32 [7, chunks]; parts: float64 [units, 64, 7]; sums: float64 [units, 7]: the sums of a step.
-        state: float64 [units + 1, 16]; memory: float64 [units, 8]; rules: float64 [groups, 20].
-        flags: int32 [units + 1, 4]; history: float64 [64, units + 1, 16], a ring; step: int64 [1].
+        state: float64 [units + 1, 18]; memory: float64 [units, 10]; rules: float64 [groups, 20].
+        flags: int32 [units + 1, 4]; history: float64 [64, units + 1, 18], a ring; step: int64 [1].
         lead: int32 [units], the row of ``rules`` that each unit follows.
         rounding: float64 [units], of the unit's parameters, see :func:`fastals.kernels.plain.rounding`.
         grad_scale: float32 [1], multiplies the gradient in the direction.
