@@ -15,7 +15,7 @@ from torch import Tensor
 from fastals.buffers import Flat, Gradients, Unit, layout, unit_groups
 from fastals.errors import OutdatedError, non_finite
 from fastals.interrupt import uninterrupted
-from fastals.kernels import all_units, armijo
+from fastals.kernels import all_units, armijo, relay
 from fastals.kernels.arena import BATCH, FLAGS, OUTCOMES, REMEMBERED, RING, RULES, STATE, Arena
 from fastals.kernels.moments import advance, survey
 from fastals.kernels.table import Entry, Table
@@ -24,7 +24,7 @@ from fastals.learned import ALL_UNITS
 from fastals.losses import Losses
 from fastals.repeatable import reconsider, replay_outdated
 from fastals.report import ACCEPTED, EXHAUSTED, StepReport, UnitReport
-from fastals.schedule import Schedule, keep_all
+from fastals.schedule import Schedule, is_first, keep_all
 from fastals.search import INITIALS, REFERENCES, uniform
 from fastals.settings import Settings
 from fastals.verify import inspect
@@ -200,7 +200,7 @@ class DeviceBatch:
     def __init__(
         self, device: DeviceUnits, losses: Losses, units: list[Unit], start: Tensor, seed: str, executor: Executor
     ) -> None:
-        """Start from f(w_t) = ``start``: snapshot the weights and sum up the slopes."""
+        """Start from f(w_t) = ``start``; measure the units, unless a pass is to move them that measures them too."""
         self.device, self.arena, self.table, self.executor = device, device.arena, device.table, executor
         self.losses, self.units, self.seed, self.random = losses, units, seed, random.Random(seed)
         self.tested, self.loss_dtype = device.settings.momentum == "tested", start.dtype
@@ -211,7 +211,14 @@ class DeviceBatch:
         if limit is not None and self.gradients.held:
             self.do(partial(_write_clipping, self.gradients.held, limit, self.arena.grad_scale[0]))
         self.do(partial(all_units.begin, self.arena, start))
-        self.do(partial(survey, self.table, self.arena, averaged=self.tested))
+        self.relative = device.settings.schedule == "relay"
+        self.alone = self.relative and not is_first([unit.rules for unit in units])
+        if not self.alone:
+            self.do(self.hold)
+
+    def hold(self) -> None:
+        """Measure all units, which keeps their weights."""
+        survey(self.table, self.arena, averaged=self.tested)
 
     def check_replay(self, loss: Tensor) -> None:
         """Have the device compare recorded outputs with f(w_t) = ``loss``; the next read of a flag tells."""
@@ -239,7 +246,7 @@ class DeviceBatch:
         with uninterrupted():
             start, outdated = self.start, self.arena.flags[:, OUTDATED].clone()
             self.restore()
-            all_units.begin(self.arena, start)
+            all_units.begin(self.arena, start, again=True)
             self.arena.flags[:, OUTDATED] = outdated
         for unit in self.units:
             self.losses.put_back(unit.active_params())
@@ -251,12 +258,10 @@ class DeviceBatch:
 
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, if its direction descends."""
-        relative = self.device.settings.schedule == "relay"
-        self.do(partial(armijo.open_search, self.arena, unit.row, tested=self.tested, relative=relative))
-
-    def recall(self, unit: Unit) -> None:
-        """Set the unit's step to its relative step: the mean of the remembered and of a searched one."""
-        self.do(partial(armijo.open_search, self.arena, unit.row, tested=self.tested, recall=True))
+        if self.alone:
+            self.do(partial(survey, self.table, self.arena, averaged=self.tested, unit=unit.row))
+        how = {"tested": self.tested, "relative": self.relative, "alone": self.alone}
+        self.do(partial(armijo.open_search, self.arena, unit.row, **how))
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""
@@ -286,10 +291,21 @@ class DeviceBatch:
         if doubt is not None:
             self.arena.flags[:, OUTDATED].bitwise_or_(doubt)
 
-    def move_together(self, *, once: bool = False, remembered: bool = False) -> bool:
+    def move_together(self, *, once: bool = False) -> bool:
         """Move all units by a common factor of their steps; whether one was accepted (False while recorded)."""
+        self.do(partial(all_units.open_together, self.arena, self.units[0].row, remembered=False))
+        return self._move(once=once, remembered=False)
+
+    def move_by_remembered(self) -> None:
+        """Move all units by their relative steps and one common factor, tested jointly."""
         first = self.units[0].row
-        self.do(partial(all_units.open_together, self.arena, first, remembered=remembered))
+        self.do(partial(relay.recall, self.arena, first, tested=self.tested))
+        self.do(partial(survey, self.table, self.arena, averaged=self.tested, move=True))
+        self.do(partial(relay.aim, self.arena, tested=self.tested))
+        self.do(partial(all_units.open_together, self.arena, first, remembered=True))
+        self._move(once=False, remembered=True)
+
+    def _move(self, *, once: bool, remembered: bool) -> bool:
         params = [p for unit in self.units for p in unit.active_params()]
         attempt = partial(self._try_together, params, once, remembered)
         accepted = self.executor.repeat(self.arena, self.arena.units, attempt)

@@ -20,9 +20,19 @@ from torch import Tensor, nn
 from fastals import rng
 from fastals.optimizer import ALS
 from fastals.partition import units
-from fastals.relay import first_factor, next_factor, recalled_step, searched_step, unshortened, usual_length, warm_step
+from fastals.relay import (
+    first_factor,
+    last_scale,
+    next_factor,
+    recalled_step,
+    scale_of,
+    searched_step,
+    unshortened,
+    usual_length,
+    warm_step,
+)
 from fastals.report import ACCEPTED, EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
-from fastals.schedule import is_due, note_turn, turn_of
+from fastals.schedule import is_due, is_first, note_turn, turn_of
 from fastals.search import MEMORY, Search, initial_step, schedule_next_search, uniform, visible
 from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_small_lr
 
@@ -52,7 +62,9 @@ class Part:
     trials: int = 0
     outcome: str = ""
     search: Search | None = None
-    relative_step: float | None = None  # relay: what the unit will remember
+    relative_step: float | None = None  # relay: what the unit will remember, with the RMS of direction and weights
+    length: float = 0.0
+    weight_rms: float = 0.0
 
     @property
     def name(self) -> str:
@@ -143,6 +155,7 @@ class EagerALS(torch.optim.Optimizer):
         self.scale = self._clipping_factor()
         self.parts = [part for part in map(self._part, self._unit_groups()) if part.params]
         self.weight_rms = _rms([w for part in self.parts for w in part.weights]) if self.parts else 0.0
+        self.alone = self.settings.schedule == "relay" and not is_first([part.rules for part in self.parts])
 
     def _clipping_factor(self) -> float:
         """The factor that brings the norm of all gradients down to ``max_grad_norm``; 1 if the norm is not finite."""
@@ -211,13 +224,18 @@ class EagerALS(torch.optim.Optimizer):
         """The cap on the step size: ``eta_max`` and the trust ratio, times ``lr``."""
         largest, part.scale = part.rules["eta_max"], 0.0
         if length > 0:
-            divisor = max(length, usual_length(self.settings.schedule, self.settings.direction))
-            rms = max(_rms(part.weights), self.weight_rms)
-            part.scale = rms / divisor
+            usual = usual_length(self.settings.schedule, self.settings.direction)
+            rms = self._weight_rms(part)
+            part.scale, part.length, part.weight_rms = scale_of(rms, length, usual), length, rms
             if part.rules["trust"] is not None:
-                largest = min(largest, part.rules["trust"] * rms / divisor)
+                largest = min(largest, part.rules["trust"] * rms / max(length, usual))
         part.largest = largest
         return float(part.rules["lr"]) * largest
+
+    def _weight_rms(self, part: Part) -> float:
+        """The larger RMS of the weights of the unit and of the model; that of the last step for a unit on its own."""
+        own = _rms(part.weights)
+        return part.rules["weight_rms"] or own if self.alone else max(own, self.weight_rms)
 
     def _direction(self, part: Part, i: int, averaged: bool) -> Tensor:
         """The direction d of one parameter, along the first moment if ``averaged``, else along the gradient."""
@@ -313,7 +331,7 @@ class EagerALS(torch.optim.Optimizer):
 
     def _move_by_remembered(self) -> None:
         """Move all units by their relative steps and one common factor, tested jointly."""
-        start, rules = self.loss, self.parts[0].rules
+        start, rules, self.alone = self.loss, self.parts[0].rules, False
         searches = {part: search for part in self.parts if (search := self._recall(part)) is not None}
         factor = self._jointly(searches, rules["max_trials"], first_factor(rules)) if searches else 0.0
         shares = [search.required for search in searches.values()]
@@ -327,13 +345,15 @@ class EagerALS(torch.optim.Optimizer):
 
     def _recall(self, part: Part) -> Search | None:
         """A search that stands at the relative step of the unit, None if the direction does not descend."""
-        cap, relative_step = self._aim_tested(part), part.rules["relative_step"]
+        rules, relative_step = part.rules, part.rules["relative_step"]
+        scale = last_scale(rules, usual_length(self.settings.schedule, self.settings.direction))
         if part.search is not None:
-            relative_step = searched_step(part.rules, part.search, part.scale)
+            relative_step, scale = searched_step(rules, part.search, part.scale), part.scale
+        cap = self._aim_tested(part)
         part.relative_step, part.eta, part.outcome, part.search = relative_step, 0.0, NOT_DESCENT, None
         if not (0 < part.slope < math.inf and cap > 0):
             return None
-        search = self._search_from(part, recalled_step(part.rules, relative_step, part.scale, part.largest))
+        search = self._search_from(part, recalled_step(rules, relative_step, scale or part.scale, part.largest))
         search.trials = part.trials
         return search
 
@@ -402,10 +422,10 @@ class EagerALS(torch.optim.Optimizer):
         """Move from w_t along the averaged directions instead, by the accepted step sizes; slopes stay those tested."""
         for part in self.parts:
             if part.eta:
-                slope = part.slope
+                slope, length = part.slope, part.length
                 self._aim(part, averaged=True)
                 part.move(part.eta)
-                part.slope, self.loss = slope, math.nan
+                part.slope, part.length, self.loss = slope, length, math.nan
 
     def _finish(self, start: float, due: bool) -> None:
         """Store state and memory, count the step, report it and merge units."""
@@ -445,6 +465,8 @@ class EagerALS(torch.optim.Optimizer):
             part.search.remember()
         if part.relative_step is not None:
             part.rules["relative_step"] = part.relative_step
+            if part.length > 0:
+                part.rules["direction_rms"], part.rules["weight_rms"] = part.length, part.weight_rms
 
     def _merge(self, threshold: float) -> None:
         """If the smallest step is under the threshold, merge its unit with that of the next; two units stay."""
@@ -455,6 +477,7 @@ class EagerALS(torch.optim.Optimizer):
         memory = {k: low[0][k] for k in MEMORY}
         for step in ("step_size", "relative_step"):
             memory[step] = (low[0][step] + high[0][step]) / 2
+        memory["direction_rms"] = 0.0  # not known of both together
         unit = min(g["unit"] for g in low + high)
         for group in low + high:
             group.update(memory, unit=unit)

@@ -296,6 +296,7 @@ class Engine:
         memory = {k: low.rules[k] for k in MEMORY}
         for step in ("step_size", "relative_step"):
             memory[step] = (low.rules[step] + high.rules[step]) / 2
+        memory["direction_rms"] = 0.0  # not known of both together
         index = min(g["unit"] for g in groups)
         for group in groups:
             group.update(memory, unit=index)

@@ -9,11 +9,17 @@ weights that a usual step changes, what ``trust`` caps; on a mini-batch with a s
 model has learned, d_u is shorter and so is the step, as Adam's. A unit that is searched alone updates r_u; all units
 move by
 
-    η_u = a · lr · r_u · scale_u
+    η_u = a · lr · min(r_u · scale_u, largest)
 
 with one common factor a that the joint test shrinks and later steps let grow back to 1. Units are searched alone as if
 ``lr`` were 1, and a grows only if the move that ``lr`` has not shortened would pass, so that a scheduler shortens the
 moves and leaves alone what has been learned.
+
+Along Adam's direction the scale is that of the unit's last step, so that η_u is known before the weights are read: one
+pass measures the unit and moves it. Such a step is RMS(d_u) now by RMS(d_u) then as long as it would be otherwise, where
+these are above 1. That of this step is taken for a unit that has just been searched, for one that has no last step, and
+along SGD's direction, whose length may change by any factor from one mini-batch to the next. The largest step, ``trust``
+among its bounds, is always that of this step; a unit that was moved further is moved again.
 """
 
 import math
@@ -25,6 +31,21 @@ from fastals.search import Search, last_step
 def usual_length(schedule: str, direction: str) -> float:
     """ℓ, below which a shorter direction makes a shorter step; 0 in other schedules, whose cap is of any direction."""
     return 1.0 if (schedule, direction) == ("relay", "adam") else 0.0
+
+
+def scale_of(weight_rms: float, direction_rms: float, usual: float) -> float:
+    """scale_u, 0 if the direction is 0 or not known."""
+    return weight_rms / max(direction_rms, usual) if direction_rms > 0 else 0.0
+
+
+def last_scale(rules: MutableMapping, usual: float) -> float:
+    """scale_u of the unit's last step; 0 if there is none, or no usual length by which it would hold in this step."""
+    return scale_of(rules["weight_rms"], rules["direction_rms"], usual) if usual else 0.0
+
+
+def known_step(rules: MutableMapping, relative_step: float, scale: float) -> float:
+    """The step lr r_u scale_u before it is bounded, which needs no look at the weights."""
+    return float(rules["lr"]) * (relative_step * scale)
 
 
 def warm_step(rules: MutableMapping, scale: float) -> float:

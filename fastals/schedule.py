@@ -46,15 +46,19 @@ class Batch(Protocol):
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, untested, if its direction descends."""
 
-    def recall(self, unit: Unit) -> None:
-        """Set the unit's step to its relative step, untested: the mean of the remembered and of a searched one."""
+    def move_together(self, *, once: bool = False) -> bool:
+        """Move all units by a common factor 1, β, β² … of their steps, tested jointly; whether one was accepted.
 
-    def move_together(self, *, once: bool = False, remembered: bool = False) -> bool:
-        """Move all units by a common factor a, β a, β² a … of their steps, tested jointly; whether one was accepted.
+        It returns True if no unit has a step, and False while a step is recorded. With ``once`` only 1 is tried, and
+        every unit is credited with its part of the decrease.
+        """
 
-        It returns True if no unit has a step, and False while a step is recorded. a is 1, or with ``remembered`` the
-        factor that the last joint tests have left. With ``once`` only a is tried. With either every unit is credited
-        with its part of the decrease.
+    def move_by_remembered(self) -> None:
+        """Move all units by their relative steps and a common factor a, β a, β² a …, tested jointly.
+
+        The relative step of a unit that was searched in this step is the mean of the remembered and the found one; a
+        is the factor that the last joint tests have left. The first trial is made in the pass that measures the
+        units. Every unit is credited with its part of the decrease.
         """
 
     def keep(self, unit: Unit) -> None:
@@ -68,6 +72,9 @@ class Batch(Protocol):
 
     def commit(self, state: dict) -> None:
         """Advance moments and memory and enter them in the optimizer's state; the parameters have moved already."""
+
+    def hold(self) -> None:
+        """Keep the weights of all units, before something else than a trial moves them."""
 
     def restore(self) -> None:
         """Put every unit back to w_t, bitwise."""
@@ -115,9 +122,14 @@ def turn_of(rules: Sequence[MutableMapping]) -> int:
     return min(range(len(rules)), key=lambda i: rules[i]["last_search"])
 
 
+def is_first(rules: Sequence[MutableMapping]) -> bool:
+    """Whether a unit makes its first step, so that all are searched."""
+    return any(not r["count"] for r in rules)
+
+
 def is_due(rules: Sequence[MutableMapping], every: int | str, *, turns: bool) -> bool:
     """Whether the step of these units searches, by the last search of any, or because the turn of one is overdue."""
-    due = any(r["count"] >= r["next_search"] or not r["count"] for r in rules)
+    due = is_first(rules) or any(r["count"] >= r["next_search"] for r in rules)
     return due or (turns and _is_overdue(rules, every))
 
 
@@ -133,8 +145,7 @@ def _is_overdue(rules: Sequence[MutableMapping], every: int | str) -> bool:
 def note_turn(units: Sequence[Sequence[MutableMapping]]) -> None:
     """Note in the groups of the units, before the step is counted, which of them it has searched."""
     rules = [groups[0] for groups in units]
-    first = any(not r["count"] for r in rules)
-    for groups in units if first else [units[turn_of(rules)]]:
+    for groups in units if is_first(rules) else [units[turn_of(rules)]]:
         for group in groups:
             group["last_search"] = group["count"] + 1
 
@@ -159,9 +170,7 @@ def relay(batch: Batch, order: str) -> None:
 def move_by_remembered(batch: Batch, order: str) -> None:
     """Move all units by their remembered steps, tested jointly; a step of :func:`relay` that searches no unit."""
     del order
-    for unit in batch.units:
-        batch.recall(unit)
-    batch.move_together(remembered=True)
+    batch.move_by_remembered()
 
 
 def keep_all(batch: Batch, order: str) -> None:
@@ -183,7 +192,7 @@ def _turn(batch: Batch) -> Unit:
 
 
 def _first_step(batch: Batch) -> bool:
-    return any(not unit.rules["count"] for unit in batch.units)
+    return is_first([unit.rules for unit in batch.units])
 
 
 SCHEDULES: dict[str, Schedule] = {

@@ -79,6 +79,7 @@ def _compare(batch: Batch, moves: Mapping[str, Sequence[Tensor]], share: float) 
     """Compare a cached trial of each unit with a full forward, both at weights moved by this share of the noise."""
     losses, counted = batch.losses, batch.losses.forwards
     assert losses.cache is not None
+    batch.hold()
     with losses.waiting():
         cached, everything = {}, [p for unit in batch.units for p in unit.active_params()]
         _nudge(everything, share * DISTURBING)

@@ -23,6 +23,7 @@ from fastals.kernels.columns import (
     BATCH_REQUIRED,
     BATCH_RESOLUTION,
     BATCH_TRIALS,
+    DIRECTION_RMS,
     ETA,
     FINAL_LOSS,
     FLAG_ACCEPTED,
@@ -30,16 +31,19 @@ from fastals.kernels.columns import (
     FLAG_OUTDATED,
     FLAG_REFUSED,
     GO,
+    HELD,
     HIDDEN,
     LOSS,
     MEMORY_AVERAGE,
     MEMORY_AVERAGE_WEIGHT,
     MEMORY_BACKTRACKS,
+    MEMORY_DIRECTION_RMS,
     MEMORY_FACTOR,
     MEMORY_MEAN_DECREASE,
     MEMORY_MEAN_SLOPE,
     MEMORY_RELATIVE_STEP,
     MEMORY_STEP_SIZE,
+    MEMORY_WEIGHT_RMS,
     MOVE,
     N_FLAGS,
     N_MEMORY,
@@ -65,19 +69,25 @@ from fastals.kernels.columns import (
     SLOPE,
     START,
     TRIALS,
+    WEIGHT_RMS,
 )
 from fastals.kernels.table import SCALAR
 
 
-@triton.jit(do_not_specialize=["loss", "units"])
-def begin_kernel(state, flags, loss, units, eps, UP: tl.constexpr):
-    """Empty every row; enter f(w_t) and the smallest change that the loss can show."""
+@triton.jit(do_not_specialize=["loss", "units", "again"])
+def begin_kernel(state, flags, loss, units, again, eps, UP: tl.constexpr):
+    """Empty every row; enter f(w_t) and the smallest change that the loss can show.
+
+    If the step begins ``again``, the snapshots still hold its weights.
+    """
     f = tl.load(loss).to(tl.float64)
     refused = (tl.abs(f) < float("inf")) == 0
     o_r = tl.arange(0, UP)
     m_r = o_r <= units
     for column in tl.static_range(N_STATE):
         b_value = tl.zeros([UP], tl.float64)
+        if column == HELD:
+            b_value += tl.where(again != 0, tl.load(state + o_r * N_STATE + column, mask=m_r, other=0.0), 0.0)
         if column == RESOLUTION:
             b_value += eps * tl.abs(f) / 2
         if column == RELATIVE_STEP:  # in the last row: next_factor
@@ -118,7 +128,8 @@ def open_together_kernel(state, memory, rules, lead, flags, unit, units, REMEMBE
         factor = tl.load(memory + unit * N_MEMORY + MEMORY_FACTOR)
     factor = tl.where(factor > 0, factor, 1.0)
     tl.store(rows + MOVE, factor * b_eta, mask=m_u)
-    tl.store(rows + AT, tl.zeros([UP], tl.float64), mask=m_u)
+    if not REMEMBERED:  # those stand where the pass has left them
+        tl.store(rows + AT, tl.zeros([UP], tl.float64), mask=m_u)
     tl.store(rows + GO, tl.zeros([UP], tl.float64), mask=m_u)
     tl.store(flags + o_u * N_FLAGS + FLAG_GO, tl.zeros([UP], tl.int32), mask=m_u)
     tl.store(batch + BATCH_FACTOR, factor)
@@ -222,14 +233,15 @@ def follow_kernel(state, units, UP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["units"])
 def restore_kernel(state, units, UP: tl.constexpr):
-    """Ask for every unit to be put back to w_t, wherever it stands. Between two steps, ask for no move."""
+    """Ask for every unit that is held to be put back to w_t, wherever it stands. Between two steps, ask for no move."""
     o_u = tl.arange(0, UP)
     m_u = o_u < units
     rows, loss_before = state + o_u * N_STATE, tl.load(state + units * N_STATE + BATCH_LOSS_BEFORE)
     under_way = loss_before == loss_before
     b_move = tl.where(under_way, 0.0, tl.load(rows + MOVE, mask=m_u, other=0.0))
+    b_held = tl.load(rows + HELD, mask=m_u, other=0.0) != 0
     tl.store(rows + MOVE, b_move, mask=m_u)
-    tl.store(rows + AT, tl.where(under_way, float("nan"), b_move), mask=m_u)
+    tl.store(rows + AT, tl.where(under_way & b_held, float("nan"), b_move), mask=m_u)
     tl.debug_barrier()  # every lane has read it
     tl.store(state + units * N_STATE + BATCH_LOSS_BEFORE, float("nan"))
 
@@ -269,10 +281,15 @@ def _learn(rows, memory, rules, m_u):
 
 @triton.jit
 def _learn_relay(rows, memory, m_u, next_factor):
-    """Write what the relay remembers: relative steps, and in all units that took part the common factor."""
+    """Write what the relay remembers: relative steps with their scale, and in all that took part the common factor."""
     b_relative = tl.load(rows + RELATIVE_STEP, mask=m_u, other=-1.0)
     b_slope = tl.load(rows + SLOPE, mask=m_u, other=0.0)
-    tl.store(memory + MEMORY_RELATIVE_STEP, b_relative, mask=m_u & (b_relative >= 0) & (tl.abs(b_slope) < float("inf")))
+    m_r = m_u & (b_relative >= 0) & (tl.abs(b_slope) < float("inf"))
+    tl.store(memory + MEMORY_RELATIVE_STEP, b_relative, mask=m_r)
+    b_length = tl.load(rows + DIRECTION_RMS, mask=m_r, other=0.0)
+    tl.store(memory + MEMORY_DIRECTION_RMS, b_length, mask=m_r & (b_length > 0))
+    b_rms = tl.load(rows + WEIGHT_RMS, mask=m_r, other=0.0)
+    tl.store(memory + MEMORY_WEIGHT_RMS, b_rms, mask=m_r & (b_length > 0))
     b_took_part = tl.load(rows + OUTCOME, mask=m_u, other=0.0) > OUTCOME_RUNNING
     b_factor = tl.zeros_like(b_slope) + next_factor
     tl.store(memory + MEMORY_FACTOR, b_factor, mask=m_u & b_took_part & (b_factor > 0))
@@ -303,13 +320,14 @@ def remember_kernel(state, memory, rules, lead, history, step, units, UP: tl.con
     tl.store(state + units * N_STATE + BATCH_LOSS_BEFORE, float("nan"))  # no step is under way
 
 
-def begin(arena: Arena, loss: Tensor) -> None:
-    """Start a mini-batch at f(w_t) = ``loss``, a 0-d tensor on the device."""
+def begin(arena: Arena, loss: Tensor, *, again: bool = False) -> None:
+    """Start a mini-batch at f(w_t) = ``loss``, a 0-d tensor on the device; ``again`` after its units were put back."""
     begin_kernel[(1,)](
         state=arena.state,
         flags=arena.flags,
         loss=loss,
         units=arena.units,
+        again=int(again),
         eps=torch.finfo(loss.dtype).eps,
         UP=arena.padded_rows,
         **SCALAR,

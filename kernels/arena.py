@@ -22,6 +22,7 @@ STATE = (
     "relative_step",  # relay: what the unit will remember; negative if it is to remember what it does
     "held",  # 1 if the snapshot holds the weights of this step
     "scale",  # relay: the step of which the relative step is a share; 0 if not known
+    "direction_rms", "weight_rms",  # relay: what the unit will remember of this step
 )  # fmt: skip
 #: Columns of the last row of ``state``: the mini-batch, and the joint test of all units. "" is not used.
 BATCH = (
@@ -33,7 +34,7 @@ BATCH = (
     "required",  # sum of the decreases that the units require
     "", "", "resolution", "", "",
     "next_factor",  # relay: first factor of the next joint test; negative if it is to stay as it is
-    "", "",
+    "", "", "", "",
 )  # fmt: skip
 #: Columns of ``memory``: what a unit remembers between mini-batches.
 REMEMBERED = (
@@ -72,7 +73,7 @@ class Arena:
         counts: float32 [parameters], updates so far.
         constants: float32 [parameters, 8], of this step's update.
         partials: float32 [7, chunks]; parts: float64 [units, 64, 7]; sums: float64 [units, 7]: the sums of a step.
-        state: float64 [units + 1, 18]; memory: float64 [units, 10]; rules: float64 [groups, 20].
+        state: float64 [units + 1, 20]; memory: float64 [units, 10]; rules: float64 [groups, 20].
         flags: int32 [units + 1, 4]; history: float64 [64, units + 1, 18], a ring; step: int64 [1].
         lead: int32 [units], the row of ``rules`` that each unit follows.
         rounding: float64 [units], of the unit's parameters, see :func:`fastals.kernels.plain.rounding`.

@@ -41,6 +41,7 @@ from fastals.kernels.columns import (
     MEMORY_MEAN_SLOPE,
     MEMORY_RELATIVE_STEP,
     MEMORY_STEP_SIZE,
+    MEMORY_WEIGHT_RMS,
     MOVE,
     N_FLAGS,
     N_MEMORY,
@@ -56,7 +57,6 @@ from fastals.kernels.columns import (
     REFERENCE,
     REFERENCE_NONMONOTONE,
     REFERENCE_SMOOTHED,
-    RELATIVE_STEP,
     REQUIRED_SLOPE,
     RESOLUTION,
     RULE_BACKTRACK,
@@ -75,6 +75,7 @@ from fastals.kernels.columns import (
     RULE_SMOOTHING,
     RULE_TRUST,
     RULE_UNIFORM,
+    SCALE,
     SLOPE,
     START,
     SUM_AVERAGED_DIRECTION,
@@ -90,20 +91,25 @@ from fastals.kernels.table import SCALAR
 
 
 @triton.jit
-def _rms(sums, unit):
+def unit_rms(sums, unit):
     """Root mean square of the unit's weights."""
     row = sums + unit * N_SUMS
     return tl.sqrt(tl.load(row + SUM_WEIGHTS) / tl.maximum(tl.load(row + SUM_ELEMENTS), 1.0))
 
 
 @triton.jit
-def _largest_and_scale(sums, rules, unit, units, length, USUAL: tl.constexpr, UP: tl.constexpr):
-    """Largest step if lr is 1: min(η_max, trust · scale), and the scale of :mod:`fastals.relay`, USUAL its ℓ."""
+def larger_rms(sums, unit, units, UP: tl.constexpr):
+    """The larger of the RMS of the weights of the unit and of the model; all units have been measured."""
     o_u = tl.arange(0, UP)
     m_u = o_u < units
     weights = tl.sum(tl.load(sums + o_u * N_SUMS + SUM_WEIGHTS, mask=m_u, other=0.0))
     elements = tl.sum(tl.load(sums + o_u * N_SUMS + SUM_ELEMENTS, mask=m_u, other=0.0))
-    rms = tl.maximum(_rms(sums, unit), tl.sqrt(weights / tl.maximum(elements, 1.0)))
+    return tl.maximum(unit_rms(sums, unit), tl.sqrt(weights / tl.maximum(elements, 1.0)))
+
+
+@triton.jit
+def largest_and_scale(rules, rms, length, USUAL: tl.constexpr):
+    """Largest step if lr is 1: min(η_max, trust · scale), and the scale of :mod:`fastals.relay`, USUAL its ℓ."""
     trust = tl.load(rules + RULE_TRUST)
     limited = (trust < float("inf")) & (length > 0)
     divisor = tl.where(length > 0, tl.maximum(length, USUAL), float("inf"))
@@ -138,7 +144,7 @@ def _zhang_hager(rules, memory, loss):
 
 
 @triton.jit
-def _reference(rules, memory, loss, slope):
+def reference_and_slope(rules, memory, loss, slope):
     """R and the slope of the test, as :func:`fastals.search.reference_and_slope`."""
     kind = tl.load(rules + RULE_REFERENCE)
     average = _zhang_hager(rules, memory, loss)
@@ -150,7 +156,7 @@ def _reference(rules, memory, loss, slope):
 
 
 @triton.jit
-def _aim(sums, flags, unit, TESTED: tl.constexpr):
+def aim(sums, flags, unit, TESTED: tl.constexpr):
     """Whether the direction is the averaged one, its slope (NaN if f(w_t) is not finite), and its RMS."""
     row = sums + unit * N_SUMS
     slope, square = tl.load(row + SUM_SLOPE), tl.load(row + SUM_DIRECTION)
@@ -161,16 +167,6 @@ def _aim(sums, flags, unit, TESTED: tl.constexpr):
         square = tl.where(averaged, tl.load(row + SUM_AVERAGED_DIRECTION), square)
     slope = tl.where(tl.load(flags + FLAG_REFUSED) != 0, float("nan"), slope)
     return averaged, slope, tl.sqrt(square / tl.maximum(tl.load(row + SUM_MOVING), 1.0))
-
-
-@triton.jit
-def _searched_step(row, rules, remembered, scale):
-    """The relative step after a search of the unit in this step, as :func:`fastals.relay.searched_step`."""
-    outcome, found = tl.load(row + OUTCOME), tl.load(row + ETA) / tl.where(scale > 0, scale, 1.0)
-    mean = tl.where(remembered > 0, tl.sqrt(remembered * found), found)
-    shrunk = tl.load(rules + RULE_BACKTRACK) * remembered
-    learned = (outcome == OUTCOME_ACCEPTED) & (scale > 0)
-    return tl.where(learned, mean, tl.where(outcome == OUTCOME_EXHAUSTED, shrunk, remembered))
 
 
 @triton.jit(do_not_specialize=["unit", "units"])
@@ -187,13 +183,14 @@ def open_kernel(
     TESTED: tl.constexpr,
     KEEP: tl.constexpr,
     RELATIVE: tl.constexpr,
-    RECALL: tl.constexpr,
+    ALONE: tl.constexpr,
     USUAL: tl.constexpr,
     UP: tl.constexpr,
 ):
-    """Start a search of the unit, with KEEP or RECALL put it at its remembered step or relative step.
+    """Start a search of the unit, or with KEEP put it at its remembered step.
 
-    With RELATIVE the search is as if lr were 1, and a warm one starts by the relative step.
+    With RELATIVE the search is as if lr were 1, and a warm one starts by the relative step. With ALONE no other unit
+    has been measured in this step, and the unit goes by the RMS of weights that it remembers, its own if it has none.
 
     Nothing happens if all units have been moved together already.
     """
@@ -203,24 +200,21 @@ def open_kernel(
         rules += tl.load(lead + unit) * N_RULES
         memory += unit * N_MEMORY
         loss = tl.load(batch + BATCH_LOSS)
-        averaged, slope, length = _aim(sums, flags, unit, TESTED=TESTED)
-        largest, scale = _largest_and_scale(sums, rules, unit, units, length, USUAL=USUAL, UP=UP)
+        averaged, slope, length = aim(sums, flags, unit, TESTED=TESTED)
+        if ALONE:
+            rms = tl.load(memory + MEMORY_WEIGHT_RMS)
+            rms = tl.where(rms > 0, rms, unit_rms(sums, unit))
+        else:
+            rms = larger_rms(sums, unit, units, UP=UP)
+        largest, scale = largest_and_scale(rules, rms, length, USUAL=USUAL)
         lr = tl.load(rules + RULE_LR)
         cap = largest if RELATIVE else largest * lr
-        hidden = tl.load(rounding + unit) * _rms(sums, unit) / tl.where(length > 0, length, float("inf"))
+        hidden = tl.load(rounding + unit) * unit_rms(sums, unit) / tl.where(length > 0, length, float("inf"))
         descends = (slope > 0) & (slope < float("inf")) & (cap > 0)
         if KEEP:
             eta = tl.where(descends, tl.minimum(cap, tl.load(memory + MEMORY_STEP_SIZE)), 0.0)
             outcome = tl.where(eta > 0, OUTCOME_KEPT, OUTCOME_NOT_DESCENT)
             tl.store(batch + BATCH_LOSS, tl.where(eta > 0, float("nan"), loss))
-            go = False
-        elif RECALL:
-            relative_step = _searched_step(row, rules, tl.load(memory + MEMORY_RELATIVE_STEP), scale)
-            eta = relative_step * scale
-            eta = lr * tl.where(eta > 0, tl.minimum(largest, eta), largest * tl.load(rules + RULE_FLOOR))
-            eta = tl.where(descends, eta, 0.0)
-            outcome = tl.where(descends, OUTCOME_RUNNING, OUTCOME_NOT_DESCENT)
-            tl.store(row + RELATIVE_STEP, relative_step)
             go = False
         else:
             if RELATIVE:
@@ -231,14 +225,13 @@ def open_kernel(
             eta = tl.where(descends, first, 0.0)
             outcome = tl.where(descends, OUTCOME_RUNNING, OUTCOME_NOT_DESCENT)
             go = descends
-        reference, required_slope = _reference(rules, memory, loss, slope)
+        reference, required_slope = reference_and_slope(rules, memory, loss, slope)
         tl.store(row + ETA, eta)
         tl.store(row + MOVE, eta)
         tl.store(row + AT, 0.0)
         tl.store(row + START, eta)
         tl.store(row + GO, tl.where(go, 1.0, 0.0))
-        if not RECALL:  # the trials of the unit's own search are reported
-            tl.store(row + TRIALS, 0.0)
+        tl.store(row + TRIALS, 0.0)
         tl.store(row + OUTCOME, outcome.to(tl.float64))
         tl.store(row + LOSS, loss)
         tl.store(row + FINAL_LOSS, loss)
@@ -247,6 +240,7 @@ def open_kernel(
         tl.store(row + SLOPE, slope)
         tl.store(row + HIDDEN, hidden)
         tl.store(row + AVERAGED, tl.where(averaged, 1.0, 0.0))
+        tl.store(row + SCALE, scale)
         tl.store(flags + unit * N_FLAGS + FLAG_GO, tl.where(go, 1, 0))
         tl.store(flags + unit * N_FLAGS + FLAG_ACCEPTED, 0)
 
@@ -297,11 +291,11 @@ def put_back_kernel(state, unit, units):
 
 
 def open_search(
-    arena: Arena, unit: int, *, tested: bool, keep: bool = False, relative: bool = False, recall: bool = False
+    arena: Arena, unit: int, *, tested: bool, keep: bool = False, relative: bool = False, alone: bool = False
 ) -> None:
     """Aim the unit and set its first step; with ``keep`` its remembered step, untested.
 
-    ``relative`` starts a warm search by the unit's relative step, ``recall`` sets that step for the joint test.
+    ``relative`` starts a warm search by the unit's relative step; ``alone`` if no other unit has been measured.
     """
     open_kernel[(1,)](
         state=arena.state,
@@ -316,8 +310,8 @@ def open_search(
         TESTED=tested,
         KEEP=keep,
         RELATIVE=relative,
-        RECALL=recall,
-        USUAL=int(arena.adam and (relative or recall)),
+        ALONE=alone,
+        USUAL=int(arena.adam and relative),
         UP=arena.padded_rows,
         **SCALAR,
     )

@@ -58,6 +58,7 @@ class ByHand:
         self.units, self.loss_of = units, loss_of
         self.c, self.trust, self.growth, self.every, self.tries = c, trust, growth, every, max_trials
         self.r, self.a, self.count = [0.0] * len(units), 1.0, 0
+        self.lengths, self.weights = [0.0] * len(units), [0.0] * len(units)  # RMS in the last step
         self.squares = [[torch.zeros_like(p) for p in unit] for unit in units]
 
     def step(self, lr=1.0):
@@ -67,24 +68,26 @@ class ByHand:
         self.before, self.count = loss.item(), self.count + 1
         self.start = [[p.detach().clone() for p in unit] for unit in self.units]
         all_rms = rms(everything)
-        self.d, self.slopes, self.scales, caps = [], [], [], []
+        self.d, self.slopes, lengths, weights = [], [], [], []
         for unit, squares in zip(self.units, self.squares, strict=True):
             g = [next(grads) for _ in unit]
             for v, x in zip(squares, g, strict=True):
                 v.mul_(0.999).add_(0.001 * x * x)
             d = [x / ((v / (1 - 0.999**self.count)).sqrt() + 1e-8) for x, v in zip(g, squares, strict=True)]
             moving = sum(int((x != 0).sum()) for x in g)
-            length = math.sqrt(sum(float((y * y).sum()) for y in d) / moving)
-            larger = max(rms(unit), all_rms)
+            lengths.append(math.sqrt(sum(float((y * y).sum()) for y in d) / moving))
+            weights.append(max(rms(unit), all_rms))
             self.d.append(d)
             self.slopes.append(sum(float((x * y).sum()) for x, y in zip(g, d, strict=True)))
-            self.scales.append(larger / max(length, 1.0))
-            caps.append(min(10.0, self.trust * self.scales[-1]))
         self.trials = [0] * len(self.units)
         due = (self.count - 1) % self.every == 0
         turn = ((self.count - 1) // self.every - 1) % len(self.units)
+        self.scales = [w / max(length, 1.0) for w, length in zip(self.weights, self.lengths, strict=True)]
         for u in range(len(self.units)) if self.count == 1 else [turn] * due:
-            self.search_alone(u, caps[u])
+            self.scales[u] = (weights[u] if self.count == 1 else self.weights[u]) / max(lengths[u], 1.0)
+            self.search_alone(u, min(10.0, self.trust * self.scales[u]))
+        caps = [min(10.0, self.trust * w / max(length, 1.0)) for w, length in zip(weights, lengths, strict=True)]
+        self.lengths, self.weights = lengths, weights
         self.missed = lr * (1 - self.c)  # of the promised decrease, if the factor is to grow
         last, recalled = 2 ** (self.tries - 1), zip(caps, self.r, self.scales, strict=True)
         self.move_all([lr * min(cap, r * s) if r else lr * cap / last for cap, r, s in recalled])
