@@ -222,11 +222,11 @@ class EagerALS(torch.optim.Optimizer):
 
     def _largest_step(self, part: Part, length: float) -> float:
         """The cap on the step size: ``eta_max`` and the trust ratio, times ``lr``."""
-        largest, part.scale = part.rules["eta_max"], 0.0
+        largest, part.scale, part.length = part.rules["eta_max"], 0.0, length
         if length > 0:
             usual = usual_length(self.settings.schedule, self.settings.direction)
             rms = self._weight_rms(part)
-            part.scale, part.length, part.weight_rms = scale_of(rms, length, usual), length, rms
+            part.scale, part.weight_rms = scale_of(rms, length, usual), rms
             if part.rules["trust"] is not None:
                 largest = min(largest, part.rules["trust"] * rms / max(length, usual))
         part.largest = largest

@@ -16,10 +16,10 @@ with one common factor a that the joint test shrinks and later steps let grow ba
 moves and leaves alone what has been learned.
 
 Along Adam's direction the scale is that of the unit's last step, so that η_u is known before the weights are read: one
-pass measures the unit and moves it. Where RMS(d_u) is above 1, such a step is longer or shorter by the ratio of RMS(d_u)
-in this step to that in the last one. The scale of this step is taken for a unit that has just been searched, for one
-that has no last step, and along SGD's direction, whose length may change by any factor from one mini-batch to the next.
-The largest step, ``trust`` among its bounds, is always that of this step; a unit that was moved further is moved again.
+pass measures the unit and moves it. Where RMS(d_u) is above 1, such a step is longer or shorter by the ratio of this
+RMS to the last one. The scale of this step is taken for a unit that has just been searched, for one that has no last
+step, and along SGD's direction, whose length may change by any factor from one mini-batch to the next. The largest
+step, ``trust`` among its bounds, is always that of this step; a unit that was moved further is moved again.
 """
 
 import math

@@ -241,7 +241,7 @@ def restore_kernel(state, units, UP: tl.constexpr):
     b_move = tl.where(under_way, 0.0, tl.load(rows + MOVE, mask=m_u, other=0.0))
     b_held = tl.load(rows + HELD, mask=m_u, other=0.0) != 0
     tl.store(rows + MOVE, b_move, mask=m_u)
-    tl.store(rows + AT, tl.where(under_way & b_held, float("nan"), b_move), mask=m_u)
+    tl.store(rows + AT, tl.where(under_way, tl.where(b_held, float("nan"), b_move), b_move), mask=m_u)
     tl.debug_barrier()  # every lane has read it
     tl.store(state + units * N_STATE + BATCH_LOSS_BEFORE, float("nan"))
 

@@ -74,8 +74,10 @@ def recall_kernel(
     b_row, b_memory = state + o_c * N_STATE, memory + o_c * N_MEMORY
     b_rules = rules + tl.load(lead + o_c) * N_RULES
     b_outcome, b_length = tl.load(b_row + OUTCOME), tl.load(b_memory + MEMORY_DIRECTION_RMS)
-    b_known = (b_length > 0) & (USUAL > 0)  # as fastals.relay.last_scale
-    b_scale = tl.load(b_memory + MEMORY_WEIGHT_RMS) / tl.where(b_known, tl.maximum(b_length, USUAL), float("inf"))
+    b_scale = tl.zeros([UP], tl.float64)  # as fastals.relay.last_scale
+    if USUAL:
+        b_divisor = tl.where(b_length > 0, tl.maximum(b_length, USUAL), float("inf"))
+        b_scale = tl.load(b_memory + MEMORY_WEIGHT_RMS) / b_divisor
     b_searched = (b_outcome == OUTCOME_ACCEPTED) | (b_outcome == OUTCOME_EXHAUSTED)
     b_scale = tl.where(b_searched, tl.load(b_row + SCALE), b_scale)
     b_relative = _searched_step(b_row, b_rules, tl.load(b_memory + MEMORY_RELATIVE_STEP), b_scale)

@@ -58,7 +58,7 @@ def test_every_entry_of_an_old_checkpoint_is_loaded_as_it_is(case):
     """What units have learned to remember since is as before the first step."""
     _, opt = restored(case)
     recorded = RECORDED[case]["checkpoint"]["optimizer"]
-    new = {"relative_step": 0.0, "factor": 0.0, "last_search": 0}
+    new = {"relative_step": 0.0, "factor": 0.0, "last_search": 0, "direction_rms": 0.0, "weight_rms": 0.0}
     assert not new.keys() & recorded["param_groups"][0].keys()
     groups = [group | new for group in recorded["param_groups"]]
     assert_same(opt.state_dict(), recorded | {"param_groups": groups})
