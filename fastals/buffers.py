@@ -27,6 +27,7 @@ class Segment:
     """Consecutive parameters that share their group and their number of updates."""
 
     where: slice
+    members: range
     group: dict
     count: int
 
@@ -132,7 +133,8 @@ class Unit:
             if run and (i is None or i != run[-1] + 1 or self._key(i) != self._key(run[-1])):
                 first, last = run[0], run[-1]
                 end = self.offsets[last] + self.members[last][0].numel()
-                yield Segment(slice(self.offsets[first], end), self.members[first][1], self.counts[first])
+                where, members = slice(self.offsets[first], end), range(first, last + 1)
+                yield Segment(where, members, self.members[first][1], self.counts[first])
                 run = []
             if i is not None:
                 run.append(i)

@@ -1,6 +1,6 @@
 """Plain torch versions of the kernels over flat buffers, vectorised over a unit's buffers.
 
-``g``, ``m``, ``v``, ``w`` and ``d`` are 1-D tensors of one segment: consecutive parameters that share
+``g``, ``m``, ``v``, ``w`` and ``d`` are 1-D tensors of a block within one segment: consecutive parameters that share
 their hyperparameters and their update count. Alignment gaps inside a segment hold zeros and stay zero.
 """
 
@@ -34,24 +34,27 @@ def direction(
     heavy-ball average β₁ m + g if ``averaged``. ``grad_scale`` multiplies g first (gradient clipping).
     """
     beta1, beta2 = betas
-    torch.mul(g, grad_scale, out=out)
+    x = g if grad_scale == 1.0 else torch.mul(g, grad_scale, out=out)
     if adam:
-        torch.mul(v, beta2, out=scratch).addcmul_(out, out, value=1 - beta2)
+        torch.mul(v, beta2, out=scratch).addcmul_(x, x, value=1 - beta2)
         scratch.sqrt_().div_(math.sqrt(1 - beta2**count)).add_(eps)
         if averaged:
-            out.mul_(1 - beta1).add_(m, alpha=beta1).div_(1 - beta1**count)
-        out.div_(scratch)
+            x = torch.mul(x, 1 - beta1, out=out).add_(m, alpha=beta1).div_(1 - beta1**count)
+        x = torch.div(x, scratch, out=out)
     elif averaged:
-        out.add_(m, alpha=beta1)
+        x = torch.add(x, m, alpha=beta1, out=out)
     if weight_decay:
-        out.add_(w, alpha=weight_decay)
+        x = torch.add(x, w, alpha=weight_decay, out=out)
+    if x is g:
+        out.copy_(g)
 
 
 def advance(
-    g: Tensor,  # [n] gradient, overwritten
+    g: Tensor,  # [n] gradient
     m: Tensor,  # [n] first moment (empty if there is none)
     v: Tensor,  # [n] second moment (empty for SGD)
     *,
+    scratch: Tensor,  # [n] overwritten
     adam: bool,
     betas: tuple[float, float],
     grad_scale: float = 1.0,
@@ -61,7 +64,8 @@ def advance(
     Adam (if ``adam``): m ← β₁ m + (1−β₁) g, v ← β₂ v + (1−β₂) g². SGD: m ← β₁ m + g.
     """
     beta1, beta2 = betas
-    g.mul_(grad_scale)
+    if grad_scale != 1.0:
+        g = torch.mul(g, grad_scale, out=scratch)
     if adam:
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     if m.numel():
@@ -79,21 +83,29 @@ def snapshot(params: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     A wider view is the tensor's master: an element that rounds to the tensor's bits stays as it is. An element of the
     tensor that was written since replaces its master.
     """
-    for p, view in zip(params, out, strict=True):
+    pairs = list(zip(params, out, strict=True))
+    copies = [(p, view) for p, view in pairs if view.itemsize <= p.itemsize]
+    copy([p for p, _ in copies], [view for _, view in copies])
+    for p, view in pairs:
         if view.itemsize > p.itemsize:
             bits = torch.int16 if p.itemsize == 2 else torch.int32
             same = view.to(p.dtype).view(bits) == p.view(bits)
             view.copy_(torch.where(same, view, p.to(view.dtype)))
-        else:
-            view.copy_(p)
+
+
+def copy(tensors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Copy every tensor into another of its shape, in the dtype of that one."""
+    if tensors:
+        torch._foreach_copy_(out, tensors)
 
 
 def trial(params: Sequence[Tensor], w: Sequence[Tensor], d: Sequence[Tensor], eta: float) -> None:
     """Put w − η d into p, rounded once to the dtype of p. η = 0 copies w, whatever d holds: a bitwise restore."""
+    if eta == 0.0:
+        copy(w, params)
+        return
     for p, view, step in zip(params, w, d, strict=True):
-        if eta == 0.0:
-            p.copy_(view)
-        elif p.dtype == view.dtype:
+        if p.dtype == view.dtype:
             torch.sub(view, step, alpha=eta, out=p)
         else:
             p.copy_(torch.sub(view, step, alpha=eta))

@@ -120,9 +120,10 @@ def test_survey_trial_and_advance_do_what_the_plain_versions_do(partition, kind,
             assert not any(found.values())
             continue
         twin = passes(unit)
-        twin.snapshot()
+        twin.begin()
+        twin.grad_scale = 0.7
         for averaged in (False, True) if averages else (False,):
-            slope, length = twin.direct(averaged, 0.7)
+            slope, length = twin.survey(averaged)
             names = ("averaged_slope", "averaged_direction") if averaged else ("slope", "direction")
             g = torch.cat([p.grad.double().flatten() for p in unit.active_params()])
             moving = max(int((g != 0).sum()), 1)
@@ -135,12 +136,12 @@ def test_survey_trial_and_advance_do_what_the_plain_versions_do(partition, kind,
         assert math.sqrt(found["weights"]) == pytest.approx(twin.weight_norm, rel=1e-5)
         eta, averaged = 0.25 / (row + 1), averages
         arena.state[row, STATE.index("averaged")] = float(averaged)
-        twin.direct(averaged, 0.7)
+        twin.survey(averaged)
         twin.trial(eta)
         put(device, row, eta)
         for p, q, old in zip(groups[row]["params"], twin_groups[row]["params"], before[row], strict=True):
             near(p, q, RTOL[p.dtype], old)
-        twin.commit(twin_state | {p: twin_state.get(p, {}) for p in twin_groups[row]["params"]}, 0.7, eta)
+        twin.commit(twin_state | {p: twin_state.get(p, {}) for p in twin_groups[row]["params"]}, eta)
     arena.state[:, STATE.index("slope")] = 1.0
     advance(table, arena)
     for fused, plain, olds in zip(device.units, units, before, strict=True):

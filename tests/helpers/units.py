@@ -3,8 +3,9 @@
 import inspect
 
 import fastals
+from fastals.blocks import Scratch
 from fastals.device import DeviceUnits
-from fastals.host import Passes, Scratch
+from fastals.passes import Passes
 from fastals.settings import sort_arguments
 
 
@@ -23,7 +24,7 @@ def device_units(groups, kind, averages, state, *, several=False):
 
 def passes(unit):
     """The unit's passes on the host, with a scratch that is a little too large and not empty."""
-    scratch = Scratch(unit.size + 7, unit.dtype, unit.device)
-    for buffer in (scratch.g, scratch.d, scratch.work):
+    scratch = Scratch(unit.dtype, unit.device)
+    for buffer in scratch.take(unit.size + 7):
         buffer.fill_(3.0)  # another unit has left it so
-    return Passes(unit, scratch, keep_direction=False)
+    return Passes(unit, scratch)
