@@ -43,7 +43,7 @@ def test_captured_floor(benchmark, in_turn, batch, trials):
     assert {u.name: u.trials for u in graphed.optimizer.report.units} == floor.trials
     benchmark.extra_info.update(
         graph_mode=graphed.train_step.mode.name, reason=graphed.train_step.mode.reason, capture_s=round(seconds, 2),
-        pool_mib=graphed.train_step.pool_bytes // 2**20,
+        pool_mib=graphed.train_step.pool_bytes // 2**20, pieces=graphed.train_step.pieces.captured,
     )  # fmt: skip
 
 

@@ -47,7 +47,8 @@ def table(entries: list[dict]) -> str:
     rows: dict[tuple[str, str], dict[int, str]] = {}
     for e in entries:
         cell = f"{e['measured']:.4g}" if "measured" in e else "failed" if "failed" in e else "-"
-        rows.setdefault((e["name"], e["unit"]), {})[e["batch"]] = f"{cell} / {e['predicted']:.4g}"
+        predicted = "-" if e["predicted"] is None else f"{e['predicted']:.4g}"
+        rows.setdefault((e["name"], e["unit"]), {})[e["batch"]] = f"{cell} / {predicted}"
     head = f"{'measured / predicted':<36}{'batch 8':>20}{'batch 32':>20}"
     body = [
         f"{', '.join(filter(None, name)):<36}{cells.get(0) or cells.get(8, ''):>20}{cells.get(32, ''):>20}"

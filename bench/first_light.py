@@ -8,7 +8,8 @@ from the call until the device is done. Exceptions: ``host time in step()`` ends
     TRITON_INTERPRET=1 python bench/first_light.py --dry-run first_light.json  # tiny and without a GPU
 
 The predictions were written before the first run on a GPU (those of ``without waits between`` after it) and are kept as
-they were. They are arithmetic for an H100 (SXM, 80 GB); the constants in :func:`lines` are guesses:
+they were. They are arithmetic for an H100 (SXM, 80 GB); the constants in :func:`lines` are guesses. The captures of a
+relay have no prediction. The arithmetic:
 
 * a copy reads and writes :data:`COPY` bytes a second; a matrix product reaches :data:`PRODUCT`;
 * a captured forward and backward takes :data:`GRADIENT` seconds, a forward a third of it, and a trial of a unit the
@@ -61,7 +62,7 @@ class Line(NamedTuple):
 
     name: str
     unit: str
-    predicted: float
+    predicted: float | None
     measure: Callable[[], float | dict[str, float]]
     batch: int = 0  # 0 for a figure that has none
 
@@ -112,6 +113,7 @@ def lines() -> Iterator[Line]:
         yield Line("host time in step(), while", "ms", 0.4, host_time, batch)
         state = 4 * WEIGHTS / 2**20  # v and w in float32; AdamW has two moments in bfloat16
         yield Line("memory of a sweep over AdamW's", "MiB", state, partial(memory_over_adamw, batch), batch)
+        yield Line("captures of a relay", "s", None, partial(captures_of_relay, batch), batch)
 
 
 def shape(batch: int) -> Shape:
@@ -247,6 +249,13 @@ def memory_over_adamw(batch: int) -> float:
         memory.append(torch.cuda.memory_reserved() - held)
         del rival
     return (memory[0] - memory[1]) / 2**20
+
+
+def captures_of_relay(batch: int) -> dict[str, float]:
+    """Seconds of all captures of a relay, until every unit has had its turn; with them memory and pieces."""
+    rival, _ = ready(batch, "graphed", **ACCEPTING | {"schedule": "relay"})
+    step = rival.train_step
+    return {"measured": step.capture_seconds, "mib": step.pool_bytes / 2**20} | step.pieces._asdict()
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:

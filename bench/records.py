@@ -132,7 +132,8 @@ def _checked_run(run: Record) -> Record:
 def _checked_figure(figure: Record) -> Record:
     """The figure of a first light; fails if it lacks anything that pages read."""
     _check_type(str, figure["device"], figure["name"], figure["unit"])
-    _check_type(Real, figure["batch"], figure["predicted"], figure.get("measured", 0.0))
+    numbers = figure["batch"], figure["predicted"], figure.get("measured")
+    _check_type(Real, *(n for n in numbers if n is not None))
     return figure
 
 

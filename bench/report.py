@@ -75,17 +75,20 @@ def _first_light(figures: list[Record], suffix: str) -> list[str]:
     """The figures of a first light beside their predictions."""
     if not figures:
         return []
-    rows = [
-        [f["name"], f["unit"], str(f["batch"] or "-"), f"{f['predicted']:.4g}", *_measured(f)] for f in figures
-    ]  # fmt: skip
+    rows = [[f["name"], f["unit"], str(f["batch"] or "-"), _predicted(f), *_measured(f)] for f in figures]
     columns = ["figure", "unit", "batch", "predicted", "measured", "measured / predicted"]
     return [f"## First light{suffix}\n\n{_table(columns, rows)}"]
+
+
+def _predicted(figure: Record) -> str:
+    return "-" if figure["predicted"] is None else f"{figure['predicted']:.4g}"
 
 
 def _measured(figure: Record) -> list[str]:
     if "measured" not in figure:
         return [figure.get("failed") or figure.get("why_not") or "-", "-"]
-    return [f"{figure['measured']:.4g}", f"{figure['measured'] / figure['predicted']:.2f}"]
+    ratio = "-" if figure["predicted"] is None else f"{figure['measured'] / figure['predicted']:.2f}"
+    return [f"{figure['measured']:.4g}", ratio]
 
 
 def _case_sections(cases: list[Record], suffix: str, out: Path) -> list[str]:

@@ -75,8 +75,9 @@ class ActivationCache:
         self.names |= {id(m): prefix + n for n, m in root.named_modules()}
 
     def forget(self) -> None:
-        """Drop every record."""
-        self.records, self.fresh = {}, None
+        """Drop every record, in whatever else holds the records too."""
+        self.records.clear()
+        self.fresh = None
 
     def clear(self) -> None:
         """Drop everything that belongs to the step."""

@@ -122,6 +122,9 @@ class Executor(Protocol):
     def end_skip(self) -> None:
         """End of the actions that may be skipped."""
 
+    def join(self) -> None:
+        """The actions from here to the end of the step are the same in every step that comes here."""
+
 
 class DirectExecutor:
     """Carries out actions at once; the host reads a flag after each trial, by :func:`read_flags` or ``read``."""
@@ -171,6 +174,9 @@ class DirectExecutor:
         """Nothing to do: the schedule knows what was accepted and returns."""
 
     def end_skip(self) -> None:
+        """Nothing to do."""
+
+    def join(self) -> None:
         """Nothing to do."""
 
 
@@ -293,28 +299,28 @@ class DeviceBatch:
 
     def move_together(self, *, once: bool = False) -> bool:
         """Move all units by a common factor of their steps; whether one was accepted (False while recorded)."""
-        self.do(partial(all_units.open_together, self.arena, self.units[0].row, remembered=False))
-        return self._move(once=once, remembered=False)
+        accepted = self._move(once=once)
+        self.executor.skip_rest_if_accepted()
+        return bool(accepted)
 
     def move_by_remembered(self) -> None:
-        """Move all units by their relative steps and one common factor, tested jointly."""
-        first = self.units[0].row
-        self.do(partial(relay.recall, self.arena, first, tested=self.tested))
+        """Move all units by their relative steps and one common factor, tested jointly; no search may follow."""
+        self.executor.join()
+        self.do(partial(relay.recall, self.arena, self.units[0].row, tested=self.tested))
         self.do(partial(survey, self.table, self.arena, averaged=self.tested, move=True))
         self.do(partial(relay.aim, self.arena, tested=self.tested))
-        self.do(partial(all_units.open_together, self.arena, first, remembered=True))
-        self._move(once=False, remembered=True)
+        self._move(remembered=True)
 
-    def _move(self, *, once: bool, remembered: bool) -> bool:
+    def _move(self, *, once: bool = False, remembered: bool = False) -> bool | None:
+        """Test a common factor; whether one was accepted, None while recorded: then what follows is of a rejection."""
+        self.do(partial(all_units.open_together, self.arena, self.units[0].row, remembered=remembered))
         params = [p for unit in self.units for p in unit.active_params()]
         attempt = partial(self._try_together, params, once, remembered)
         accepted = self.executor.repeat(self.arena, self.arena.units, attempt)
         if not accepted:
             self.do(partial(trial, self.table, self.arena))
-        if accepted is False:
             self.do(partial(self.losses.put_back, params))
-        self.executor.skip_rest_if_accepted()
-        return bool(accepted)
+        return accepted
 
     def _try_together(self, params: Sequence[Tensor], once: bool, remembered: bool) -> None:
         trial(self.table, self.arena)

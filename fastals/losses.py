@@ -125,6 +125,25 @@ class Losses(Evaluations):
         if self.cache is not None:
             self.cache.stamps.put_back(params)
 
+    def mark(self) -> Callable[[], None]:
+        """A function that goes back to the calls that are replayed now, and has their arguments and the weights as now.
+
+        A captured step is here in every replay, though torch has seen writes into the batch and into the weights.
+        """
+        cache = self.cache
+        if cache is None:
+            return lambda: None
+        records = cache.records
+        tensors = [*self.params, *(t for call in records.values() for t in call.inputs if isinstance(t, Tensor))]
+        stamps = [cache.stamps.of(t) for t in tensors]
+
+        def go_back() -> None:
+            cache.records = records
+            for t, stamp in zip(tensors, stamps, strict=True):
+                cache.stamps.stand(t, stamp)
+
+        return go_back
+
     def cached(self, unit: str, params: Sequence[Tensor]) -> Outcome | Exception:
         """A cached trial of a unit of which ``params`` have changed, or the error of a loss that needs more."""
         assert self.cache is not None

@@ -58,7 +58,7 @@ class Batch(Protocol):
 
         The relative step of a unit that was searched in this step is the mean of the remembered and the found one; a
         is the factor that the last joint tests have left. The first trial is made in the pass that measures the
-        units. Every unit is credited with its part of the decrease.
+        units. Every unit is credited with its part of the decrease. No search may follow in this step.
         """
 
     def keep(self, unit: Unit) -> None:

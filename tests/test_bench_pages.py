@@ -34,6 +34,8 @@ def test_a_page_holds_the_figures_of_a_first_light_beside_their_predictions(tmp_
     assert "| sweep, while | ms | 8 | 13.4 | 18.76 | 1.40 |" in page
     assert "| sweep, while | ms | 32 | 13.4 | ValueError: no | - |" in page
     assert "| copy | ms | - | 13.4 | x | - |" in page
+    unforeseen = stored_light(tmp_path, light(predicted=None, measured=2.0))
+    assert "| sweep, while | ms | 8 | - | 2 | - |" in report.report([unforeseen], tmp_path / "page").read_text()
     with pytest.raises(UserError, match="two results of sweep, while, batch 8"):
         report.report([stored_light(tmp_path, *figures[:1] * 2)], tmp_path / "page")
     with pytest.raises(UserError, match="no first light"):

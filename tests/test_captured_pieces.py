@@ -36,6 +36,7 @@ from fastals.graphs.graphed import GraphedStep
 from fastals.graphs.program import EndSkip, Loop, Run, SkipIfAccepted
 from fastals.kernels import all_units, arena, armijo, moments, table
 from fastals.kernels import trial as trials
+from fastals.losses import Losses
 
 SPEC = importlib.util.spec_from_file_location("compile_kernels", Path(__file__).with_name("compile_kernels.py"))
 compile_kernels = importlib.util.module_from_spec(SPEC)
@@ -415,6 +416,59 @@ def test_the_tails_of_all_turns_of_a_cycle(watch):
         program, _, due = traced.take()
         assert due
     assert len(program.tails) == len(traced.opt.engine.partition.units)
+    memory_is_held(watch, program)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Of every trial that is captured: its unit, and the first call that it computes although it is recorded."""
+    found, plain = [], Losses.at
+
+    def at(losses, unit, params, *, record=False):
+        loss = plain(losses, unit, params, record=record)
+        found.append((unit, losses.cache.missed))
+        return loss
+
+    monkeypatch.setattr(Losses, "at", at)
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["relay", "cycle"])
+def test_a_tail_captured_late_replays_as_many_calls_as_the_first(schedule, computed, watch):
+    """Whatever tails before it have noted of the weights, and however often the batch has been written."""
+    traced, seen = Traced(watch, tiny, schedule=schedule, every=1), {}
+    groups = traced.opt.param_groups
+    for signature in ("all", *range(len(groups))):
+        for turn in range(len(groups)) if signature == "all" else [signature]:
+            for i, group in enumerate(groups):
+                group["last_search"] = 1 + (i != turn)
+            computed.clear()
+            traced.take(signature)
+            unit, missed = computed[0]
+            assert seen.setdefault(unit, missed) == missed
+    assert len(seen) == len(groups)
+    assert "'norm': its parameters" in seen["head"], "the blocks below the head are replayed"
+
+
+def test_the_sweep_behind_a_joint_test_replays_the_calls_of_any_sweep(computed, watch):
+    seen = []
+    for schedule in ("sweep", "joint"):
+        computed.clear()
+        Traced(watch, tiny, schedule=schedule).take()
+        seen.append([found for found in computed if found[0] != "all units"])
+    assert seen[0] == seen[1]
+
+
+def test_tails_of_a_relay_share_what_follows_their_search(computed, watch):
+    """3 pieces for each turn, 1 for the steps between, 3 that all share, and the head; one joint trial is captured."""
+    traced = Traced(watch, tiny, schedule="relay", every=2)
+    units = len(traced.opt.param_groups)
+    for _ in range(2 * units):
+        program, _, _ = traced.take()
+    assert len(program.tails) == units + 1
+    assert watch.pieces == len(set(program.pieces)) == 3 * units + 5
+    assert len(program.pieces) == 7 * units + 5
+    assert [unit for unit, _ in computed].count("all units") == 1
     memory_is_held(watch, program)
 
 

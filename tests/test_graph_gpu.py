@@ -181,6 +181,69 @@ def test_a_loop_on_the_device_ends_when_its_flag_says_so():
     assert counters.tolist() == [7, 5]
 
 
+def test_a_piece_is_right_in_several_graphs_and_twice_in_one():
+    """Graphs hold copies of it, with loops of their own, and are launched by turns."""
+    backend = cuda_backend()
+    flags = torch.zeros(1, 4, dtype=torch.int32, device="cuda")
+    total, shared, own = torch.zeros(3, dtype=torch.int32, device="cuda").unbind()
+
+    def count():
+        total.add_(1)
+        flags.sub_(1)
+
+    actions = [partial(flags.fill_, 3), count, partial(shared.add_, 1), partial(own.add_, 1)]
+    with torch.cuda.stream(backend.stream):
+        for action in actions:
+            action()
+    torch.cuda.synchronize()
+    with backend.session():
+        arm, loop, once, other = map(backend.capture, actions)
+    rest = [Run(arm), Loop(loop, 0), Run(once)]
+    launches = [linked_or_skipped(backend, line, flags) for line in (rest, [Run(other), *rest], [*rest, *rest])]
+    torch.cuda.synchronize()
+    for counter in (total, shared, own):
+        counter.zero_()
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for launch in launches:
+            launch()
+    torch.cuda.synchronize()
+    assert (int(total), int(shared), int(own)) == (1200, 400, 100)
+
+
+@pytest.mark.parametrize("force_host", [False, True], ids=["while", "host"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_tails_of_a_relay_share_pieces_and_take_the_eager_steps(dropout, force_host, monkeypatch):
+    """Eager masks are others, so with dropout the joint test is held against f(w_t) at steps too short to show."""
+    if force_host:
+        monkeypatch.setattr(cuda, "runtime", None)
+    torch.manual_seed(0)
+    model = TinyTransformer(depth=2, dropout=dropout).cuda()
+    twin = copy.deepcopy(model)
+    short = {"trust": None, "eta_init": 1e-30, "eta_max": 1e-30, "eta_min": 1e-38} if dropout else HARD
+    options = short | {"schedule": "relay", "every": 2}
+    opt = fastals.ALS(fastals.units(model), model=model, fused=True, **options)
+    eager = fastals.ALS(fastals.units(twin), model=twin, fused=True, **options)
+    step, units = opt.graphed(lambda batch: model(**batch)), len(opt.param_groups)
+    for batch in tiny_batches(WARMUP + 6 * units):
+        batch = {k: v.cuda() for k, v in batch.items()}
+        step(batch)
+        if dropout:
+            assert opt.report.loss_after == opt.report.loss_before
+            continue
+        eager.step(lambda: twin(**batch))  # noqa: B023
+        a, b = opt.report, eager.report
+        assert [(u.name, u.outcome, u.trials) for u in a.units] == [(u.name, u.outcome, u.trials) for u in b.units]
+        assert (a.joint_trials, a.factor) == (b.joint_trials, b.factor)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.data.copy_(p.data)
+        eager.load_state_dict(opt.state_dict())
+    assert step.pieces == (3 * units + 5, 7 * units + 5)
+    assert step.capture_seconds > 0
+    if not force_host and step.mode.name != "while":
+        pytest.skip(f"steps ran in mode {step.mode.name}: {step.mode.reason}")
+
+
 class Attending(torch.nn.Module):
     """Two blocks of attention by torch's fused kernels, in bfloat16 under autocast."""
 

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 pytest.importorskip("triton")
 from helpers.hf import model_and_batches
@@ -14,7 +15,7 @@ from helpers.recording import Recording, build, interpreted, recorded
 from helpers.tiny import tiny_batches
 
 import fastals
-from fastals.graphs.graphed import WARMUP
+from fastals.graphs.graphed import WARMUP, _signature
 from fastals.graphs.program import EndSkip, Loop, Run, SkipIfAccepted
 
 
@@ -68,6 +69,88 @@ def test_launches_and_looks():
             trials, units = opt.report.trials, len(opt.report.units)
             assert log.count("look") == trials
             assert log.count("replay") == 1 + trials + units + 1  # head, trials, a line before every loop, the end
+
+
+@interpreted
+def test_launches_and_looks_of_a_relay():
+    """A step that searches is as many launches as one between two searches; the host reads nothing in while mode."""
+    for linked, dropout in ((False, 0.1), (True, 0.1), (True, 0.0)):
+        log, kinds = [], set()
+        _, opt, step = build(linked=linked, log=log, dropout=dropout, schedule="relay", every=2, **HARD)
+        for t, batch in enumerate(tiny_batches(WARMUP + 8)):
+            log.clear()
+            step(batch)
+            searched = opt.report.trials > opt.report.joint_trials
+            if t < WARMUP:
+                continue
+            kinds.add(searched)
+            launched = [entry for entry in log if entry != "capture"]
+            if linked:
+                assert launched == (["replay", "launch"] if dropout else ["launch"])
+            else:
+                lines = 4 if searched else 3  # a line before every loop, one after a search alone, the end
+                assert launched.count("look") == opt.report.trials
+                assert launched.count("replay") == 1 + opt.report.trials + lines
+        assert kinds == {True, False}
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("first", "momentum", "linked"), [("keep", "none", True), (0, "after", True), (2, "none", False)]
+)
+def test_a_relay_takes_the_eager_steps_whichever_tail_is_captured_first(first, momentum, linked):
+    """Through the turns of all units, twice, and the steps between, with rejections."""
+    options = HARD | {"schedule": "relay", "every": 2, "momentum": momentum}
+    log = []
+    model, opt, step = build(linked=linked, log=log, **options)
+    twin = copy.deepcopy(model)
+    eager = fastals.ALS(fastals.units(twin), model=twin, fused=True, **options)
+    units, trials = len(opt.param_groups), []
+    batches = list(tiny_batches(WARMUP + 4 * units))
+    for t, batch in enumerate(batches):
+        if t == WARMUP:
+            capture(step, batch, [first, 1, "keep", 2, 0])
+            log.clear()
+        for take in (step, lambda b: eager.step(lambda: twin(**b))):
+            torch.manual_seed(100 + t)
+            take(batch)
+        same_report(opt.report, eager.report)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+        trials.append((opt.report.trials - opt.report.joint_trials, opt.report.joint_trials))
+    assert "capture" not in log
+    assert all(max(made) > 1 for made in zip(*trials[WARMUP:], strict=True)), "no rejections"
+    assert {u.name for r in opt.reports[WARMUP:] for u in r.units if u.trials} == {u.name for u in opt.report.units}
+    for a, b in zip(opt.state_dict()["param_groups"], eager.state_dict()["param_groups"], strict=True):
+        assert a == b
+
+
+def capture(step, batch, turns):
+    """Capture the tails of these turns in their order, before their steps come."""
+    leaves, spec = tree_flatten(batch)
+    groups = step.engine.groups
+    before = [group["last_search"] for group in groups]
+    program = step._captured(_signature(leaves, spec, step.engine.find_modules()), leaves, spec).program
+    for turn in turns:
+        for i, group in enumerate(groups):
+            group["last_search"] = int(i != turn)
+        step._tail(program, search=turn != "keep")
+    for group, last in zip(groups, before, strict=True):
+        group["last_search"] = last
+
+
+@interpreted
+def test_time_and_pieces_of_captures_are_told():
+    log = []
+    _, opt, step = build(log=log, schedule="relay", every=1)
+    units, seconds = len(opt.param_groups), [step.capture_seconds]
+    for batch in tiny_batches(WARMUP + units):
+        step(batch)
+        seconds.append(step.capture_seconds)
+    assert seconds[WARMUP] == 0
+    assert sorted(set(seconds)) == seconds[WARMUP:], "every step but the first ones has captured"
+    step(batch)
+    assert step.capture_seconds == seconds[-1]
+    assert step.pieces == (log.count("capture"), 7 * units) == (3 * units + 4, 7 * units)
 
 
 @interpreted
@@ -135,7 +218,7 @@ def test_schedules_differ_in_how_pieces_are_strung_together():
         (tail, *_) = captured.program.tails.values()
         signs = {Run: "-", Loop: "o", SkipIfAccepted: "<", EndSkip: ">"}
         shapes[schedule] = "".join(signs[type(operation)] for operation in tail.operations)
-    assert shapes.pop("relay") in ("-o-o-<>-", "-o-<>-"), "with and without a search"
+    assert shapes.pop("relay") in ("-o--o-", "--o-"), "with and without a search"
     assert shapes == {"sweep": "-o-o-o-", "independent": "-o-o-o-o-<>-", "cycle": "-o-", "joint": "-o-<-o-o-o->-"}
 
 

@@ -2,10 +2,11 @@
 
 import gc
 import math
+import time
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
@@ -47,6 +48,13 @@ class GraphMode(NamedTuple):
     reason: str
 
 
+class Pieces(NamedTuple):
+    """Pieces that were ``captured``, and how many steps are made of: ``used`` counts a piece in each of its places."""
+
+    captured: int
+    used: int
+
+
 class Captured(NamedTuple):
     """A program with the static inputs that its graphs read."""
 
@@ -77,6 +85,7 @@ class GraphedStep:
 
     Attributes:
         mode: :class:`GraphMode`, how steps run and why.
+        capture_seconds: time spent on captures so far, those of programs that have gone included.
 
     Raises:
         FloatingPointError: the loss is not finite at the current weights; nothing has moved. In mode ``while`` the
@@ -97,6 +106,7 @@ class GraphedStep:
         self.optimizer, self.loss_fn, self.max_signatures = optimizer, loss_fn, max_signatures
         self.pad_to_multiple_of, self._make_backend = pad_to_multiple_of, backend or _cuda_graphs
         self.mode = GraphMode("eager", "nothing has been captured yet")
+        self.capture_seconds = 0.0
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
         self._programs: OrderedDict[Hashable, Captured] = OrderedDict()
         self._identity: Hashable = None
@@ -155,6 +165,12 @@ class GraphedStep:
         """Device memory in bytes that the captured programs hold."""
         return sum(captured.program.backend.held_bytes() for captured in self._programs.values())
 
+    @property
+    def pieces(self) -> Pieces:
+        """Pieces of the captured programs; tails that go on in the same way use the same ones."""
+        used = [piece for captured in self._programs.values() for piece in captured.program.pieces]
+        return Pieces(len(set(used)), len(used))
+
     def _warm_up(self, signature: Hashable, batch: Inputs) -> Tensor:
         if not self._seen:
             gc.collect()  # frees the device memory of old programs and models that only cycles hold
@@ -197,6 +213,15 @@ class GraphedStep:
 
         return on_stream(self._stream)
 
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count the time of the ``with`` block as spent on captures."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.capture_seconds += time.perf_counter() - begin
+
     def _captured(self, signature: Hashable, leaves: list[Any], spec: TreeSpec) -> Captured:
         """The program of the signature; a new one may take the place of the one used least recently."""
         if signature not in self._programs:
@@ -210,7 +235,7 @@ class GraphedStep:
         inputs = [leaf.to(self._device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         batch = tree_unflatten(inputs, spec)
         backend = self._make_backend(self._device, self._stream, draws=self._draws)
-        with self._on_stream():
+        with self._timed(), self._on_stream():
             program = Program(self.engine, lambda: self.loss_fn(batch), backend)
         return Captured(program, inputs)
 
@@ -219,7 +244,7 @@ class GraphedStep:
         turn = turn_of([unit.rules for unit in program.units]) if self.engine.settings.takes_turns else 0
         key = turn if search else "keep"
         if key not in program.tails:
-            with self._on_stream():
+            with self._timed(), self._on_stream():
                 program.capture_tail(key, partial(self.engine.move, search=search), self.engine.seed)
             self._identity = self._standing(
                 self.engine.find_modules()

@@ -1,8 +1,8 @@
 """A step as captured pieces: the head (forward and backward) and, for each sequence of searches, a tail.
 
 The engine makes its moves on a mini-batch that records them. The actions between two loops become one piece; the body
-of a loop is a piece of its own, repeated while its flag is set. A back end captures and replays pieces
-(:class:`fastals.graphs.cuda.CudaGraphs`).
+of a loop is a piece of its own, repeated while its flag is set. Where tails join (:meth:`Recorder.join`) the pieces of
+the first are those of all. A back end captures and replays pieces (:class:`fastals.graphs.cuda.CudaGraphs`).
 """
 
 import copy
@@ -99,11 +99,17 @@ class Backend(Protocol):
 
 
 class Recorder:
-    """The executor that records the actions of a mini-batch as operations instead of carrying them out."""
+    """The executor that records the actions of a mini-batch as operations instead of carrying them out.
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend, self.operations, self._line = backend, list[Operation](), list[Action]()
-        self._skipping = False
+    Args:
+        backend: captures pieces.
+        rest: the operations that follow where tails join; empty until the first of them has been recorded.
+    """
+
+    def __init__(self, backend: Backend, rest: list[Operation]) -> None:
+        self.backend, self.rest, self._before = backend, rest, list[Operation]()
+        self.operations, self._line = list[Operation](), list[Action]()
+        self._skipping = self._known = False
 
     def do(self, action: Action) -> None:
         """Append to the actions since the last loop."""
@@ -113,7 +119,7 @@ class Recorder:
         """Record a loop; whether it will accept is not known."""
         del arena
         self._end_line()
-        self.operations.append(Loop(self.backend.capture(attempt), row))
+        self._append(lambda: Loop(self.backend.capture(attempt), row))
 
     def look(self, arena: Arena) -> None:
         """Nothing to do: a replay learns of its flags later."""
@@ -121,25 +127,34 @@ class Recorder:
     def skip_rest_if_accepted(self) -> None:
         """Mark the start of the operations that may be skipped."""
         self._end_line()
-        self.operations.append(SkipIfAccepted())
+        self._append(SkipIfAccepted)
         self._skipping = True
 
     def end_skip(self) -> None:
         """Mark their end, if their start was marked."""
         if self._skipping:
             self._end_line()
-            self.operations.append(EndSkip())
+            self._append(EndSkip)
             self._skipping = False
+
+    def join(self) -> None:
+        """Go on with the operations that an earlier tail has recorded from here on, or record them for later tails."""
+        self._end_line()
+        self._before, self.operations, self._known = self.operations, self.rest, bool(self.rest)
 
     def finish(self) -> list[Operation]:
         """All operations."""
         self._end_line()
-        return self.operations
+        return [*self._before, *self.operations]
 
     def _end_line(self) -> None:
         line, self._line = self._line, []
         if line:
-            self.operations.append(Run(self.backend.capture(partial(_run_all, line))))
+            self._append(lambda: Run(self.backend.capture(partial(_run_all, line))))
+
+    def _append(self, record: Callable[[], Operation]) -> None:
+        if not self._known:
+            self.operations.append(record())
 
 
 def _run_all(actions: Sequence[Action]) -> None:
@@ -173,6 +188,9 @@ class Program:
         engine: the optimizer's engine; its searches run on the device.
         closure: evaluates the loss of the static inputs.
         backend: captures and replays.
+
+    Attributes:
+        go_to_start: has the host take weights and calls as the head leaves them, for a piece that follows it.
     """
 
     def __init__(self, engine: Engine, closure: Closure, backend: Backend) -> None:
@@ -186,11 +204,13 @@ class Program:
         self.generators = rng.get_state(self.losses.generators.devices)
         with self._capturing():
             self.head, self.loss = backend.capture_head(self._differentiate)
+        self.go_to_start = self.losses.mark()
         self.grads = [p.grad for p in self.params]
         self.units = in_forward_order(units, cache)
         self.device = copy.copy(engine.partition)
         self.device.table = Table(engine.partition.table.entries)
         self.tails: dict[object, Tail] = {}
+        self._rest: list[Operation] = []  # of all tails that join
         _drop_gradients(self.params)
 
     def _differentiate(self) -> Tensor:
@@ -198,14 +218,15 @@ class Program:
         return self.losses.differentiate()
 
     def capture_tail(self, key: object, move: Callable[[DeviceBatch], None], seed: str) -> None:
-        """Record ``move`` on a mini-batch, and capture it as ``tails[key]``."""
+        """Record ``move`` on a mini-batch, and capture it as ``tails[key]``; it starts where the head ends."""
+        self.go_to_start()
         with self._gradients_in_place(), self._capturing():
             for unit in self.units:
                 unit.find_active()
             self.tails[key] = self._recorded(move, seed)
 
     def _recorded(self, move: Callable[[DeviceBatch], None], seed: str) -> Tail:
-        recorder = Recorder(self.backend)
+        recorder = Recorder(self.backend, self._rest)
         batch = self.device.begin(self.losses, self.units, self.loss, seed, recorder)
         move(batch)
         recorder.end_skip()
@@ -218,6 +239,12 @@ class Program:
         except Exception as error:  # the bindings raise errors of any class
             named = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
             return Tail(operations, batch, None, False, f"{named}{error}")
+
+    @property
+    def pieces(self) -> list[Any]:
+        """The piece of every place in a tail; that of the head, first, has a place in each."""
+        tails = self.tails.values()
+        return [self.head for _ in tails] + [o.piece for t in tails for o in t.operations if isinstance(o, Run | Loop)]
 
     def _settle(self) -> None:
         self.losses.around.settle_in_place(self.device.arena.flags[-1, FLAGS.index("refused")] != 0)
