@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from rivals import Graphed, Rival
 
+from fastals.buffers import Unit
 from fastals.report import EXHAUSTED, UnitReport
 
 
@@ -38,12 +39,14 @@ class Floor(Rival):
         reports = {u.name: u for u in graphed.optimizer.report.units}
         self.trials = {u.name: reports[u.name].trials for u in self.program.units}
         moved = sum(_kernel_bytes(u.active_params(), reports[u.name]) for u in self.program.units)
-        losses = self.program.losses
         with self.program._capturing():
-            self.upper = {
-                u.name: self.backend.capture(partial(losses.at, u.name, u.active_params())) for u in self.program.units
-            }
+            self.upper = {u.name: self._forward_above(u) for u in self.program.units}
             self.copies = self.backend.capture(_copies(moved, self.program.loss.device))
+
+    def _forward_above(self, unit: Unit) -> object:
+        """The captured forward above the unit, the others at w_t."""
+        self.program.go_to_start()
+        return self.backend.capture(partial(self.program.losses.at, unit.name, unit.active_params()))
 
     def step(self, batch: dict) -> torch.Tensor:
         """Replay the passes and copies of the step, on the mini-batch that the graphs hold."""
