@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastals.buffers import Segment, Unit
 
-BLOCK = 65_536  # elements; a multiple of the alignment, so that no block starts within a gap
+BLOCK = 131_072  # elements; a multiple of the alignment, so that no block starts within a gap
 ELSEWHERE = 2**22  # off the CPU, where launches cost more than what a cache saves
 
 
