@@ -1,6 +1,6 @@
 """The active part of a unit's flat buffers, cut into blocks that stay in the cache while a pass works on them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class Scratch:
 class Piece(NamedTuple):
     """What a block holds of one parameter; ``part`` is its part of the flat parameter, None if it is whole."""
 
-    index: int
+    param: int
     part: slice | None
     where: slice  # in the block
 
@@ -54,8 +54,8 @@ class Block:
     gs: list[Tensor]
     ds: list[Tensor]
 
-    def pick(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """From a list of one tensor per parameter, flat where parts are taken, one view per piece."""
+    def pick(self, tensors: Mapping[int, Tensor]) -> list[Tensor]:
+        """From the tensors of parameters, flat where parts are taken, one view per piece."""
         return [tensors[i] if part is None else tensors[i][part] for i, part, _ in self.pieces]
 
 
@@ -115,4 +115,4 @@ def _piece(unit: Unit, i: int, where: slice) -> Piece | None:
 
 def _view(unit: Unit, piece: Piece, flat: Tensor) -> Tensor:
     view = flat[piece.where]
-    return view if piece.part is not None else view.view(unit.members[piece.index][0].shape)
+    return view if piece.part is not None else view.view(unit.members[piece.param][0].shape)

@@ -76,7 +76,8 @@ class Passes:
     def survey(self, averaged: bool, move: float = 0.0) -> Sums:
         """Slope and length of the direction; with ``move`` the parameters are set to w − move d in the same pass."""
         self.averaged = averaged
-        tensors, sums = self._tensors(), []
+        tensors = self._tensors()
+        sums: list[Tensor] = []
         for number, block in enumerate(self.blocks):
             self._hold(number, block, tensors)
             g = self._direct(block, tensors)
@@ -104,7 +105,7 @@ class Passes:
         """Advance moments, update counts and master weights; the parameters have moved already."""
         unit, tensors = self.unit, self._tensors()
         for block in self.blocks:
-            masters = [k for k, piece in enumerate(block.pieces) if eta and unit.has_master(piece.index)]
+            masters = [k for k, piece in enumerate(block.pieces) if eta and unit.has_master(piece.param)]
             g = self._direct(block, tensors) if masters else self._gradient(block, tensors)
             for k in masters:
                 block.ws[k].sub_(block.ds[k], alpha=eta)
@@ -128,7 +129,7 @@ class Passes:
         if now == self._cut_for or 0 < self._held < len(self.blocks):
             return
         blocks = cut(unit, self._segments, rigid, self.scratch)
-        self._parted = {piece.index for block in blocks for piece in block.pieces if piece.part is not None}
+        self._parted = {piece.param for block in blocks for piece in block.pieces if piece.part is not None}
         self.blocks, self._held, self._cut_for = blocks, len(blocks) if self._held else 0, now
 
     def _tensors(self) -> Tensors:

@@ -97,7 +97,7 @@ def snapshot(params: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 def copy(tensors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Copy every tensor into another of its shape, in the dtype of that one."""
     if tensors:
-        torch._foreach_copy_(out, tensors)
+        torch._foreach_copy_(list(out), list(tensors))
 
 
 def trial(params: Sequence[Tensor], w: Sequence[Tensor], d: Sequence[Tensor], eta: float) -> None:

@@ -149,10 +149,10 @@ def test_what_cannot_be_cut_lies_in_a_block_as_a_whole(size):
     formats = ["plain", "parameter", "plain", "gradient", "parameter", "plain"]
     shapes = [(200,), (20, 20), (300,), (9, 7), (4, 5), (100,)]
     twin, _ = make([(shape, kept, True, 0) for shape, kept in zip(shapes, formats, strict=True)])
-    whole = {piece.index for block in twin.blocks for piece in block.pieces if piece.part is None}
+    whole = {piece.param for block in twin.blocks for piece in block.pieces if piece.part is None}
     assert whole >= {1, 3, 4}
     assert max(len(block.w) for block in twin.blocks) == 400
-    assert all(len(block.w) <= 128 for block in twin.blocks if 1 not in {piece.index for piece in block.pieces})
+    assert all(len(block.w) <= 128 for block in twin.blocks if 1 not in {piece.param for piece in block.pieces})
 
 
 def test_gradients_are_read_only(size):
