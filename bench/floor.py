@@ -17,13 +17,16 @@ from fastals.report import EXHAUSTED, UnitReport
 def moved_bytes(kernel: str, param_bytes: int, averages: bool) -> int:
     """Bytes per parameter that a kernel must move; p and g have ``param_bytes``, everything else is float32.
 
-    ``survey`` reads g, v, p (m, and the master of a small p) and writes w; ``trial`` reads g, v, w (m) and writes p;
+    ``survey`` reads g, v, p (m) and writes w, or reads the master of a small p, which it writes only after someone
+    else has written p; ``survey_move`` besides writes p; ``trial`` reads g, v, w (m) and writes p;
     ``restore`` reads w and writes p; ``advance`` reads g, v (m) and writes v (m, and reads and writes the master).
     """
     first = 4 if averages else 0
     master = 4 if param_bytes < 4 else 0
+    survey = 2 * param_bytes + 4 + 4 + first
     return {
-        "survey": 2 * param_bytes + 4 + 4 + master + first,
+        "survey": survey,
+        "survey_move": survey + param_bytes,
         "trial": 2 * param_bytes + 4 + 4 + first,
         "restore": param_bytes + 4,
         "advance": param_bytes + 8 + 2 * master + 2 * first,

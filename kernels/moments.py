@@ -1,15 +1,17 @@
 r"""Sums over all units at the start of a step (:func:`survey`), and the update of the moments (:func:`advance`).
 
-:func:`survey` reads g, v (m if there is one) and p, snapshots p into w and sums up, over every chunk,
+:func:`survey` reads g, v (m if there is one) and p, snapshots p into w and sums up, over the chunks of every program,
 
     ⟨g, d⟩, ‖d‖², the entries with g ≠ 0, ‖w‖² and the elements, and ⟨g, d⟩ and ‖d‖² of the averaged direction if
     it is tested,
 
-in float32, a row of partial sums per chunk. The rows of a unit are added up in float64, by many programs and then
-by one, without atomics and in a fixed order: the same inputs give the same bits. :func:`advance` alone changes the
-moments, so that a step that fails has nothing to undo in them. Bytes per parameter (float32, Adam):
-survey 16, and 20 with the averaged direction; advance 12, and 20 with a first moment. Plain torch versions:
-``direction``, ``snapshot`` and ``advance`` of :mod:`fastals.kernels.plain`.
+in float32, a row of partial sums per program. The rows of a unit are added up in float64, by many programs and then
+by one, without atomics and in a fixed order: the same inputs give the same bits. A survey may move the parameters to
+a step that is known beforehand, in the same pass. The masters of parameters below float32 are written only in chunks
+that hold a parameter which someone else has written. :func:`advance` alone changes the moments, so that a step that
+fails has nothing to undo in them. Bytes per parameter (Adam) in float32: survey 16, with the move 20, and 4 more with
+the averaged direction; advance 12, and 20 with a first moment. In bfloat16: survey 12, with the move 14. Plain torch
+versions: ``direction``, ``snapshot``, ``trial`` and ``advance`` of :mod:`fastals.kernels.plain`.
 """
 
 import torch
@@ -17,8 +19,9 @@ import triton
 import triton.language as tl
 
 from fastals.kernels.arena import Arena
-from fastals.kernels.chunk import chunk_of, direction_of, length_of, offsets_of
+from fastals.kernels.chunk import chunk_of, direction_of, length_of, moved_of, offsets_of, program_of
 from fastals.kernels.columns import (
+    AT,
     AVERAGED,
     CONSTANT_BETA1,
     CONSTANT_BETA2,
@@ -28,18 +31,16 @@ from fastals.kernels.columns import (
     CONSTANT_EPS,
     CONSTANT_NEW1,
     CONSTANT_NEW2,
+    HELD,
     LAYOUT_RULES,
-    LAYOUT_UNIT,
     MOVE,
     N_CONSTANTS,
     N_LAYOUT,
-    N_PLACES,
     N_RULES,
     N_SPANS,
     N_SPLIT,
     N_STATE,
     N_SUMS,
-    PLACE_PRESENT,
     RULE_BETA1,
     RULE_BETA2,
     RULE_EPS,
@@ -47,16 +48,14 @@ from fastals.kernels.columns import (
     SLOPE,
     SPAN_FIRST,
     SPAN_LAST,
-    SUM_AVERAGED_DIRECTION,
     SUM_AVERAGED_SLOPE,
     SUM_DIRECTION,
     SUM_ELEMENTS,
-    SUM_MOVING,
-    SUM_SLOPE,
-    SUM_WEIGHTS,
 )
-from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH, Table
+from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH, REGISTERS, WARPS, Table
 
+PIECE = BLOCK // 4  # elements that a survey takes at a time of a chunk that is not whole: few registers
+SURVEY = BY_CHUNK | {"maxnreg": REGISTERS}  # left alone, the compiler takes up to 110
 PARAMETERS = 128  # parameters that one program of constants_kernel handles
 
 
@@ -89,9 +88,16 @@ def constants_kernel(layout, counts, rules, out, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _master_of(b_p, b_w):
-    """The float32 masters of parameters below float32; a parameter that was written since is its own master."""
-    b_same = b_w.to(b_p.dtype).to(tl.int16, bitcast=True) == b_p.to(tl.int16, bitcast=True)
-    return tl.where(b_same, b_w, b_p.to(tl.float32))
+    """The float32 masters of parameters below float32, and 1 where a parameter was written since: it is its own."""
+    b_new = b_w.to(b_p.dtype).to(tl.int16, bitcast=True) != b_p.to(tl.int16, bitcast=True)
+    return tl.where(b_new, b_p.to(tl.float32), b_w), b_new.to(tl.int32)
+
+
+@triton.jit
+def _by_thread(b_x, THREADS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Sums of what each thread holds, ``WIDE`` neighbours or several times as many."""
+    b_x = tl.sum(tl.reshape(b_x, [BLOCK // WIDE, WIDE]), axis=1)
+    return tl.sum(tl.reshape(b_x, [BLOCK // WIDE // THREADS, THREADS]), axis=0)
 
 
 @triton.jit
@@ -103,16 +109,20 @@ def _survey_chunk(
     w,
     constants,
     grad_scale,
-    partials,
-    i_row,
-    n_rows,
+    eta,
+    averaged,
     length,
     ADAM: tl.constexpr,
     HAS_M: tl.constexpr,
     LOW: tl.constexpr,
+    MOVE_TOO: tl.constexpr,
     MASKED: tl.constexpr,
+    THREADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Snapshot and move a chunk; the sums of each thread."""
+    narrow: tl.constexpr = min(p.dtype.element_ty.primitive_bitwidth, g.dtype.element_ty.primitive_bitwidth)
+    wide: tl.constexpr = min(128 // narrow, BLOCK // THREADS)
     o_e = tl.arange(0, BLOCK)
     m_e = (o_e < length) if MASKED else None
     other = 0.0 if MASKED else None
@@ -120,27 +130,43 @@ def _survey_chunk(
     b_p = tl.load(p + o_e, mask=m_e, other=other)
     b_v = tl.load(v + o_e, mask=m_e, other=other) if ADAM else b_g
     b_m = tl.load(m + o_e, mask=m_e, other=other) if HAS_M else b_g
-    b_w = _master_of(b_p, tl.load(w + o_e, mask=m_e, other=other)) if LOW else b_p
-    tl.store(w + o_e, b_w, mask=m_e)
+    if LOW:
+        b_w, b_new = _master_of(b_p, tl.load(w + o_e, mask=m_e, other=other))
+        if tl.max(b_new) != 0:  # else the masters are what they were
+            tl.store(w + o_e, b_w, mask=m_e)
+    else:
+        b_w = b_p
+        tl.store(w + o_e, b_w, mask=m_e)
     b_scaled = b_g * grad_scale
     b_d = direction_of(b_scaled, b_m, b_v, b_w, constants, averaged=False, ADAM=ADAM, HAS_M=HAS_M)
+    b_step = b_d
+    if HAS_M:
+        b_mean = direction_of(b_scaled, b_m, b_v, b_w, constants, averaged=True, ADAM=ADAM, HAS_M=HAS_M)
+        b_step = tl.where(averaged, b_mean, b_d)
+    if MOVE_TOO:
+        m_p = tl.full([BLOCK], 1, tl.int1) & (eta != 0)  # a mask, as a branch would take more registers
+        b_moved = moved_of(b_w, b_step, eta).to(p.dtype.element_ty)
+        tl.store(p + o_e, b_moved, mask=(m_p & m_e) if MASKED else m_p)
     if MASKED:
         b_d = tl.where(m_e, b_d, 0.0)
-    out = partials + i_row
-    tl.store(out + SUM_SLOPE * n_rows, tl.sum(b_g * b_d))
-    tl.store(out + SUM_DIRECTION * n_rows, tl.sum(b_d * b_d))
-    tl.store(out + SUM_MOVING * n_rows, tl.sum((b_g != 0).to(tl.float32)))
-    tl.store(out + SUM_WEIGHTS * n_rows, tl.sum(b_w * b_w))
-    tl.store(out + SUM_ELEMENTS * n_rows, length.to(tl.float32))
+    b_slope = _by_thread(b_g * b_d, THREADS=THREADS, BLOCK=BLOCK, WIDE=wide)
+    b_direction = _by_thread(b_d * b_d, THREADS=THREADS, BLOCK=BLOCK, WIDE=wide)
+    b_moving = _by_thread((b_g != 0).to(tl.float32), THREADS=THREADS, BLOCK=BLOCK, WIDE=wide)
+    b_weights = _by_thread(b_w * b_w, THREADS=THREADS, BLOCK=BLOCK, WIDE=wide)
     if HAS_M:
-        b_d = direction_of(b_scaled, b_m, b_v, b_w, constants, averaged=True, ADAM=ADAM, HAS_M=HAS_M)
         if MASKED:
-            b_d = tl.where(m_e, b_d, 0.0)
-    tl.store(out + SUM_AVERAGED_SLOPE * n_rows, tl.sum(b_g * b_d))
-    tl.store(out + SUM_AVERAGED_DIRECTION * n_rows, tl.sum(b_d * b_d))
+            b_mean = tl.where(m_e, b_mean, 0.0)
+        b_mean_slope = _by_thread(b_g * b_mean, THREADS=THREADS, BLOCK=BLOCK, WIDE=wide)
+        b_mean_direction = _by_thread(b_mean * b_mean, THREADS=THREADS, BLOCK=BLOCK, WIDE=wide)
+        b_zero = tl.zeros_like(b_slope)
+        b_even = tl.join(tl.join(b_slope, b_zero), tl.join(b_moving, b_mean_direction))
+        b_sums = tl.join(b_even, tl.join(tl.join(b_direction, b_mean_slope), tl.join(b_weights, b_zero)))
+    else:
+        b_sums = tl.join(tl.join(b_slope, b_moving), tl.join(b_direction, b_weights))
+    return b_sums
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "first_program"])
 def survey_kernel(
     p_base,
     g_base,
@@ -148,51 +174,87 @@ def survey_kernel(
     v,
     w,
     chunks,
+    programs,
     places,
     layout,
     constants,
     grad_scale,
+    state,
     partials,
     n_rows,
+    first_program,
     ADAM: tl.constexpr,
     HAS_M: tl.constexpr,
     LOW: tl.constexpr,
+    MOVE_TOO: tl.constexpr,
     ALIGNED: tl.constexpr,
+    THREADS: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk: snapshot of the weights and a row of partial sums, zeros without a gradient."""
-    i_p, _, start, i_row = chunk_of(chunks, tl.program_id(0), BLOCK=BLOCK)
-    present = tl.load(places + i_p * N_PLACES + PLACE_PRESENT)
-    length = length_of(layout, i_p, start) * present
-    o_p, o_g, o_f = offsets_of(places, layout, i_p, start, ALIGNED=ALIGNED)
+    """Snapshots of the weights and a row of partial sums, and with MOVE_TOO the move to the step in ``state``."""
+    first, last, i_row, i_u = program_of(programs, tl.program_id(0) + first_program)
+    row = state + i_u * N_STATE
     scale = tl.load(grad_scale)
-    constants += i_p * N_CONSTANTS
-    for masked in tl.static_range(2):
-        if (length >= BLOCK) != masked:
-            _survey_chunk(
-                p=p_base + o_p,
-                g=g_base + o_g,
-                m=m + o_f,
-                v=v + o_f,
-                w=w + o_f,
-                constants=constants,
-                grad_scale=scale,
-                partials=partials,
-                i_row=i_row,
-                n_rows=n_rows,
-                length=length if masked else tl.minimum(length, BLOCK),
-                ADAM=ADAM,
-                HAS_M=HAS_M,
-                LOW=LOW,
-                MASKED=masked,
-                BLOCK=BLOCK,
-            )
+    move, eta, averaged = 0.0, 0.0, False
+    if MOVE_TOO:
+        move = tl.load(row + MOVE)
+        eta = move.to(tl.float32)
+        averaged = tl.load(row + AVERAGED) != 0
+    elements = 0
+    parts: tl.constexpr = (2 if ALIGNED or not LOW else 4) if HAS_M and (ADAM or LOW) else 1
+    whole: tl.constexpr = BLOCK // parts  # what fits into the registers at a time
+    b_sums = tl.zeros([THREADS, 2, 2, 2] if HAS_M else [THREADS, 2, 2], tl.float32)
+    for i_c in range(first, last):
+        i_p, _, start = chunk_of(chunks, i_c, BLOCK=BLOCK)
+        length = length_of(places, layout, i_p, start, BLOCK=BLOCK)
+        elements += length
+        o_p, o_g, o_f = offsets_of(places, layout, i_p, start, ALIGNED=ALIGNED)
+        for masked in tl.static_range(2):
+            if (length == BLOCK) != masked:
+                for o_s in range(0, length if masked else BLOCK, PIECE if masked else whole):
+                    b_sums += _survey_chunk(
+                        p=p_base + o_p + o_s,
+                        g=g_base + o_g + o_s,
+                        m=m + o_f + o_s,
+                        v=v + o_f + o_s,
+                        w=w + o_f + o_s,
+                        constants=constants + i_p * N_CONSTANTS,
+                        grad_scale=scale,
+                        eta=eta,
+                        averaged=averaged,
+                        length=length - o_s,
+                        ADAM=ADAM,
+                        HAS_M=HAS_M,
+                        LOW=LOW,
+                        MOVE_TOO=MOVE_TOO,
+                        MASKED=masked,
+                        THREADS=THREADS,
+                        BLOCK=PIECE if masked else whole,
+                    )
+    _store_sums(partials + i_row, b_sums, elements, n_rows, HAS_M=HAS_M, THREADS=THREADS)
+    if elements > 0:
+        tl.store(row + HELD, 1.0)
+        if MOVE_TOO:
+            tl.store(row + AT, move)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def reduce_kernel(partials, spans, parts, n_rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+@triton.jit
+def _store_sums(out, b_sums, elements, n_rows, HAS_M: tl.constexpr, THREADS: tl.constexpr):
+    """Add up the threads, and write the row; without a first moment the averaged direction is the plain one."""
+    columns: tl.constexpr = 8 if HAS_M else 4
+    o_k = tl.arange(0, columns)
+    b_total = tl.sum(tl.reshape(b_sums, [THREADS, columns]), axis=0)
+    tl.store(out + o_k * n_rows, b_total, mask=(o_k != SUM_ELEMENTS) & (o_k < N_SUMS))
+    tl.store(out + SUM_ELEMENTS * n_rows, elements.to(tl.float32))
+    if not HAS_M:
+        tl.store(out + (o_k + SUM_AVERAGED_SLOPE) * n_rows, b_total, mask=o_k <= SUM_DIRECTION)
+
+
+@triton.jit(do_not_specialize=["n_rows", "first_unit"])
+def reduce_kernel(partials, spans, parts, n_rows, first_unit, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     """Every :data:`SPLIT`-th block of a unit's rows of partial sums, added in a fixed order in float64."""
-    i_u, i_s = tl.program_id(0), tl.program_id(1)
+    i_u, i_s = tl.program_id(0) + first_unit, tl.program_id(1)
     first = tl.load(spans + i_u * N_SPANS + SPAN_FIRST)
     last = tl.load(spans + i_u * N_SPANS + SPAN_LAST)
     o_k = tl.arange(0, COLUMNS)
@@ -204,10 +266,10 @@ def reduce_kernel(partials, spans, parts, n_rows, COLUMNS: tl.constexpr, ROWS: t
     tl.store(parts + (i_u * N_SPLIT + i_s) * N_SUMS + o_k, tl.sum(b_total, axis=1), mask=o_k < N_SUMS)
 
 
-@triton.jit
-def add_parts_kernel(parts, sums, COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=["first_unit"])
+def add_parts_kernel(parts, sums, first_unit, COLUMNS: tl.constexpr):
     """One program a unit: the sum of its parts."""
-    i_u = tl.program_id(0)
+    i_u = tl.program_id(0) + first_unit
     o_k, o_s = tl.arange(0, COLUMNS), tl.arange(0, N_SPLIT)
     m_ks = (o_k < N_SUMS)[:, None] & (o_s < N_SPLIT)[None, :]
     b_part = tl.load(parts + (i_u * N_SPLIT + o_s[None, :]) * N_SUMS + o_k[:, None], mask=m_ks, other=0.0)
@@ -240,7 +302,7 @@ def _advance_chunk(
     if LOW:  # the parameters have moved already; their masters follow
         b_w = tl.load(w + o_e, mask=m_e, other=other)
         b_d = direction_of(b_g, b_m, b_v, b_w, constants, averaged, ADAM=ADAM, HAS_M=HAS_M)
-        tl.store(w + o_e, tl.where(eta == 0, b_w, b_w - eta * b_d), mask=m_e)
+        tl.store(w + o_e, tl.where(eta == 0, b_w, moved_of(b_w, b_d, eta)), mask=m_e)
     if ADAM:
         b_v = tl.load(constants + CONSTANT_BETA2) * b_v + tl.load(constants + CONSTANT_NEW2) * b_g * b_g
         tl.store(v + o_e, b_v, mask=m_e)
@@ -256,6 +318,7 @@ def advance_kernel(
     v,
     w,
     chunks,
+    programs,
     places,
     layout,
     constants,
@@ -268,67 +331,82 @@ def advance_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk: take the gradient into the moments and the step into the masters, unless the slope is not finite."""
-    i_p, i_b, start, _ = chunk_of(chunks, tl.program_id(0), BLOCK=BLOCK)
-    row = state + tl.load(layout + i_p * N_LAYOUT + LAYOUT_UNIT) * N_STATE
-    slope = tl.load(row + SLOPE)
-    if (tl.load(places + i_p * N_PLACES + PLACE_PRESENT) == 1) & (tl.abs(slope) < float("inf")):
-        length = length_of(layout, i_p, start)
-        _o_p, o_g, o_f = offsets_of(places, layout, i_p, start, ALIGNED=ALIGNED)
+    """Take the gradient into the moments and the step into the masters, unless the unit's slope is not finite."""
+    first, last, _, i_u = program_of(programs, tl.program_id(0))
+    row = state + i_u * N_STATE
+    if tl.abs(tl.load(row + SLOPE)) < float("inf"):
         scale = tl.load(grad_scale)
         eta = tl.load(row + MOVE).to(tl.float32)
         averaged = tl.load(row + AVERAGED) != 0
-        constants += i_p * N_CONSTANTS
-        for masked in tl.static_range(1, -1, -1):  # this order takes fewer registers on sm_100
-            if (length >= BLOCK) != masked:
-                _advance_chunk(
-                    g=g_base + o_g,
-                    m=m + o_f,
-                    v=v + o_f,
-                    w=w + o_f,
-                    constants=constants,
-                    grad_scale=scale,
-                    eta=eta,
-                    averaged=averaged,
-                    length=length,
-                    ADAM=ADAM,
-                    HAS_M=HAS_M,
-                    LOW=LOW,
-                    MASKED=masked,
-                    BLOCK=BLOCK,
-                )
-        if i_b == 0:
-            tl.store(counts + i_p, tl.load(counts + i_p) + 1)
+        for i_c in range(first, last):
+            i_p, i_b, start = chunk_of(chunks, i_c, BLOCK=BLOCK)
+            length = length_of(places, layout, i_p, start, BLOCK=BLOCK)
+            _o_p, o_g, o_f = offsets_of(places, layout, i_p, start, ALIGNED=ALIGNED)
+            for masked in tl.static_range(1, -1, -1):  # this order takes fewer registers on sm_100
+                if (length == BLOCK) != masked:
+                    _advance_chunk(
+                        g=g_base + o_g,
+                        m=m + o_f,
+                        v=v + o_f,
+                        w=w + o_f,
+                        constants=constants + i_p * N_CONSTANTS,
+                        grad_scale=scale,
+                        eta=eta,
+                        averaged=averaged,
+                        length=length,
+                        ADAM=ADAM,
+                        HAS_M=HAS_M,
+                        LOW=LOW,
+                        MASKED=masked,
+                        BLOCK=BLOCK,
+                    )
+            if (i_b == 0) & (length > 0):
+                tl.store(counts + i_p, tl.load(counts + i_p) + 1)
 
 
-def survey(table: Table, arena: Arena, *, averaged: bool = True) -> None:
-    """Snapshot the weights and sum up the slopes of all units; 3 launches and one per pair of dtypes.
+def survey(table: Table, arena: Arena, *, averaged: bool = True, unit: int | None = None, move: bool = False) -> None:
+    """Snapshot the weights and sum up the slopes of the unit (None: of all), and note that its snapshot is held.
 
-    ``averaged``: along the averaged direction as well, if there is a first moment.
+    3 launches and one per pair of dtypes. A unit without a gradient sums up to zeros.
+
+    Args:
+        table: what there is to survey.
+        arena: what is read and written.
+        averaged: along the averaged direction as well, if there is a first moment.
+        unit: row of the unit; the sums, snapshots and parameters of all others stay as they are.
+        move: in the same pass put the parameters at the step in ``state``'s column ``move``, as
+            :func:`fastals.kernels.trial.trial` does. Without ``averaged`` it goes along the plain direction.
     """
     _prepare_constants(table, arena)
     for chunks in table.by_dtypes.values():
-        survey_kernel[(len(chunks.rows),)](
-            p_base=chunks.param,
-            g_base=chunks.gradient,
-            m=arena.m,
-            v=arena.v,
-            w=arena.w,
-            chunks=chunks.rows,
-            places=table.places,
-            layout=table.layout,
-            constants=arena.constants,
-            grad_scale=arena.grad_scale,
-            partials=arena.partials,
-            n_rows=table.n_chunks,
-            ADAM=arena.adam,
-            HAS_M=arena.has_m and averaged,
-            LOW=_is_low(chunks.param),
-            ALIGNED=chunks.aligned,
-            BLOCK=BLOCK,
-            **BY_CHUNK,
-        )
-    _add_up(table, arena)
+        if programs := chunks.of_unit(unit):
+            survey_kernel[(len(programs),)](
+                p_base=chunks.param,
+                g_base=chunks.gradient,
+                m=arena.m,
+                v=arena.v,
+                w=arena.w,
+                chunks=chunks.rows,
+                programs=chunks.programs,
+                places=table.places,
+                layout=table.layout,
+                constants=arena.constants,
+                grad_scale=arena.grad_scale,
+                state=arena.state,
+                partials=arena.partials,
+                n_rows=table.n_chunks,
+                first_program=programs.start,
+                ADAM=arena.adam,
+                HAS_M=arena.has_m and averaged,
+                LOW=_is_low(chunks.param),
+                MOVE_TOO=move,
+                ALIGNED=chunks.aligned,
+                THREADS=32 * WARPS,
+                PIECE=PIECE,
+                BLOCK=BLOCK,
+                **SURVEY,
+            )
+    _add_up(table, arena, unit)
 
 
 def _prepare_constants(table: Table, arena: Arena) -> None:
@@ -344,29 +422,32 @@ def _prepare_constants(table: Table, arena: Arena) -> None:
     )
 
 
-def _add_up(table: Table, arena: Arena) -> None:
+def _add_up(table: Table, arena: Arena, unit: int | None) -> None:
     columns = triton.next_power_of_2(N_SUMS.value)
-    reduce_kernel[arena.units, N_SPLIT.value](
+    first, units = (0, arena.units) if unit is None else (unit, 1)
+    reduce_kernel[units, N_SPLIT.value](
         partials=arena.partials,
         spans=table.spans,
         parts=arena.parts,
         n_rows=table.n_chunks,
+        first_unit=first,
         COLUMNS=columns,
         ROWS=1024,
         **BY_CHUNK,
     )
-    add_parts_kernel[(arena.units,)](parts=arena.parts, sums=arena.sums, COLUMNS=columns, **LAUNCH)
+    add_parts_kernel[(units,)](parts=arena.parts, sums=arena.sums, first_unit=first, COLUMNS=columns, **LAUNCH)
 
 
 def advance(table: Table, arena: Arena) -> None:
     """Take the mini-batch into the moments, counts and masters of every unit whose slope is finite."""
     for chunks in table.by_dtypes.values():
-        advance_kernel[(len(chunks.rows),)](
+        advance_kernel[(len(chunks.programs),)](
             g_base=chunks.gradient,
             m=arena.m,
             v=arena.v,
             w=arena.w,
             chunks=chunks.rows,
+            programs=chunks.programs,
             places=table.places,
             layout=table.layout,
             constants=arena.constants,

@@ -12,17 +12,13 @@ import triton
 import triton.language as tl
 
 from fastals.kernels.arena import Arena
-from fastals.kernels.chunk import chunk_of, direction_of, length_of, offsets_of
+from fastals.kernels.chunk import chunk_of, direction_of, length_of, moved_of, offsets_of, program_of
 from fastals.kernels.columns import (
     AT,
     AVERAGED,
-    LAYOUT_UNIT,
     MOVE,
     N_CONSTANTS,
-    N_LAYOUT,
-    N_PLACES,
     N_STATE,
-    PLACE_PRESENT,
 )
 from fastals.kernels.table import BLOCK, BY_CHUNK, Table
 
@@ -55,11 +51,12 @@ def _trial_chunk(
         if HAS_M:  # noqa: SIM102
             if averaged:  # the gradient's own direction reads no average
                 b_m = tl.load(m + o_e, mask=m_e, other=other)
-        b_w -= eta * direction_of(b_g, b_m, b_v, b_w, constants, averaged, ADAM=ADAM, HAS_M=HAS_M)
+        b_d = direction_of(b_g, b_m, b_v, b_w, constants, averaged, ADAM=ADAM, HAS_M=HAS_M)
+        b_w = moved_of(b_w, b_d, eta)
     tl.store(p + o_e, b_w.to(p.dtype.element_ty), mask=m_e)
 
 
-@triton.jit(do_not_specialize=["first_chunk"])
+@triton.jit(do_not_specialize=["first_program"])
 def trial_kernel(
     p_base,
     g_base,
@@ -67,64 +64,67 @@ def trial_kernel(
     v,
     w,
     chunks,
+    programs,
     places,
     layout,
     constants,
     grad_scale,
     state,
-    first_chunk,
+    first_program,
     ADAM: tl.constexpr,
     HAS_M: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk of a unit, counted from ``first_chunk``."""
-    i_p, _, start, _ = chunk_of(chunks, tl.program_id(0) + first_chunk, BLOCK=BLOCK)
-    row = state + tl.load(layout + i_p * N_LAYOUT + LAYOUT_UNIT) * N_STATE
+    """A program of a unit, counted from ``first_program``."""
+    first, last, _, i_u = program_of(programs, tl.program_id(0) + first_program)
+    row = state + i_u * N_STATE
     move = tl.load(row + MOVE)
-    if (tl.load(places + i_p * N_PLACES + PLACE_PRESENT) == 1) & (move != tl.load(row + AT)):
-        length = length_of(layout, i_p, start)
-        o_p, o_g, o_f = offsets_of(places, layout, i_p, start, ALIGNED=ALIGNED)
+    if move != tl.load(row + AT):
         scale = tl.load(grad_scale)
         averaged = tl.load(row + AVERAGED) != 0
-        constants += i_p * N_CONSTANTS
-        for masked in tl.static_range(2):
-            if (length >= BLOCK) != masked:
-                _trial_chunk(
-                    p=p_base + o_p,
-                    g=g_base + o_g,
-                    m=m + o_f,
-                    v=v + o_f,
-                    w=w + o_f,
-                    constants=constants,
-                    grad_scale=scale,
-                    eta=move.to(tl.float32),
-                    averaged=averaged,
-                    length=length,
-                    ADAM=ADAM,
-                    HAS_M=HAS_M,
-                    MASKED=masked,
-                    BLOCK=BLOCK,
-                )
+        for i_c in range(first, last):
+            i_p, _, start = chunk_of(chunks, i_c, BLOCK=BLOCK)
+            length = length_of(places, layout, i_p, start, BLOCK=BLOCK)
+            o_p, o_g, o_f = offsets_of(places, layout, i_p, start, ALIGNED=ALIGNED)
+            for masked in tl.static_range(2):
+                if (length == BLOCK) != masked:
+                    _trial_chunk(
+                        p=p_base + o_p,
+                        g=g_base + o_g,
+                        m=m + o_f,
+                        v=v + o_f,
+                        w=w + o_f,
+                        constants=constants + i_p * N_CONSTANTS,
+                        grad_scale=scale,
+                        eta=move.to(tl.float32),
+                        averaged=averaged,
+                        length=length,
+                        ADAM=ADAM,
+                        HAS_M=HAS_M,
+                        MASKED=masked,
+                        BLOCK=BLOCK,
+                    )
 
 
 def trial(table: Table, arena: Arena, unit: int | None = None) -> None:
     """Put every parameter of the unit (None: of all) with a gradient at the step in ``state``'s column ``move``."""
     for chunks in table.by_dtypes.values():
-        if rows := chunks.of_unit(unit):
-            trial_kernel[(len(rows),)](
+        if programs := chunks.of_unit(unit):
+            trial_kernel[(len(programs),)](
                 p_base=chunks.param,
                 g_base=chunks.gradient,
                 m=arena.m,
                 v=arena.v,
                 w=arena.w,
                 chunks=chunks.rows,
+                programs=chunks.programs,
                 places=table.places,
                 layout=table.layout,
                 constants=arena.constants,
                 grad_scale=arena.grad_scale,
                 state=arena.state,
-                first_chunk=rows.start,
+                first_program=programs.start,
                 ADAM=arena.adam,
                 HAS_M=arena.has_m,
                 ALIGNED=chunks.aligned,

@@ -401,7 +401,7 @@ def memory_is_held(watch, program):
     assert not any(watch.refs[k].expired() for k in outside)
     own = program.device.table
     known = [own.layout, own.places, own.spans]
-    known += [t for k in own.by_dtypes.values() for t in (k.param, k.gradient, k.rows)]
+    known += [t for k in own.by_dtypes.values() for t in (k.param, k.gradient, k.rows, k.programs)]
     between = {k for k in outside if watch.born[k] == BETWEEN}
     assert between <= {StorageWeakRef(t.untyped_storage()).cdata for t in known}, "memory made between two captures"
     assert watch.birth(program.loss) == 0

@@ -255,8 +255,8 @@ def test_partial_sums_of_units_of_any_size(rows):
     partials = numbers(len(SUMS) * (rows + 5), torch.float32, 1).view(len(SUMS), -1)
     parts = torch.full((3, SPLIT, len(SUMS)), math.nan, dtype=torch.float64, device=CUDA)
     sums = torch.full((3, len(SUMS)), math.nan, dtype=torch.float64, device=CUDA)
-    reduce_kernel[3, SPLIT](partials, spans, parts, rows + 5, COLUMNS=8, ROWS=1024, **BY_CHUNK)
-    add_parts_kernel[(3,)](parts, sums, COLUMNS=8, **LAUNCH)
+    reduce_kernel[3, SPLIT](partials, spans, parts, rows + 5, 0, COLUMNS=8, ROWS=1024, **BY_CHUNK)
+    add_parts_kernel[(3,)](parts, sums, 0, COLUMNS=8, **LAUNCH)
     for found, (first, last) in zip(sums, spans.tolist(), strict=True):
         wanted = partials[:, first:last].double()
         near(found, wanted.sum(1), 1e-13, wanted.abs().sum(1))

@@ -51,7 +51,9 @@ def test_kernels_are_launched_with_the_types_that_they_are_compiled_for_ahead_of
 
 
 def test_every_kernel_is_launched(known, launched):
-    everything = {name for m in (known.armijo, known.all_units, known.moments, known.trial) for name in vars(m)}
+    everything = {
+        name for m in (known.armijo, known.all_units, known.relay, known.moments, known.trial) for name in vars(m)
+    }
     assert {launch["kernel"] for launch in launched} == {name for name in everything if name.endswith("_kernel")}
 
 
