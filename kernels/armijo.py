@@ -169,7 +169,7 @@ def aim(sums, flags, unit, TESTED: tl.constexpr):
     return averaged, slope, tl.sqrt(square / tl.maximum(tl.load(row + SUM_MOVING), 1.0))
 
 
-@triton.jit(do_not_specialize=["unit", "units"])
+@triton.jit(do_not_specialize=["unit", "units", "alone"])
 def open_kernel(
     state,
     memory,
@@ -180,17 +180,17 @@ def open_kernel(
     flags,
     unit,
     units,
+    alone,
     TESTED: tl.constexpr,
     KEEP: tl.constexpr,
     RELATIVE: tl.constexpr,
-    ALONE: tl.constexpr,
     USUAL: tl.constexpr,
     UP: tl.constexpr,
 ):
     """Start a search of the unit, or with KEEP put it at its remembered step.
 
-    With RELATIVE the search is as if lr were 1, and a warm one starts by the relative step. With ALONE no other unit
-    has been measured in this step, and the unit goes by the RMS of weights that it remembers, its own if it has none.
+    With RELATIVE the search is as if lr were 1, and a warm one starts by the relative step. If it is
+    ``alone``, no other has been measured in this step, and it goes by the RMS of weights that it remembers or its own.
 
     Nothing happens if all units have been moved together already.
     """
@@ -201,11 +201,9 @@ def open_kernel(
         memory += unit * N_MEMORY
         loss = tl.load(batch + BATCH_LOSS)
         averaged, slope, length = aim(sums, flags, unit, TESTED=TESTED)
-        if ALONE:
-            rms = tl.load(memory + MEMORY_WEIGHT_RMS)
-            rms = tl.where(rms > 0, rms, unit_rms(sums, unit))
-        else:
-            rms = larger_rms(sums, unit, units, UP=UP)
+        remembered_rms = tl.load(memory + MEMORY_WEIGHT_RMS)
+        own_rms = tl.where(remembered_rms > 0, remembered_rms, unit_rms(sums, unit))
+        rms = tl.where(alone != 0, own_rms, larger_rms(sums, unit, units, UP=UP))
         largest, scale = largest_and_scale(rules, rms, length, USUAL=USUAL)
         lr = tl.load(rules + RULE_LR)
         cap = largest if RELATIVE else largest * lr
@@ -307,10 +305,10 @@ def open_search(
         flags=arena.flags,
         unit=unit,
         units=arena.units,
+        alone=int(alone),
         TESTED=tested,
         KEEP=keep,
         RELATIVE=relative,
-        ALONE=alone,
         USUAL=int(arena.adam and relative),
         UP=arena.padded_rows,
         **SCALAR,

@@ -22,7 +22,7 @@ SCALARS = {
     "rounding": "*fp64",
     "flags": "*i32", "step": "*i64", "loss": "*fp32", "counts": "*fp32", "layout": "*i64", "out": "*fp32",
     "partials": "*fp32", "parts": "*fp64", "spans": "*i32", "n_rows": "i32", "unit": "i32", "units": "i32", "n": "i32",
-    "eps": "fp32", "again": "i32", "first_program": "i32", "first_unit": "i32",
+    "eps": "fp32", "again": "i32", "alone": "i32", "first_program": "i32", "first_unit": "i32",
 }  # fmt: skip
 CHUNK_KERNELS = {  # with what they are launched
     "survey": (moments.survey_kernel, moments.SURVEY),
@@ -37,9 +37,9 @@ TENSORS = [  # dtypes of parameter and gradient, and whether they start at a mul
     ("fp16", "fp16", True), ("fp32", "fp32", False), ("bf16", "bf16", False),
 ]  # fmt: skip
 CONSTANTS = {"UP": 16, "USUAL": 1, "COLUMNS": 8, "ROWS": 1024, "BLOCK": 128}
-APART = ({"KEEP", "RELATIVE"}, {"KEEP", "ALONE"}, {"ONCE", "REMEMBERED"})  # flags that are not set together
+APART = ({"KEEP", "RELATIVE"}, {"ONCE", "REMEMBERED"})  # flags that are not set together
 FLAGS = {
-    "open_kernel": ("TESTED", "KEEP", "RELATIVE", "ALONE"),
+    "open_kernel": ("TESTED", "KEEP", "RELATIVE"),
     "recall_kernel": ("TESTED",),
     "aim_kernel": ("TESTED",),
     "open_together_kernel": ("REMEMBERED",),

@@ -53,7 +53,7 @@ def test_whole_chunks_are_read_and_written_16_bytes_at_a_time(compiled):
 
 
 def test_nothing_spills(compiled):
-    assert len(compiled) == 7 * 4 * 5 + 12 + 7 + 2 + 1  # by chunk, scalar, and three with variants
+    assert len(compiled) == 7 * 4 * 5 + 9 + 6 + 2 + 3 + 2 + 2  # by chunk, one each, and five with variants
     for k in compiled:
         assert k["stack"] == k["local"] == 0, k
         assert not k["local_access"], k
