@@ -144,7 +144,7 @@ def _survey_chunk(
         b_mean = direction_of(b_scaled, b_m, b_v, b_w, constants, averaged=True, ADAM=ADAM, HAS_M=HAS_M)
         b_step = tl.where(averaged, b_mean, b_d)
     if MOVE_TOO:
-        m_p = tl.broadcast_to(eta != 0, [BLOCK])  # a mask, as a branch would take more registers
+        m_p = tl.zeros([BLOCK], tl.float32) + eta != 0  # a mask, as a branch would take more registers
         b_moved = moved_of(b_w, b_step, eta).to(p.dtype.element_ty)
         tl.store(p + o_e, b_moved, mask=(m_p & m_e) if MASKED else m_p)
     if MASKED:
