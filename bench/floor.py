@@ -1,17 +1,18 @@
-"""The least that a captured sweep must do, timed as its rival.
+"""The least that a captured sweep or relay must do, timed as its rival.
 
-Forward and backward as one graph; for every trial of the sweep a graph of the forward above the unit; and a copy on the
-device that moves as many bytes as the kernels must. Nothing is decided, and the host reads nothing.
+Forward and backward as one graph; for every trial of a unit a graph of the forward above it, for every joint trial one
+of the whole forward; and a copy on the device that moves as many bytes as the kernels must. Nothing is decided, and the
+host reads nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from rivals import Graphed, Rival
 
-from fastals.buffers import Unit
-from fastals.report import EXHAUSTED, UnitReport
+from fastals.learned import ALL_UNITS
+from fastals.report import EXHAUSTED, StepReport, UnitReport
 
 
 def moved_bytes(kernel: str, param_bytes: int, averages: bool) -> int:
@@ -34,22 +35,24 @@ def moved_bytes(kernel: str, param_bytes: int, averages: bool) -> int:
 
 
 class Floor(Rival):
-    """Floor of the last step of ``graphed``; ``trials`` maps its units to their numbers of trials."""
+    """Floor of the last step of ``graphed``; ``trials`` maps its units to the trials that each has made alone."""
 
     def __init__(self, graphed: Graphed) -> None:
         (captured,) = graphed.train_step._programs.values()
         self.program, self.backend = captured.program, captured.program.backend
-        reports = {u.name: u for u in graphed.optimizer.report.units}
-        self.trials = {u.name: reports[u.name].trials for u in self.program.units}
-        moved = sum(_kernel_bytes(u.active_params(), reports[u.name]) for u in self.program.units)
+        report, relay = graphed.optimizer.report, graphed.optimizer.settings.schedule == "relay"
+        self.joint_trials, calls = report.joint_trials, {u.name: kernel_calls(u, report, relay) for u in report.units}
+        self.trials = {u.name: u.trials for u in report.units}
+        moved = sum(_kernel_bytes(u.active_params(), calls[u.name]) for u in self.program.units)
         with self.program._capturing():
-            self.upper = {u.name: self._forward_above(u) for u in self.program.units}
+            self.upper = {u.name: self._forward_above(u.name, u.active_params()) for u in self.program.units}
+            self.whole = self._forward_above(ALL_UNITS, [p for u in self.program.units for p in u.active_params()])
             self.copies = self.backend.capture(_copies(moved, self.program.loss.device))
 
-    def _forward_above(self, unit: Unit) -> object:
-        """The captured forward above the unit, the others at w_t."""
+    def _forward_above(self, unit: str, params: Sequence[torch.Tensor]) -> object:
+        """The captured forward above the unit, the others at w_t; for all units the whole one."""
         self.program.go_to_start()
-        return self.backend.capture(partial(self.program.losses.at, unit.name, unit.active_params()))
+        return self.backend.capture(partial(self.program.losses.at, unit, params))
 
     def step(self, batch: dict) -> torch.Tensor:
         """Replay the passes and copies of the step, on the mini-batch that the graphs hold."""
@@ -58,6 +61,8 @@ class Floor(Rival):
         for name, trials in self.trials.items():
             for _ in range(trials):
                 self.backend.replay(self.upper[name])
+        for _ in range(self.joint_trials):
+            self.backend.replay(self.whole)
         self.backend.replay(self.copies)
         return self.program.loss
 
@@ -66,9 +71,22 @@ class Floor(Rival):
         return float("nan")
 
 
-def _kernel_bytes(params: list[torch.Tensor], report: UnitReport) -> int:
-    """Bytes for one unit: survey, its trials, restore if none was accepted, advance."""
-    calls = {"survey": 1, "trial": report.trials, "restore": int(report.outcome == EXHAUSTED), "advance": 1}
+def kernel_calls(unit: UnitReport, step: StepReport, relay: bool) -> dict[str, int]:
+    """How many times a step goes through the weights of the unit with each kernel.
+
+    A relay measures a unit that it searches alone, and all units in the pass of the first joint trial.
+    """
+    put_back = int(unit.outcome == EXHAUSTED)
+    if not relay:
+        return {"survey": 1, "trial": unit.trials + step.joint_trials, "restore": put_back, "advance": 1}
+    alone, further = int(unit.trials > 0), max(step.joint_trials - 1, 0)
+    return {
+        "survey": alone, "trial": unit.trials + further, "restore": alone + put_back, "survey_move": 1, "advance": 1,
+    }  # fmt: skip
+
+
+def _kernel_bytes(params: Sequence[torch.Tensor], calls: dict[str, int]) -> int:
+    """Bytes that these kernels move for one unit."""
     each = [sum(n * moved_bytes(kernel, p.itemsize, averages=False) for kernel, n in calls.items()) for p in params]
     return sum(p.numel() * b for p, b in zip(params, each, strict=True))
 
