@@ -45,9 +45,9 @@ class HostUnits:
         adam, averages = settings.direction == "adam", settings.momentum != "none"
         self.settings = settings
         self.units = [Unit(members, state, adam=adam, averages=averages) for members in unit_groups(groups)]
-        widest = max(self.units, key=lambda unit: unit.dtype.itemsize)
-        scratch = Scratch(widest.dtype, widest.device)
-        self.passes = {unit: Passes(unit, scratch) for unit in self.units}
+        kinds = {(unit.dtype, unit.device) for unit in self.units}
+        scratch = {kind: Scratch(*kind) for kind in kinds}
+        self.passes = {unit: Passes(unit, scratch[unit.dtype, unit.device]) for unit in self.units}
 
     def begin(self, losses: Losses, units: list[Unit], start: Tensor, seed: str) -> "HostBatch":
         """Start a mini-batch at f(w_t) = ``start`` with the units that have gradients, in forward order."""

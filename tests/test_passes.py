@@ -70,7 +70,8 @@ def assert_same(mine, theirs):
 
 @pytest.fixture
 def size(monkeypatch):
-    return lambda n: monkeypatch.setattr(blocks, "BLOCK", n)
+    """Sets the size of the blocks that are cut from now on."""
+    return lambda n: monkeypatch.setattr(blocks, "largest", lambda device: n)
 
 
 # Blocks of any size do the same
@@ -83,7 +84,7 @@ def size(monkeypatch):
 def test_small_blocks_do_the_same_as_one_per_segment(partition, dtype, kind, seed, averaged, size, scale, decay):
     whole, whole_state = make(partition, dtype, kind, seed, scale, decay)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK", size)
+        patch.setattr(blocks, "largest", lambda device: size)
         small, small_state = make(partition, dtype, kind, seed, scale, decay)
     before = bits(whole.unit.params)
     for sums in (small.survey(averaged, 0.25), small.survey(averaged)):
@@ -105,7 +106,7 @@ def test_small_blocks_do_the_same_as_one_per_segment(partition, dtype, kind, see
 @given(partition=partitions, dtype=dtypes, kind=kinds, seed=seeds, scale=st.sampled_from([1.0, 0.3]))
 def test_sums_of_small_blocks_against_float64(partition, dtype, kind, seed, scale):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK", 64)
+        patch.setattr(blocks, "largest", lambda device: 64)
         twin, _ = make(partition, dtype, kind, seed, scale)
     before = [p.detach().clone() for p in twin.unit.active_params()]
     slope, length = twin.survey(False)
