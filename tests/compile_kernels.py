@@ -1,10 +1,16 @@
-"""Compile every kernel ahead of time, without a GPU, and print what the compiler made of it: a JSON line each."""
+"""Compile every kernel ahead of time, without a GPU, and print what the compiler made of it: a JSON line each.
+
+Then a line for each of the first steps of every schedule, with its launches: of the trials in it only the first of each
+search is made.
+"""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -134,5 +140,29 @@ def main(arch):
             print(json.dumps({"kernel": kernel.__name__, "flags": flags, **resources}))
 
 
+def launches(lines):
+    """Launches of every kernel in each step, from the lines of ``launch_kernels.py``."""
+    step, counted = {}, Counter()
+    for line in [*lines, {}]:
+        if "kernel" in line:
+            counted[line["kernel"].removesuffix("_kernel")] += 1
+            continue
+        if step:
+            yield step | {"launches": counted.total(), "of": dict(counted)}
+        step, counted = line, Counter()
+
+
+def launched(arch):
+    """The lines of ``launch_kernels.py``."""
+    command = [sys.executable, "-P", Path(__file__).with_name("launch_kernels.py"), str(arch)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    return map(
+        json.loads, subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.splitlines()
+    )
+
+
 if __name__ == "__main__":
     main(int(sys.argv[1]))
+    if "kernels" not in sys.argv[2:]:
+        for step in launches(launched(int(sys.argv[1]))):
+            print(json.dumps(step))

@@ -79,7 +79,7 @@ def main(arch):
             options = {"schedule": schedule, "momentum": momentum, "max_grad_norm": 1.0, "cache": False}
             opt = fastals.ALS(fastals.units(model), model=model, fused=True, **options)
             for number, batch in enumerate(tiny_batches(WARMUP)):
-                print(json.dumps({"step": number, "dtype": str(dtype)}))
+                print(json.dumps({"step": number, "schedule": schedule, "dtype": str(dtype)}))
                 opt.step(lambda model=model, batch=batch: model(**batch))
                 if not number:
                     all_units.restore(opt.engine.partition.arena)

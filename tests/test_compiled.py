@@ -22,7 +22,7 @@ STORES = {"survey": "w", "survey_move": "wp", "trial": "p", "restore": "p", "adv
 def compiled(request):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, str(request.param)], capture_output=True, text=True, check=False, env=env
+        [sys.executable, SCRIPT, str(request.param), "kernels"], capture_output=True, text=True, check=False, env=env
     )
     assert not done.returncode, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

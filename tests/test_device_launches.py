@@ -89,22 +89,21 @@ def test_launches_of_each_phase(launches, dtypes):
 
 @pytest.mark.parametrize("options", [{}, HARD], ids=["accepted", "rejected"])
 def test_launches_and_looks_of_a_relay(launches, options):
-    """Beside those of a search in its turn: each unit's step and the joint test with its trials."""
+    """Between two searches all units are measured and moved at once; a unit that is searched is measured before."""
     model, opt = build(schedule="relay", **options)
     data = batches(4)
     train(model, opt, data[:1])
     for t in (1, 2):
         launches.clear()
         train(model, opt, data[t : t + 1])
-        units, joint, searched = len(opt.report.units), opt.report.joint_trials, t == 2
+        joint, searched = opt.report.joint_trials, t == 2
         alone = opt.report.trials - joint
         assert bool(alone) == searched
         put_back = searched + (opt.report.factor == 0)
-        expected = {
-            "begin": 1, "constants": 1, "survey": 1, "reduce": 1, "add_parts": 1, "open": units + searched,
-            "open_together": 1, "trial": alone + joint + put_back, "judge_together": joint, "look": alone + joint,
-            "advance": 1, "remember": 1,
-        } | ({"judge": alone, "put_back": 1} if searched else {})  # fmt: skip
+        expected = dict.fromkeys(("begin", "recall", "aim", "open_together", "advance", "remember"), 1)
+        expected |= dict.fromkeys(("constants", "survey", "reduce", "add_parts"), 1 + searched)
+        expected |= {"trial": alone + joint + put_back, "judge_together": joint, "look": alone + joint}
+        expected |= {"open": 1, "judge": alone, "put_back": 1} if searched else {}
         assert launches == expected
 
 

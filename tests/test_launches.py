@@ -24,19 +24,25 @@ def known():
 
 
 @pytest.fixture(scope="module")
-def launched():
-    """By launch: what the kernel was bound to, the dtype of the model, and the number of the step."""
+def lines():
+    """What the steps print: a line for each, then one for each of its launches."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(FOLDER)}
     command = [sys.executable, "-P", "-W", "ignore::DeprecationWarning", FOLDER / "launch_kernels.py", "90"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert not done.returncode, done.stderr[-2000:]
-    lines, step = [], {}
-    for line in map(json.loads, done.stdout.splitlines()):
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
+@pytest.fixture(scope="module")
+def launched(lines):
+    """By launch: what the kernel was bound to, the dtype of the model, and the number of the step."""
+    launches, step = [], {}
+    for line in lines:
         if "kernel" in line:
-            lines.append(line | step)
+            launches.append(line | step)
         else:
             step = line
-    return lines
+    return launches
 
 
 def test_kernels_are_launched_with_the_types_that_they_are_compiled_for_ahead_of_time(known, launched):
@@ -71,3 +77,14 @@ def test_nothing_is_compiled_after_the_second_step(launched):
         first.setdefault(variant, launch["step"])
     assert max(first.values()) <= 1
     assert launched[-1]["compiled"] == len(first)
+
+
+def test_launches_of_a_step(known, lines):
+    """One a phase, however many parameters there are; a unit that is searched alone is measured before."""
+    steps = {(s["schedule"], s["step"]): s["of"] for s in known.launches(lines) if s["dtype"] == "torch.float32"}
+    measured = dict.fromkeys(("constants", "survey", "reduce", "add_parts"), 1)
+    phases = ("begin", "recall", "aim", "open_together", "judge_together", "advance", "remember")
+    moved = dict.fromkeys(phases, 1)
+    assert steps["relay", 1] == moved | measured | {"trial": 2}
+    alone = {"open": 1, "judge": 1, "put_back": 1}
+    assert steps["relay", 2] == moved | dict.fromkeys(measured, 2) | alone | {"trial": 4}
