@@ -51,7 +51,7 @@ INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, 
 FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor, torch.from_numpy}
 POINTERS = {"*fp32": torch.float32, "*fp64": torch.float64, "*i32": torch.int32, "*i64": torch.int64}
 BEFORE, BETWEEN = "before the first capture", "between two captures"
-OPTIONS = {"num_warps", *table.LAUNCH}
+OPTIONS = {"num_warps", "maxnreg", *table.LAUNCH}
 
 
 class CapturedError(AssertionError):

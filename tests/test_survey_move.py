@@ -91,24 +91,21 @@ def test_a_gradient_that_is_not_finite_shows_in_its_unit_alone_and_is_undone(dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_survey_of_one_unit_leaves_all_others_alone(dtype):
-    groups, device = build([[(65, dtype, True, 0)], [(BLOCK + 1, dtype, True, 2), (7, torch.float32, True, 0)],
-                            [(64, dtype, True, 0)]])  # fmt: skip
+    partition = [[(65, dtype, True, 0)], [(BLOCK + 1, dtype, True, 2), (7, torch.float32, True, 0)]]
+    partition.append([(64, dtype, True, 0)])
+    groups, device = build(partition)
     arena, before = device.arena, contents(groups, device)
+    held = [device.units[row].w_views[0].clone() for row in (0, 2)]
     survey(device.table, arena, unit=1, move=True)
     after = contents(groups, device)
     assert [torch.equal(a, b) for a, b in zip(before[:4], after[:4], strict=True)] == [True, False, False, True]
     assert arena.state[:3, HELD].tolist() == [0, 1, 0]
     assert [math.isnan(x) for x in arena.sums[:, 0].tolist()] == [True, False, True]
     assert [math.isnan(x) for x in arena.state[:3, AT].tolist()] == [True, False, True]
-    for row in (0, 2):
-        w = device.units[row].w_views[0]
-        assert torch.equal(w, build([[(65, dtype, True, 0)], [(BLOCK + 1, dtype, True, 2), (7, torch.float32, True, 0)],
-                                     [(64, dtype, True, 0)]])[1].units[row].w_views[0])  # fmt: skip
-    found = arena.sums[1].clone()
-    twin = build([[(65, dtype, True, 0)], [(BLOCK + 1, dtype, True, 2), (7, torch.float32, True, 0)],
-                  [(64, dtype, True, 0)]])[1]  # fmt: skip
+    assert same([device.units[row].w_views[0] for row in (0, 2)], held)
+    twin = build(partition)[1]
     survey(twin.table, twin.arena)
-    assert torch.equal(found, twin.arena.sums[1])
+    assert torch.equal(arena.sums[1], twin.arena.sums[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
