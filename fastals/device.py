@@ -23,7 +23,7 @@ from fastals.kernels.trial import trial
 from fastals.learned import ALL_UNITS
 from fastals.losses import Losses
 from fastals.repeatable import reconsider, replay_outdated
-from fastals.report import ACCEPTED, EXHAUSTED, StepReport, UnitReport
+from fastals.report import ACCEPTED, EXHAUSTED, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import Schedule, is_first, keep_all
 from fastals.search import INITIALS, REFERENCES, uniform
 from fastals.settings import Settings
@@ -385,6 +385,8 @@ def _unit_report(row: dict[str, float], name: str) -> UnitReport:
     outcome = OUTCOMES[int(row["outcome"])]
     if outcome == ACCEPTED and not row["move"]:  # accepted alone, but the joint test put it back
         outcome = EXHAUSTED
+    if outcome == OUTCOMES[0]:  # left out by the joint move: its tensors have no elements
+        outcome = NOT_DESCENT
     return UnitReport(name, row["move"], row["slope"], int(row["trials"]), outcome)
 
 

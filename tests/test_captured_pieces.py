@@ -34,7 +34,7 @@ from fastals import kernels, rng
 from fastals.graphs import graphed
 from fastals.graphs.graphed import GraphedStep
 from fastals.graphs.program import EndSkip, Loop, Run, SkipIfAccepted
-from fastals.kernels import all_units, arena, armijo, moments, table
+from fastals.kernels import all_units, arena, armijo, moments, relay, table
 from fastals.kernels import trial as trials
 from fastals.losses import Losses
 
@@ -251,7 +251,7 @@ def watch(monkeypatch):
     found = Watch()
     generator = Generator(found)
     found.launches, found.generator = [], generator
-    for module in (all_units, armijo, moments, trials):
+    for module in (all_units, armijo, moments, relay, trials):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Launch(kernel, found, found.launches))

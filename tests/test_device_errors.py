@@ -235,7 +235,7 @@ def test_a_step_that_starts_anew_starts_from_its_own_loss(given, monkeypatch):
         static.copy_(loss.detach())
         return static if given else loss
 
-    monkeypatch.setattr(all_units, "begin", lambda arena, loss: (begun.append(float(loss)), plain_begin(arena, loss)))
+    monkeypatch.setattr(all_units, "begin", lambda a, x, **how: (begun.append(float(x)), plain_begin(a, x, **how)))
     opt.zero_grad()
     loss = model(**batch)
     loss.backward()
