@@ -72,9 +72,10 @@ class Arena:
         m, v, w: float32 [size]: moments and snapshot (masters) of all units; m and v are empty if not needed.
         counts: float32 [parameters], updates so far.
         constants: float32 [parameters, 8], of this step's update.
-        partials: float32 [7, chunks], of which the rows of programs are used; parts: float64 [units, 64, 7]; sums: float64 [units, 7]: the sums of a step.
+        partials: float32 [7, chunks], of which the rows of programs are used; parts: float64 [units, 64, 7];
+        sums: float64 [units, 7]: the sums of a step.
         state: float64 [units + 1, 20]; memory: float64 [units, 10]; rules: float64 [groups, 20].
-        flags: int32 [units + 1, 4]; history: float64 [64, units + 1, 18], a ring; step: int64 [1].
+        flags: int32 [units + 1, 4]; history: float64 [64, units + 1, 20], a ring; step: int64 [1].
         lead: int32 [units], the row of ``rules`` that each unit follows.
         rounding: float64 [units], of the unit's parameters, see :func:`fastals.kernels.plain.rounding`.
         grad_scale: float32 [1], multiplies the gradient in the direction.
