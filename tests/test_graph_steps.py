@@ -17,6 +17,7 @@ from helpers.tiny import tiny_batches
 import fastals
 from fastals.graphs.graphed import WARMUP, _signature
 from fastals.graphs.program import EndSkip, Loop, Run, SkipIfAccepted
+from fastals.report import StepReport, UnitReport
 
 
 def same_report(a, b):
@@ -223,19 +224,20 @@ def test_schedules_differ_in_how_pieces_are_strung_together():
 
 
 @interpreted
-def test_the_benchmarks_count_and_replay_what_a_captured_sweep_needs():
+@pytest.mark.parametrize("schedule", ["sweep", "relay"])
+def test_the_benchmarks_count_and_replay_what_a_captured_step_needs(schedule):
     """The floor: the head, a forward per trial and a copy; the work: what the eager step counts."""
     from floor import Floor
     from rivals import Graphed, SearchRival
 
-    log, (model, batches) = [], model_and_batches("bert")
+    log, (model, batches), options = [], model_and_batches("bert"), HARD_SWEEP | {"schedule": schedule}
     twin, params = copy.deepcopy(model), list(model.parameters())
 
     def backend(device, stream, *, draws):
         return Recording(params, linked=False, log=log, draws=draws)
 
-    graphed = Graphed(model, fastals.ALS(fastals.units(model), model=model, fused=True, **HARD_SWEEP), backend)
-    eager = SearchRival(twin, fastals.ALS(fastals.units(twin), model=twin, fused=True, **HARD_SWEEP))
+    graphed = Graphed(model, fastals.ALS(fastals.units(model), model=model, fused=True, **options), backend)
+    eager = SearchRival(twin, fastals.ALS(fastals.units(twin), model=twin, fused=True, **options))
     work = []
     for t in range(graphed.first_steps):
         for rival in (graphed, eager):
@@ -246,11 +248,25 @@ def test_the_benchmarks_count_and_replay_what_a_captured_sweep_needs():
     assert ours == pytest.approx(theirs)
     report, log[:] = graphed.optimizer.report, []
     floor = Floor(graphed)
-    assert log == ["capture"] * (len(report.units) + 1)
+    assert log == ["capture"] * (len(report.units) + 2)
     assert floor.trials == {u.name: u.trials for u in report.units}
     log.clear()
     floor.step({})
     assert log == ["replay"] * (1 + report.trials + 1)
+
+
+def test_the_floor_counts_the_passes_of_each_kernel():
+    from floor import kernel_calls
+
+    unit, put_back = UnitReport("a", 1e-3, 1.0, 2, "accepted"), UnitReport("a", 0.0, 1.0, 2, "exhausted")
+    swept, moved = StepReport(1.0, 0.5, [unit]), StepReport(1.0, 0.5, [unit], 2, 0.5)
+    assert kernel_calls(unit, swept, False) == {"survey": 1, "trial": 2, "restore": 0, "advance": 1}
+    assert kernel_calls(put_back, swept, False)["restore"] == 1
+    relay = {"survey": 1, "trial": 3, "restore": 1, "survey_move": 1, "advance": 1}
+    assert kernel_calls(unit, moved, True) == relay
+    assert kernel_calls(put_back, moved, True) == relay | {"restore": 2}
+    between = UnitReport("a", 1e-3, 1.0, 0, "accepted")
+    assert sum(kernel_calls(between, StepReport(1.0, 0.5, [between], 1, 1.0), True).values()) == 2
 
 
 @interpreted
