@@ -137,6 +137,8 @@ def _survey_chunk(
     else:
         b_w = b_p
         tl.store(w + o_e, b_w, mask=m_e)
+    b_moving = _by_thread((b_g != 0).to(tl.float32), THREADS=THREADS, BLOCK=BLOCK, WIDE=wide)
+    b_weights = _by_thread(b_w * b_w, THREADS=THREADS, BLOCK=BLOCK, WIDE=wide)
     b_scaled = b_g * grad_scale
     b_d = direction_of(b_scaled, b_m, b_v, b_w, constants, averaged=False, ADAM=ADAM, HAS_M=HAS_M)
     b_step = b_d
@@ -151,8 +153,6 @@ def _survey_chunk(
         b_d = tl.where(m_e, b_d, 0.0)
     b_slope = _by_thread(b_g * b_d, THREADS=THREADS, BLOCK=BLOCK, WIDE=wide)
     b_direction = _by_thread(b_d * b_d, THREADS=THREADS, BLOCK=BLOCK, WIDE=wide)
-    b_moving = _by_thread((b_g != 0).to(tl.float32), THREADS=THREADS, BLOCK=BLOCK, WIDE=wide)
-    b_weights = _by_thread(b_w * b_w, THREADS=THREADS, BLOCK=BLOCK, WIDE=wide)
     if HAS_M:
         if MASKED:
             b_mean = tl.where(m_e, b_mean, 0.0)
@@ -202,7 +202,8 @@ def survey_kernel(
         eta = move.to(tl.float32)
         averaged = tl.load(row + AVERAGED) != 0
     elements = 0
-    parts: tl.constexpr = (2 if ALIGNED or not LOW else 4) if HAS_M and (ADAM or LOW) else 1
+    fewer: tl.constexpr = 2 if MOVE_TOO and not ALIGNED else 1
+    parts: tl.constexpr = fewer * ((2 if ALIGNED or not LOW else 4) if HAS_M and (ADAM or LOW) else 1)
     whole: tl.constexpr = BLOCK // parts  # what fits into the registers at a time
     b_sums = tl.zeros([THREADS, 2, 2, 2] if HAS_M else [THREADS, 2, 2], tl.float32)
     for i_c in range(first, last):
