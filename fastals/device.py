@@ -4,6 +4,7 @@ The verbs are those of :mod:`fastals.host`. Losses, slopes and step sizes stay o
 :mod:`fastals.kernels.armijo` accepts or shrinks it there.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -224,7 +225,21 @@ class DeviceBatch:
 
     def hold(self) -> None:
         """Measure all units, which keeps their weights."""
-        survey(self.table, self.arena, averaged=self.tested)
+        self._measure()
+
+    @property
+    def _writes_weights(self) -> bool:
+        """Whether the forward writes trained weights, perhaps those of other units than the one that is searched."""
+        return bool(self.losses.learned.own_writes)
+
+    def _put_all_back(self) -> None:
+        rows = self.arena.state[:-1]
+        rows[:, STATE.index("move")], rows[:, STATE.index("at")] = 0.0, math.nan
+        trial(self.table, self.arena)
+
+    def _measure(self, unit: int | None = None, *, move: bool = False) -> None:
+        with uninterrupted():  # a unit is held or not, whatever its dtypes
+            survey(self.table, self.arena, averaged=self.tested, unit=unit, move=move)
 
     def check_replay(self, loss: Tensor) -> None:
         """Have the device compare recorded outputs with f(w_t) = ``loss``; the next read of a flag tells."""
@@ -265,7 +280,7 @@ class DeviceBatch:
     def propose(self, unit: Unit) -> None:
         """Set the unit's first step, if its direction descends."""
         if self.alone:
-            self.do(partial(survey, self.table, self.arena, averaged=self.tested, unit=unit.row))
+            self.do(self.hold if self._writes_weights else partial(self._measure, unit.row))
         how = {"tested": self.tested, "relative": self.relative, "alone": self.alone}
         self.do(partial(armijo.open_search, self.arena, unit.row, **how))
 
@@ -279,6 +294,8 @@ class DeviceBatch:
             self.do(partial(armijo.put_back, self.arena, unit.row))
         if put_back or not accepted:
             self.do(partial(trial, self.table, self.arena, unit.row))
+        if self.relative and self._writes_weights:
+            self.do(self._put_all_back)
         if put_back or accepted is False:
             self.do(partial(self.losses.put_back, params))
             return
@@ -307,7 +324,7 @@ class DeviceBatch:
         """Move all units by their relative steps and one common factor, tested jointly; no search may follow."""
         self.executor.join()
         self.do(partial(relay.recall, self.arena, self.units[0].row, tested=self.tested))
-        self.do(partial(survey, self.table, self.arena, averaged=self.tested, move=True))
+        self.do(partial(self._measure, move=True))
         self.do(partial(relay.aim, self.arena, tested=self.tested))
         self._move(remembered=True)
 

@@ -199,6 +199,8 @@ class HostBatch:
 
     def search(self, unit: Unit, *, record: bool = False, put_back: bool = False) -> None:
         """Backtrack from the unit's first step until the loss has fallen enough, the others frozen."""
+        if self.losses.learned.own_writes:
+            self.hold()  # the forward writes trained weights, perhaps those of other units
         self.propose(unit)
         if unit not in self.proposed:
             return

@@ -14,6 +14,8 @@ the averaged direction; advance 12, and 20 with a first moment. In bfloat16: sur
 versions: ``direction``, ``snapshot``, ``trial`` and ``advance`` of :mod:`fastals.kernels.plain`.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -52,7 +54,8 @@ from fastals.kernels.columns import (
     SUM_DIRECTION,
     SUM_ELEMENTS,
 )
-from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH, REGISTERS, WARPS, Table
+from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH, REGISTERS, WARPS, Chunks, Table
+from fastals.kernels.trial import trial
 
 PIECE = BLOCK // 4  # elements that a survey takes at a time of a chunk that is not whole: few registers
 SURVEY = BY_CHUNK | {"maxnreg": REGISTERS}  # left alone, the compiler takes up to 110
@@ -377,37 +380,57 @@ def survey(table: Table, arena: Arena, *, averaged: bool = True, unit: int | Non
         unit: row of the unit; the sums, snapshots and parameters of all others stay as they are.
         move: in the same pass put the parameters at the step in ``state``'s column ``move``, as
             :func:`fastals.kernels.trial.trial` does. Without ``averaged`` it goes along the plain direction.
+
+    If the launch for a pair of dtypes fails, the tensors of those before are put back, and nothing is held.
     """
     _prepare_constants(table, arena)
-    for chunks in table.by_dtypes.values():
-        if programs := chunks.of_unit(unit):
-            survey_kernel[(len(programs),)](
-                p_base=chunks.param,
-                g_base=chunks.gradient,
-                m=arena.m,
-                v=arena.v,
-                w=arena.w,
-                chunks=chunks.rows,
-                programs=chunks.programs,
-                places=table.places,
-                layout=table.layout,
-                constants=arena.constants,
-                grad_scale=arena.grad_scale,
-                state=arena.state,
-                partials=arena.partials,
-                n_rows=table.n_chunks,
-                first_program=programs.start,
-                ADAM=arena.adam,
-                HAS_M=arena.has_m and averaged,
-                LOW=_is_low(chunks.param),
-                MOVE_TOO=move,
-                ALIGNED=chunks.aligned,
-                THREADS=32 * WARPS,
-                PIECE=PIECE,
-                BLOCK=BLOCK,
-                **SURVEY,
-            )
+    surveyed: list[Chunks] = []
+    try:
+        for chunks in table.by_dtypes.values():
+            _survey_chunks(table, arena, chunks, averaged=averaged, unit=unit, move=move)
+            surveyed.append(chunks)
+    except BaseException:
+        _let_go(table, arena, unit, surveyed)
+        raise
     _add_up(table, arena, unit)
+
+
+def _let_go(table: Table, arena: Arena, unit: int | None, surveyed: Sequence[Chunks]) -> None:
+    """Put these tensors back, and note that no snapshot is held: those of other dtypes may be of an earlier step."""
+    rows = arena.state[:-1] if unit is None else arena.state[unit]
+    rows[..., MOVE.value], rows[..., AT.value] = 0.0, float("nan")
+    trial(table, arena, unit, surveyed)
+    rows[..., HELD.value] = rows[..., AT.value] = 0.0
+
+
+def _survey_chunks(table: Table, arena: Arena, chunks: Chunks, *, averaged: bool, unit: int | None, move: bool) -> None:
+    if programs := chunks.of_unit(unit):
+        survey_kernel[(len(programs),)](
+            p_base=chunks.param,
+            g_base=chunks.gradient,
+            m=arena.m,
+            v=arena.v,
+            w=arena.w,
+            chunks=chunks.rows,
+            programs=chunks.programs,
+            places=table.places,
+            layout=table.layout,
+            constants=arena.constants,
+            grad_scale=arena.grad_scale,
+            state=arena.state,
+            partials=arena.partials,
+            n_rows=table.n_chunks,
+            first_program=programs.start,
+            ADAM=arena.adam,
+            HAS_M=arena.has_m and averaged,
+            LOW=_is_low(chunks.param),
+            MOVE_TOO=move,
+            ALIGNED=chunks.aligned,
+            THREADS=32 * WARPS,
+            PIECE=PIECE,
+            BLOCK=BLOCK,
+            **SURVEY,
+        )
 
 
 def _prepare_constants(table: Table, arena: Arena) -> None:

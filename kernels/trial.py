@@ -8,6 +8,8 @@ one trial is cheaper by 4 without it, two cost the same, and every further one c
 ``direction`` and ``trial`` of :mod:`fastals.kernels.plain`.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
@@ -20,7 +22,7 @@ from fastals.kernels.columns import (
     N_CONSTANTS,
     N_STATE,
 )
-from fastals.kernels.table import BLOCK, BY_CHUNK, Table
+from fastals.kernels.table import BLOCK, BY_CHUNK, Chunks, Table
 
 
 @triton.jit
@@ -107,9 +109,12 @@ def trial_kernel(
                     )
 
 
-def trial(table: Table, arena: Arena, unit: int | None = None) -> None:
-    """Put every parameter of the unit (None: of all) with a gradient at the step in ``state``'s column ``move``."""
-    for chunks in table.by_dtypes.values():
+def trial(table: Table, arena: Arena, unit: int | None = None, parts: Sequence[Chunks] | None = None) -> None:
+    """Put every parameter of the unit (None: of all) with a gradient at the step in ``state``'s column ``move``.
+
+    ``parts``: the chunks of these dtypes alone.
+    """
+    for chunks in table.by_dtypes.values() if parts is None else parts:
         if programs := chunks.of_unit(unit):
             trial_kernel[(len(programs),)](
                 p_base=chunks.param,

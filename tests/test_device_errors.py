@@ -3,6 +3,7 @@
 Without a GPU the kernels are interpreted: the same code, slowly.
 """
 
+import itertools
 import math
 import signal
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from helpers.tiny import TinyTransformer, assert_same
 import fastals
 from fastals import device as device_module
 from fastals import kernels
-from fastals.kernels import all_units
+from fastals.kernels import all_units, moments
 
 pytestmark = pytest.mark.proves(claim="fused-optimizer")
 
@@ -288,3 +289,32 @@ def test_fused_is_refused_where_it_cannot_be_and_says_why(monkeypatch):
             fastals.ALS(TinyTransformer(), fused=True)
     with pytest.raises(ValueError, match="fused must be"):
         fastals.ALS(model, fused="yes")
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_survey_that_fails_between_two_dtypes_leaves_no_unit_moved(broken, monkeypatch):
+    """The snapshots of one dtype are of this step then, and those of the other of the step before."""
+    torch.manual_seed(0)
+    low, high = torch.nn.Linear(4, 4).bfloat16().to(CUDA), torch.nn.Linear(4, 1).to(CUDA)
+    params, x = [*low.parameters(), *high.parameters()], torch.randn(8, 4, device=CUDA)
+    opt = fastals.ALS([{"params": params, "name": "all"}], fused=True, every=100)
+
+    def closure():
+        return (high(low(x.bfloat16()).float()) - 1).square().mean()
+
+    for _ in range(2):
+        opt.step(closure)
+    before, launched, plain = [p.detach().clone() for p in params], itertools.count(), moments._survey_chunks
+
+    def breaking(*args, **kwargs):
+        if next(launched) == broken:
+            raise BrokenError
+        plain(*args, **kwargs)
+
+    monkeypatch.setattr(moments, "_survey_chunks", breaking)
+    with pytest.raises(BrokenError):
+        opt.step(closure)
+    assert_same([p.detach() for p in params], before)
+    monkeypatch.undo()
+    opt.step(closure)
+    assert opt.report.loss_after < opt.report.loss_before

@@ -182,3 +182,27 @@ def test_a_nan_in_a_gradient_leaves_its_unit_bitwise_and_moves_the_others(fused)
     kept = ("direction_rms", "weight_rms", "relative_step")
     assert [opt.state_dict()["param_groups"][1][k] for k in kept] == [memory[0][k] for k in kept]
     assert step(model, opt, 4).factor > 0
+
+
+@pytest.mark.parametrize("fused", PATHS.values(), ids=PATHS)
+def test_weights_that_the_forward_writes_in_a_search_of_another_unit_are_those_of_the_step(fused):
+    """The forward copies the weights of one unit into the other, which has been measured after that search."""
+    if fused:
+        pytest.importorskip("triton")
+    torch.manual_seed(0)
+    device = "cuda" if fused and torch.cuda.is_available() else "cpu"
+    first, second = (nn.Linear(4, 4, bias=False, device=device) for _ in range(2))
+    x, y = (torch.randn(16, 4, device=device) for _ in range(2))
+    groups = [{"params": [m.weight], "name": n} for n, m in (("first", first), ("second", second))]
+    options = {"every": 1, "c": 0.99, "max_trials": 2, "trust": 5.0}  # nothing passes
+    opt, before = fastals.ALS(groups, fused=fused, cache=False, **options), first.weight.detach().clone()
+
+    def closure():
+        with torch.no_grad():
+            second.weight.copy_(first.weight)
+        return (second(torch.tanh(first(x))) - y).square().mean()
+
+    for _ in range(4):
+        opt.step(closure)
+        assert {u.outcome for u in opt.report.units} == {"exhausted"}
+        assert_same([first.weight.detach(), second.weight.detach()], [before, before])
