@@ -82,7 +82,7 @@ class Unit:
             flat: buffers to use; without them the unit allocates its own.
         """
         self.groups, self.adam = list(groups), adam
-        self.name = "+".join(g["name"] for g in groups)
+        self.name = "+".join(dict.fromkeys(g["name"] for g in groups))
         self.members = [(p, g) for g in groups for p in g["params"]]
         params = [p for p, _ in self.members]
         self.identity = list(map(_identity, params))

@@ -109,6 +109,15 @@ class ActivationCache:
         with self._running(comparison, record, note_outputs):
             yield
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Neither record nor replay the calls that are made inside."""
+        inside, self._inside = self._inside, True
+        try:
+            yield
+        finally:
+            self._inside = inside
+
     def adopt(self) -> None:
         """From now on replay the calls of the last evaluation, if they were kept."""
         if self.fresh is not None:

@@ -10,7 +10,7 @@ tests and timings can compare the two.
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastals import rng
+from fastals.microbatches import Closure, MicroBatches
 from fastals.optimizer import ALS
 from fastals.partition import units
 from fastals.relay import (
@@ -69,7 +70,7 @@ class Part:
     @property
     def name(self) -> str:
         """The names of its groups, joined by +."""
-        return "+".join(g["name"] for g in self.groups)
+        return "+".join(dict.fromkeys(g["name"] for g in self.groups))
 
     @property
     def rules(self) -> dict:
@@ -116,12 +117,14 @@ class EagerALS(torch.optim.Optimizer):
         group.setdefault("unit", index)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor], loss: Tensor | float | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Closure | Iterable[Closure], loss: Tensor | float | None = None
+    ) -> Tensor:
         """Take one step on a mini-batch, as :meth:`fastals.ALS.step` does. Returns f(w_t)."""
-        self.closure = closure
+        self.closure = MicroBatches(closure)
         self.devices = rng.cuda_devices(p for g in self.param_groups for p in g["params"])
         self.before = rng.get_state(self.devices)
-        start = self._differentiate() if loss is None else closure()
+        start = self._differentiate() if loss is None else self.closure()
         after = rng.get_state(self.devices) if loss is None else self.before
         self._begin(float(start), torch.finfo(start.dtype).eps)
         due = is_due([part.rules for part in self.parts], self.settings.every, turns=self.settings.takes_turns)
@@ -142,10 +145,12 @@ class EagerALS(torch.optim.Optimizer):
     def _differentiate(self) -> Tensor:
         """Compute the loss and leave the gradients in ``p.grad``."""
         self.zero_grad()
-        with torch.enable_grad():
-            loss = self.closure()
-        loss.backward()
-        return loss.detach()
+        losses = []
+        for closure in self.closure.closures:
+            with torch.enable_grad():
+                losses.append(closure())
+            losses[-1].backward()
+        return sum((loss.detach() for loss in losses[1:]), losses[0].detach())
 
     def _begin(self, start: float, eps: float) -> None:
         """Copy the weights and add the gradients to copies of the moments."""

@@ -17,11 +17,13 @@ from fastals import kernels, rng
 from fastals.anatomy import Anatomy, anatomy, distinct_modules
 from fastals.buffers import Unit
 from fastals.cache import ActivationCache
-from fastals.evaluation import Closure
+from fastals.callers import FreshGradients
+from fastals.given import refuse_scaled
 from fastals.host import HostUnits
 from fastals.interrupt import uninterrupted
 from fastals.learned import Learned
 from fastals.losses import Losses
+from fastals.microbatches import MicroBatches
 from fastals.partition import observed
 from fastals.repeatable import check_repeatable
 from fastals.report import Reports, StepReport
@@ -92,8 +94,9 @@ class Engine:
         self._partition: Partition | None = None
         self._frozen: list[Tensor] = []
         self._repeatable = False
+        self._fresh = FreshGradients()
 
-    def step(self, closure: Closure, loss: Tensor | float | None = None) -> Tensor:
+    def step(self, closure: MicroBatches, loss: Tensor | float | None = None) -> Tensor:
         """Make one step and return f(w_t); after an error everything is as before.
 
         Arguments and errors are those of :meth:`fastals.ALS.step`.
@@ -104,11 +107,11 @@ class Engine:
             self._watch_again(found)
         return self._step(closure, loss)
 
-    def _step(self, closure: Closure, loss: Tensor | float | None) -> Tensor:
+    def _step(self, closure: MicroBatches, loss: Tensor | float | None) -> Tensor:
         losses = self._losses(closure)
         with torch.cuda.device_of(losses.params[0]), undone_on_error() as undo:  # Triton launches on the current device
             undo += losses.undoing()
-            start = losses.differentiate() if loss is None else losses.given(loss)
+            start = self._start(losses, loss)
             undo.append(partial(self.regroup, [g["param_names"] for g in self.groups if "param_names" in g]))
             batch = self._begin(losses, start)
             undo.append(batch.restore)
@@ -118,6 +121,19 @@ class Engine:
             with uninterrupted():
                 self._commit(batch, searched=search)
                 undo.clear()  # the step is made, so nothing is undone
+        return start
+
+    def _start(self, losses: Losses, loss: Tensor | float | None) -> Tensor:
+        """f(w_t), with gradients in place."""
+        if loss is None:
+            self._fresh.warn_if_lost(losses.params)
+            start = losses.differentiate()
+        else:
+            start = losses.given(loss)
+        if losses.closure.ready is not None:
+            losses.closure.ready()
+        if loss is not None and not self._repeatable:
+            refuse_scaled(losses)
         return start
 
     def _watch_again(self, found: FirstWriteError) -> None:
@@ -130,7 +146,7 @@ class Engine:
         self.learned.memory.written |= found.keys
         self.learned.watched = False
 
-    def _losses(self, closure: Closure) -> Losses:
+    def _losses(self, closure: MicroBatches) -> Losses:
         self.refresh()
         params, check = self.params(), self.settings.cache == "check"
         if random.Random(f"{self.seed}-watch").random() < SPOT_CHECKS:
@@ -171,6 +187,7 @@ class Engine:
         if self.settings.merge_below is not None:
             self._merge(self.settings.merge_below)
         batch.losses.finish()
+        self._fresh.note(batch.losses.params)
 
     def count(self, report: StepReport | Callable[[], StepReport], forwards: float, searched: Sequence[Unit]) -> None:
         """Count a step that was made, set when its units search next if it has searched, and report the step."""

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from fastals import rng
 from fastals.cache import ActivationCache, Key, StaleRecordError
 from fastals.compare import Comparison, same_loss, same_outputs
-from fastals.errors import NO_CLOSURE, BackwardError
+from fastals.errors import BackwardError
 from fastals.learned import Learned
+from fastals.microbatches import MicroBatches, checked
 from fastals.surroundings import Surroundings
-
-Closure = Callable[[], Tensor]
 
 
 class Outcome(NamedTuple):
@@ -39,7 +38,7 @@ class Evaluations:
     """Evaluates a closure, always from the same generators, buffers and untrained parameters.
 
     Args:
-        closure: evaluates the loss.
+        closure: evaluates the loss, of each micro-batch.
         params: the trained parameters.
         modules: all modules that the closure may use.
         cache: replays calls of modules, or None.
@@ -53,7 +52,7 @@ class Evaluations:
 
     def __init__(
         self,
-        closure: Closure,
+        closure: MicroBatches,
         params: Sequence[Tensor],
         modules: Sequence[nn.Module],
         cache: ActivationCache | None,
@@ -151,15 +150,20 @@ class Evaluations:
             for p, grad in held:
                 p.grad = grad
 
-    def evaluate(self, running: AbstractContextManager, gradients: AbstractContextManager) -> Tensor:
-        """Call the closure.
+    def evaluate(
+        self,
+        running: AbstractContextManager,
+        gradients: AbstractContextManager,
+        closure: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """Call the closure, or another in its place.
 
         Raises:
             StaleRecordError: it drew from a generator that was not watched while calls were replayed.
         """
         torch.clear_autocast_cache()  # casts of the weights before this evaluation are stale
         with _no_fast_path(), self.around.evaluation(), running, gradients:
-            loss = checked(self.closure())
+            loss = checked((closure or self.closure)())
         drawn = self.learned.drawn
         if drawn is None or self.cache is None:
             return loss
@@ -210,21 +214,6 @@ class Evaluations:
             yield
         finally:
             self.wait = waited
-
-
-def checked(loss: object) -> Tensor:
-    """The loss as a 0-d tensor.
-
-    Raises:
-        TypeError, ValueError: it is no scalar tensor.
-    """
-    if loss is None:
-        raise TypeError(f"the closure returned None. {NO_CLOSURE}")
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"the closure returned a {type(loss).__name__}, not a tensor: return the loss (outputs.loss)")
-    if loss.numel() != 1:
-        raise ValueError(f"the closure returned a loss of shape {tuple(loss.shape)}: reduce it to a scalar")
-    return loss.reshape(())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from fastals.cache import ActivationCache, StaleRecordError
 from fastals.compare import Comparison
 from fastals.errors import CheckError, non_finite
-from fastals.evaluation import Closure, Evaluations, Outcome
+from fastals.evaluation import Evaluations, Outcome
 from fastals.learned import Learned
+from fastals.microbatches import Closure, MicroBatches, checked
 from fastals.surroundings import Kept
 
 
@@ -27,7 +29,7 @@ class Losses(Evaluations):
 
     def __init__(
         self,
-        closure: Closure,
+        closure: MicroBatches,
         params: Sequence[Tensor],
         modules: Sequence[nn.Module],
         cache: ActivationCache | None,
@@ -46,26 +48,57 @@ class Losses(Evaluations):
         self._versions = [p._version for p in params]
 
     def differentiate(self) -> Tensor:
-        """f(w_t) with its gradients, by one forward and one backward."""
+        """f(w_t) with its gradients, by one forward and one backward of each micro-batch."""
         self.other_grads = [(p.tensor, p.tensor.grad) for p in self.around.places if p.tensor.requires_grad]
         for p, _ in self.grads + self.other_grads:
             p.grad = None
-        loss = self.evaluate(self.recording(), torch.enable_grad())
+        parts: list[Tensor] = []
+        last = self.evaluate(self.recording(), torch.enable_grad(), partial(self._all_but_last, parts))
         self._note_drawn()
-        if any(p.grad is not None for p in self.params):
-            raise RuntimeError(
-                "the closure called backward itself: let it return the loss only, or call loss.backward() before "
-                "opt.step(closure, loss=loss)"
-            )
-        if not loss.requires_grad:
-            raise RuntimeError("the closure's loss has no gradient: evaluate it without no_grad and without .detach()")
-        self._refuse_non_finite(loss)
-        loss.backward()
+        parts.append(self._differentiated(last))
+        if self.wait:
+            self.closure.refuse_loss_scale()
         self.after = self.generators.save()
         self.around.note_after()
         if self.learned.rounds:
             self.record_again()
-        return loss.detach()
+        return sum(parts[1:], parts[0])
+
+    def _all_but_last(self, parts: list[Tensor]) -> Tensor:
+        """Differentiate one micro-batch after the other, and evaluate the last one."""
+        *others, last = self.closure.closures
+        for closure in others:
+            loss = checked(self._without_backward(closure))
+            with self.cache.paused() if self.cache is not None else nullcontext():  # checkpoints call modules again
+                parts.append(self._differentiated(loss))
+        return checked(self._without_backward(last))
+
+    def _without_backward(self, closure: Closure) -> Tensor:
+        """The closure's loss.
+
+        Raises:
+            RuntimeError: the closure has changed gradients.
+        """
+        before = [(p.grad, _version(p.grad)) for p in self.params]
+        loss = closure()
+        if any(p.grad is not g or _version(g) != v for p, (g, v) in zip(self.params, before, strict=True)):
+            raise RuntimeError(
+                "the closure called backward itself: let it return the loss only, or call loss.backward() before "
+                "opt.step(closure, loss=loss)"
+            )
+        return loss
+
+    def _differentiated(self, loss: Tensor) -> Tensor:
+        """A micro-batch's part of f(w_t), with its gradients added to those in place.
+
+        Raises:
+            RuntimeError: the loss has no gradient.
+            FloatingPointError: it is not finite.
+        """
+        if not loss.requires_grad:
+            raise RuntimeError("the closure's loss has no gradient: evaluate it without no_grad and without .detach()")
+        self._refuse_non_finite(loss)
+        return self.closure.differentiate(loss)
 
     def given(self, loss: Tensor | float) -> Tensor:
         """f(w_t), with the caller's gradients in ``p.grad``; ``loss`` is the value that the caller computed.
@@ -209,3 +242,7 @@ class Losses(Evaluations):
     def _refuse_non_finite(self, loss: Tensor) -> None:
         if not self.lazy and not bool(torch.isfinite(loss)):
             raise non_finite(float(loss))
+
+
+def _version(grad: Tensor | None) -> int:
+    return 0 if grad is None else grad._version

@@ -1,15 +1,19 @@
 """ALS: Armijo line search per unit as a ``torch.optim.Optimizer``."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from operator import is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from fastals.callers import hooks_of_lightning, own_closure, refuse_lost_micro_batches
 from fastals.engine import Engine
 from fastals.errors import NO_CLOSURE
+from fastals.microbatches import Backward, Closure, MicroBatches
 from fastals.partition import named, units
 from fastals.report import Reports, StepReport
 from fastals.search import MEMORY, plain_memory
@@ -132,7 +136,7 @@ class ALS(torch.optim.Optimizer):
     ) -> None:
         self.settings, constants = sort_arguments(locals())
         warn_of_small_lr(lr)
-        self._observe = isinstance(params, nn.Module)
+        self._observe = isinstance(params, nn.Module) or getattr(params, "by", "") == "block"
         cut_from = getattr(params, "model", None) if model is None else model
         self.model = params if isinstance(params, nn.Module) else cut_from
         self.modules = list(modules)
@@ -145,20 +149,32 @@ class ALS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Tensor] | None = None, loss: Tensor | float | None = None
+        self,
+        closure: Closure | Iterable[Closure] | None = None,
+        loss: Tensor | float | None = None,
+        *,
+        backward: Backward | None = None,
     ) -> Tensor:
         """One mini-batch: gradients, the searches of the schedule, the moments. Returns f(w_t).
 
         Args:
-            closure: evaluates the loss of this mini-batch and returns it; it must not call backward.
+            closure: evaluates the loss of this mini-batch and returns it; it must not call backward. A list of
+                closures, one for each micro-batch, stands for the sum of their losses: each has its own forward and
+                backward, so that one graph at a time is in memory, and every trial adds up all of them under the same
+                masks.
             loss: the loss whose gradients are in ``p.grad`` already (accumulated, reduced). Without it the gradients
-                are computed here, by one backward.
+                are computed here, by one backward of each closure.
+            backward: takes a loss and adds its gradients to ``p.grad``, in place of ``loss.backward()``:
+                ``accelerator.backward``, Lightning's ``self.manual_backward``. If it divides the loss, as Accelerate
+                does by its accumulation steps, trials do so too, and f is the loss so divided.
 
         Raises:
             TypeError: no closure, or one that returns no tensor.
             ValueError: a loss that is no scalar, or that differs between two evaluations at the same weights.
             FloatingPointError: a loss that is not finite at w_t.
-            RuntimeError: a closure that calls backward; parameters converted since construction.
+            RuntimeError: a closure that calls backward, as that of Lightning's automatic optimization; one micro-batch
+                of several that Accelerate accumulates; gradients that a GradScaler has scaled; parameters converted
+                since construction.
             ValueError: a trainable parameter of the model is in no unit: it was unfrozen or put in place later.
             RuntimeError: with ``cache="check"``, a cached trial is not what a full forward gives.
 
@@ -169,7 +185,10 @@ class ALS(torch.optim.Optimizer):
                 raise TypeError(NO_CLOSURE)
             self.engine.make_state()  # torch.distributed.checkpoint sets every lr to 0 and steps, to get a state
             return torch.zeros(())
-        return self.engine.step(closure, loss)
+        own = own_closure(closure)
+        if loss is None and backward is None:
+            refuse_lost_micro_batches(own)
+        return self.engine.step(MicroBatches(own, backward, hooks_of_lightning(closure)), loss)
 
     def graphed(
         self, loss_fn: Callable[[Any], Tensor], *, pad_to_multiple_of: int | None = None, max_signatures: int = 8
@@ -237,10 +256,8 @@ class ALS(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """State by parameter under AdamW's names; the memory of the units is plain numbers in the groups."""
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            group.update(plain_memory(group))
-        return saved
+        with _removed(self.register_state_dict_post_hook(_with_plain_memory, prepend=True)):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that :meth:`state_dict` gave, dtypes kept.
@@ -249,14 +266,26 @@ class ALS(torch.optim.Optimizer):
             ValueError: the state belongs to another partition of the model into units or to a model of other shapes, or
                 lacks a moment.
         """
-        self._check_moments(state_dict["state"].values())
-        self._check_shapes(state_dict)
-        self._fit(state_dict["param_groups"])
-        super().load_state_dict(state_dict)
+        loaded: dict[str, Any] = {}  # as the hooks of the user hand it over
+
+        def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            loaded.update(state_dict)
+            self._check_moments(state_dict["state"].values())
+            self._check_shapes(state_dict)
+            self._fit(state_dict["param_groups"])
+
+        with (
+            _removed(self.register_load_state_dict_pre_hook(check)),
+            _removed(self.register_load_state_dict_post_hook(lambda _: self._keep_dtypes(loaded), prepend=True)),
+        ):
+            super().load_state_dict(state_dict)
+
+    def _keep_dtypes(self, loaded: dict[str, Any]) -> None:
+        """Load the state as it is; torch has cast it to the dtypes of the parameters."""
         params = [p for g in self.param_groups for p in g["params"]]
-        indices = [i for g in state_dict["param_groups"] for i in g["params"]]
-        for p, i in zip(params, indices, strict=True):  # torch has cast the state to p's dtype
-            for key, value in state_dict["state"].get(i, {}).items():
+        indices = [i for g in loaded["param_groups"] for i in g["params"]]
+        for p, i in zip(params, indices, strict=True):
+            for key, value in loaded["state"].get(i, {}).items():
                 self.state[p][key] = value.to(p.device if value.ndim else "cpu", copy=True)
         self._engine = None
 
@@ -307,6 +336,20 @@ class ALS(torch.optim.Optimizer):
         names = ", ".join(f"{g['name']}: {sum(p.numel() for p in g['params']):,}" for g in self.param_groups)
         rules = {k: v for k, v in self.defaults.items() if k not in MEMORY}
         return f"ALS({self.settings}, {rules}, units=[{names}])"
+
+
+@contextmanager
+def _removed(handle: RemovableHandle) -> Iterator[None]:
+    """Remove a hook at the end of the ``with`` block."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _with_plain_memory(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    for group in saved["param_groups"]:
+        group.update(plain_memory(group))
 
 
 def _by_name(groups: Iterable[dict[str, Any]]) -> dict[str | int, Any]:

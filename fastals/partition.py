@@ -4,23 +4,30 @@ The blocks are the modules that a forward pass calls one by one from the outermo
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
 
 class Groups(list[dict]):
-    """Parameter groups that know the model they were cut from."""
+    """Parameter groups that know the model they were cut from, and how."""
 
-    def __init__(self, groups: Iterable[dict], model: nn.Module) -> None:
+    def __init__(self, groups: Iterable[dict], model: nn.Module, by: str | int | Sequence[str]) -> None:
         super().__init__(groups)
-        self.model = model
+        self.model, self.by = model, by
 
 
-def units(model: nn.Module, by: str | int | Sequence[str] = "block") -> Groups:
+def units(
+    model: nn.Module,
+    by: str | int | Sequence[str] = "block",
+    *,
+    weight_decay: float | None = None,
+    decayed: Collection[str] | None = None,
+) -> Groups:
     """Parameter groups ``{"name", "params", "param_names"}`` in forward order, ready for :class:`fastals.ALS`.
 
-    The groups know their model, so ``ALS(fastals.units(model))`` caches its activations like ``ALS(model)``.
+    The groups know their model, so ``ALS(fastals.units(model))`` is ``ALS(model)``. With a ``weight_decay`` above 0
+    a unit has up to two groups, one that decays and one that does not, whose step size is searched together.
 
     Args:
         model: any module; only parameters with ``requires_grad`` are taken.
@@ -28,16 +35,40 @@ def units(model: nn.Module, by: str | int | Sequence[str] = "block") -> Groups:
             An integer n: n groups of consecutive blocks, embeddings in the first and head in the last.
             A sequence of regular expressions: one unit per pattern, and one named ``rest`` for parameters that no
             pattern matches. A parameter goes to the first pattern that matches its name.
+        weight_decay: decoupled weight decay of the parameters that decay; 0 for the others. ``None`` leaves all to the
+            ``weight_decay`` of :class:`fastals.ALS`.
+        decayed: names of the parameters that decay; without it those of at least two dimensions do, so that biases and
+            the weights of norms do not.
 
     Raises:
-        ValueError: no trainable parameter, more groups than blocks, or a pattern that matches nothing.
+        ValueError: no trainable parameter, more groups than blocks, a pattern that matches nothing, or a name in
+            ``decayed`` that no parameter has.
     """
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable parameter: set requires_grad on those to train")
     unit_of = _unit_names(model, trainable, by)
     members = {unit: [n for n in trainable if unit_of[n] == unit] for unit in dict.fromkeys(unit_of.values())}
-    return Groups((group(unit, [(n, trainable[n]) for n in ns]) for unit, ns in members.items() if ns), model)
+    groups = [group(unit, [(n, trainable[n]) for n in ns]) for unit, ns in members.items() if ns]
+    if weight_decay is not None:
+        names = {n for n, p in trainable.items() if p.ndim > 1} if decayed is None else set(decayed)
+        if unknown := names - {n for n, _ in model.named_parameters()}:
+            raise ValueError(f"decayed: the model has no parameter {sorted(unknown)[0]!r}")
+        if not weight_decay:
+            names |= trainable.keys()
+        groups = [part for i, g in enumerate(groups) for part in _by_decay(g, i, weight_decay, names)]
+    return Groups(groups, model, by)
+
+
+def _by_decay(whole: dict, unit: int, weight_decay: float, decayed: Collection[str]) -> Iterator[dict]:
+    """The groups of one unit: of the parameters that decay, and of the others."""
+    members = list(zip(whole["param_names"], whole["params"], strict=True))
+    for decay, part in (
+        (weight_decay, [(n, p) for n, p in members if n in decayed]),
+        (0.0, [(n, p) for n, p in members if n not in decayed]),
+    ):
+        if part:
+            yield group(whole["name"], part) | {"unit": unit, "weight_decay": decay}
 
 
 def _unit_names(model: nn.Module, trainable: Mapping[str, Tensor], by: str | int | Sequence[str]) -> dict[str, str]:
@@ -173,17 +204,18 @@ def _by_pattern(trainable: Mapping[str, Tensor], patterns: Sequence[str]) -> dic
 
 
 def observed(groups: Sequence[dict], position: Callable[[Tensor], str]) -> list[list[str]]:
-    """Parameter names of every group, with each parameter in the group in which a forward pass first used it.
+    """Parameter names of every group, with each parameter in the unit in which a forward pass first used it.
 
-    ``position`` gives the group's name for a parameter that has a gradient. A parameter without one, or with a
-    position that is no group, stays in its group.
+    ``position`` gives the unit's name for a parameter that has a gradient. A parameter without one, or with a position
+    where no group of the same weight decay is, stays in its group.
     """
-    members: dict[str, list[str]] = {g["name"]: [] for g in groups}
-    for group in groups:
+    members: list[list[str]] = [[] for _ in groups]
+    index = {(g["name"], g["weight_decay"]): i for i, g in enumerate(groups)}
+    for i, group in enumerate(groups):
         for name, p in zip(group["param_names"], group["params"], strict=True):
             unit = position(p) if p.grad is not None else group["name"]
-            members[unit if unit in members else group["name"]].append(name)
-    return list(members.values())
+            members[index.get((unit, group["weight_decay"]), i)].append(name)
+    return members
 
 
 def boundaries(model: nn.Module) -> list[nn.Module]:

@@ -8,6 +8,7 @@ import fastals
 ROOT = Path(fastals.__file__).parent
 FLOORS = (  # from the top; modules of one folder may use each other
     ("cli",),
+    ("integrations",),
     ("__init__",),
     ("eager",),
     ("optimizer",),
@@ -15,10 +16,10 @@ FLOORS = (  # from the top; modules of one folder may use each other
     ("engine",),
     ("host", "device"),
     ("settings", "verify"),
-    ("schedule", "repeatable", "relay"),
+    ("schedule", "repeatable", "given", "relay"),
     ("losses", "search", "passes"),
-    ("evaluation", "blocks"),
-    ("learned",),
+    ("evaluation", "blocks", "callers"),
+    ("learned", "microbatches"),
     ("buffers", "cache"),
     ("compare",),
     ("calls",),

@@ -18,10 +18,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_is_leaf, tree_map_o
 from fastals import rng
 from fastals.engine import Engine
 from fastals.errors import OutdatedError, non_finite
-from fastals.evaluation import Closure
 from fastals.graphs.program import Backend, Program, Tail
 from fastals.interrupt import uninterrupted
 from fastals.kernels.arena import FLAGS
+from fastals.microbatches import Closure
 from fastals.schedule import turn_of
 
 WARMUP = 3  # eager steps of each signature: compilation, workspaces, verification of the cache

@@ -19,13 +19,13 @@ from torch import Tensor
 from fastals import rng
 from fastals.device import Action, DeviceBatch, DeviceUnits, DirectExecutor
 from fastals.engine import Engine, in_forward_order
-from fastals.evaluation import Closure
 from fastals.kernels import all_units
 from fastals.kernels.arena import FLAGS, Arena
 from fastals.kernels.table import Table
 from fastals.kernels.trial import trial
 from fastals.learned import Learned
 from fastals.losses import Losses
+from fastals.microbatches import Closure, MicroBatches
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,12 @@ class Program:
         units, cache = engine.partition.units, engine.new_cache()
         _drop_gradients(self.params)
         self.losses = Losses(
-            closure, self.params, engine.modules, cache, _settled(engine.learned, [u.name for u in units]), lazy=True
+            MicroBatches(closure),
+            self.params,
+            engine.modules,
+            cache,
+            _settled(engine.learned, [u.name for u in units]),
+            lazy=True,
         )
         self.generators = rng.get_state(self.losses.generators.devices)
         with self._capturing():

@@ -1,0 +1,238 @@
+"""The Trainer of Hugging Face, and its subclasses in TRL and sentence-transformers, with steps by line search.
+
+:class:`ALSTrainer` takes the place of ``Trainer``. Any other trainer gets its steps from the mixin::
+
+    class SFTWithLineSearch(LineSearch, SFTTrainer):
+        pass
+"""
+
+import copy
+import inspect
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastals.optimizer import ALS
+from fastals.partition import units
+
+try:
+    from transformers import Trainer, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        f"fastals.integrations.transformers needs {error.name}: pip install 'fastals[trainer]'"
+    ) from error
+
+METRICS = ("_metrics", "_pending_metrics", "accum_loss_components")  # of TRL and sentence-transformers
+#: Arguments that mean nothing to a line search, and what to set in their place.
+MEANINGLESS = {
+    "learning_rate": "no rate is needed; als={'lr': ...} multiplies the steps, and 1.0 is the usual value",
+    "optim_args": "pass the arguments of fastals.ALS as als={...}",
+    "learning_rate_mapping": "each unit finds its own step",
+}
+
+
+class LineSearch:
+    """Mixin that lets a Trainer make its steps by :class:`fastals.ALS`.
+
+    A step is made where the Trainer computes its loss and gradients: the micro-batches of ``gradient_accumulation_steps``
+    are collected, and each has its own forward and backward; the call of ``optimizer.step()`` in the Trainer's loop finds
+    the step made. So ``on_pre_optimizer_step`` sees the weights after the step, and the gradients before it. A loss that
+    is not finite moves nothing, and training goes on with the next mini-batch.
+
+    Of the training arguments the optimizer takes ``adam_beta1``, ``adam_beta2``, ``adam_epsilon``, ``weight_decay`` (not
+    on biases and norms, as in the Trainer), ``max_grad_norm`` (clips the direction) and ``seed``; ``lr_scheduler_type``
+    and ``warmup_steps`` anneal the steps. Logs have ``als/trials`` and ``als/factor``, means over the steps since the
+    last log, and ``als/step_size/<unit>`` of the last step.
+
+    Args:
+        als: arguments of :class:`fastals.ALS`, which come before those of the training arguments, and ``by`` of
+            :func:`fastals.units`. The other arguments are those of the Trainer.
+
+    Raises:
+        TypeError: ``als`` has an argument that ALS does not have.
+        ValueError: another optimizer is asked for, or training that a line search does not support (``fp16``, whose
+            gradients are scaled, DeepSpeed, DataParallel).
+    """
+
+    def __init__(self, *args: Any, als: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.als = dict(als or {})
+        known = {"by", *inspect.signature(ALS).parameters} - {"params", "model"}
+        if unknown := set(self.als) - known:
+            raise TypeError(f"als={{...}} has no argument {sorted(unknown)[0]!r}: there are {', '.join(sorted(known))}")
+        self._micro_batches: list[Callable[[], Tensor]] = []
+        self._logged_steps = 0
+        super().__init__(*args, **kwargs)
+        _refuse_optimizers(self)
+        _refuse_unsupported(self)
+        _warn_of_meaningless(self.args)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer from the training arguments and ``als``, unless there is one from an earlier ``train()``."""
+        if self.optimizer is None:
+            model, options = self._trained(self.model if model is None else model), self._options()
+            decayed = set(self.get_decay_parameter_names(model))
+            groups = units(
+                model, options.pop("by"), weight_decay=options.pop("weight_decay"),
+                decayed=[n for n, _ in model.named_parameters() if n in decayed],
+            )  # fmt: skip
+            self.optimizer = _MadeBefore(groups, model=model, **options)
+        return self.optimizer
+
+    def _options(self) -> dict[str, Any]:
+        a: TrainingArguments = self.args
+        return {
+            "by": "block", "betas": (a.adam_beta1, a.adam_beta2), "eps": a.adam_epsilon, "seed": a.seed,
+            "weight_decay": a.weight_decay, "max_grad_norm": a.max_grad_norm or None,
+        } | self.als  # fmt: skip
+
+    def _trained(self, model: nn.Module) -> nn.Module:
+        """The module of all that is trained: losses of sentence-transformers may have parameters of their own."""
+        loss = getattr(self, "loss", None)
+        if isinstance(loss, dict):
+            loss = nn.Sequential(OrderedDict(loss))
+        own = set(model.parameters())
+        return loss if isinstance(loss, nn.Module) and not own.issuperset(loss.parameters()) else model
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Collect a micro-batch; with the last one of a mini-batch make the step. Returns the loss of the mini-batch."""
+        inputs = self._prepare_inputs(inputs)
+        self._micro_batches.append(_MicroBatch(self, model, inputs, num_items_in_batch))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        micro_batches, self._micro_batches = self._micro_batches, []
+        optimizer = _unwrapped(self.optimizer)
+        try:
+            loss = optimizer.step(micro_batches, backward=self.accelerator.backward)
+        except FloatingPointError as error:
+            warnings.warn(f"step {self.state.global_step + 1}: {error}", stacklevel=2)
+            loss = torch.tensor(float("nan"), device=self.args.device)
+        optimizer.made = True
+        return loss.to(torch.float32)
+
+    def loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """The loss that the Trainer's own ``training_step`` would differentiate."""
+        losses: list[Tensor] = []
+        with (
+            _set(self.accelerator, "backward", lambda loss, **_: losses.append(loss)),
+            _set(self, "_prepare_inputs", lambda inputs: inputs),
+        ):
+            super().training_step(model, dict(inputs), num_items_in_batch)
+        (loss,) = losses
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the searches since the last log beside the training loss."""
+        if "loss" in logs:
+            logs = logs | self._searches()
+        super().log(logs, *args, **kwargs)
+
+    def _searches(self) -> dict[str, float]:
+        steps, self._logged_steps = self.state.global_step - self._logged_steps, self.state.global_step
+        reports = _unwrapped(self.optimizer).reports[-max(1, steps) :]
+        if not reports:
+            return {}
+        found = {"als/trials": fmean(r.trials for r in reports), "als/factor": fmean(r.factor for r in reports)}
+        return found | {f"als/step_size/{u.name}": u.step_size for u in reports[-1].units}
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """The norm for the logs; ALS has clipped the direction."""
+        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+class ALSTrainer(LineSearch, Trainer):
+    """:class:`transformers.Trainer` with steps by line search, see :class:`LineSearch`."""
+
+
+class _MicroBatch:
+    """The loss of a micro-batch; trials run on a stand-in, so that the trainer's metrics count it once."""
+
+    def __init__(self, trainer: LineSearch, *arguments: Any) -> None:
+        self.trainer, self.arguments, self.counted = trainer, arguments, False
+
+    def __call__(self) -> Tensor:
+        trainer = _stand_in(self.trainer) if self.counted else self.trainer
+        self.counted = True
+        return trainer.loss_of(*self.arguments)
+
+
+def _stand_in(trainer: LineSearch) -> LineSearch:
+    """A copy that counts for itself."""
+    other = copy.copy(trainer)
+    for name in METRICS:
+        if hasattr(trainer, name):
+            setattr(other, name, copy.deepcopy(getattr(trainer, name)))
+    return other
+
+
+class _MadeBefore(ALS):
+    """Passes the step of the Trainer's loop, which comes without a closure, if it has been made before."""
+
+    made = False
+
+    def step(self, closure: Any = None, loss: Any = None, **options: Any) -> Any:  # type: ignore[override]
+        """Make a step."""
+        if closure is None and self.made:
+            self.made = False
+            return None
+        return super().step(closure, loss, **options)
+
+    step.hooked = True  # type: ignore[attr-defined]  # hooks and profiler look at the step of ALS, once
+
+
+if not getattr(ALS.step, "hooked", False):
+    ALS.step = ALS.profile_hook_step(ALS.step)  # type: ignore[method-assign]
+    ALS.step.hooked = True  # type: ignore[attr-defined]
+
+
+def _unwrapped(optimizer: Any) -> _MadeBefore:
+    """The optimizer inside of Accelerate's."""
+    while not isinstance(optimizer, ALS):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+@contextmanager
+def _set(owner: object, name: str, value: Any) -> Iterator[None]:
+    """Cover a method of an object inside the ``with`` block."""
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def _refuse_optimizers(trainer: Any) -> None:
+    optim = getattr(trainer.args.optim, "value", trainer.args.optim)
+    given = trainer.optimizer is not None or trainer.lr_scheduler is not None
+    if given or trainer.optimizer_cls_and_kwargs is not None or not optim.startswith("adamw_torch"):
+        raise ValueError(
+            "this trainer makes its own optimizer, fastals.ALS, when training starts: leave out optimizers=, "
+            "optimizer_cls_and_kwargs= and optim=, pass the arguments of ALS as als={...}, and choose the schedule by "
+            "lr_scheduler_type"
+        )
+
+
+def _refuse_unsupported(trainer: Any) -> None:
+    if trainer.args.fp16:
+        raise ValueError("fp16=True scales the gradients, which a line search cannot use: set bf16=True, or neither")
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("DeepSpeed makes the steps itself, without a closure: train without it")
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"{trainer.args.n_gpu} GPUs in one process (DataParallel) are not supported: set CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def _warn_of_meaningless(args: TrainingArguments) -> None:
+    defaults = {f.name: f.default if f.default_factory is not dict else {} for f in fields(args)}
+    for name, instead in MEANINGLESS.items():
+        value = getattr(args, name, None)
+        if value and value != defaults.get(name):
+            warnings.warn(f"{name}={value} has no meaning for a line search: {instead}", stacklevel=4)

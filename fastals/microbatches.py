@@ -1,0 +1,107 @@
+"""The loss of a mini-batch: the sum of the losses of its micro-batches."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastals.errors import NO_CLOSURE
+
+Closure = Callable[[], Tensor]
+Backward = Callable[[Tensor], Any]
+
+
+class MicroBatches:
+    """f = Σ k_i f_i over one closure for each micro-batch; calling it evaluates f.
+
+    k_i is 1, or what the caller's own ``backward`` has multiplied f_i by before it took the gradient: Accelerate
+    divides by its accumulation steps. So f is the function whose gradients are in place.
+
+    ``opt.step(closures)`` makes one of these. Where a framework lets nothing but a function through to the optimizer,
+    as Lightning does, hand over ``fastals.MicroBatches(closures)``.
+
+    Args:
+        closures: each evaluates the loss of a micro-batch; a single one stands for the whole mini-batch.
+        backward: adds the gradients of a loss to those in place; ``Tensor.backward`` without it.
+        ready: is called once when all gradients are in place.
+
+    Raises:
+        TypeError: neither a closure nor closures.
+    """
+
+    def __init__(
+        self,
+        closures: Closure | Iterable[Closure],
+        backward: Backward | None = None,
+        ready: Callable[[], object] | None = None,
+    ) -> None:
+        if isinstance(closures, MicroBatches):
+            closures = closures.closures
+        self.closures = [closures] if callable(closures) else _listed(closures)
+        self.backward, self.ready = backward, ready
+        self.scales: list[Tensor] = []
+
+    def __call__(self) -> Tensor:
+        """Evaluate f."""
+        losses = [checked(closure()) for closure in self.closures]
+        if self.scales:
+            losses = [k * loss for k, loss in zip(self.scales, losses, strict=True)]
+        return sum(losses[1:], losses[0])
+
+    def differentiate(self, loss: Tensor) -> Tensor:
+        """Add the gradients of the next micro-batch's ``loss`` to those in place; returns its part of f.
+
+        Raises:
+            RuntimeError: ``backward`` has not taken the gradient of this loss.
+        """
+        if self.backward is None:
+            loss.backward()
+            return loss.detach()
+        seen: list[Tensor] = []
+        handle = loss.register_hook(lambda gradient: seen.append(gradient.detach()))
+        with torch.enable_grad():
+            self.backward(loss)
+        handle.remove()
+        if not seen:
+            raise RuntimeError("backward must take the gradient of the loss that it is given, and it has not")
+        self.scales.append(sum(seen[1:], seen[0]))
+        return self.scales[-1] * loss.detach()
+
+    def refuse_loss_scale(self) -> None:
+        """Wait for the device, and refuse gradients that a loss scale has made larger.
+
+        Raises:
+            RuntimeError: ``backward`` has multiplied a loss by more than 1, or by no positive number.
+        """
+        for k in map(float, self.scales):
+            if not 0 < k <= 1:
+                raise RuntimeError(
+                    f"backward has multiplied the loss by {k:g}, so that slopes and moments are not those of the loss."
+                    " With a GradScaler, call scaler.scale(loss).backward() and scaler.unscale_(opt) before the step "
+                    "and pass opt.step(closure, loss=loss); bfloat16 needs no scaler"
+                )
+
+
+def _listed(closures: object) -> list[Closure]:
+    if isinstance(closures, Tensor) or not isinstance(closures, Iterable):
+        raise TypeError(f"a {type(closures).__name__} is no closure. {NO_CLOSURE}")
+    found = list(closures)
+    if not found or not all(map(callable, found)):
+        raise TypeError(f"micro-batches are a list of closures, one for each. {NO_CLOSURE}")
+    return found
+
+
+def checked(loss: object) -> Tensor:
+    """The loss as a 0-d tensor.
+
+    Raises:
+        TypeError, ValueError: it is no scalar tensor.
+    """
+    if loss is None:
+        raise TypeError(f"the closure returned None. {NO_CLOSURE}")
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the closure returned a {type(loss).__name__}, not a tensor: return the loss (outputs.loss)")
+    if loss.numel() != 1:
+        raise ValueError(f"the closure returned a loss of shape {tuple(loss.shape)}: reduce it to a scalar")
+    return loss.reshape(())
