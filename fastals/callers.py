@@ -4,35 +4,54 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from fastals.microbatches import Closure, MicroBatches
 
+Closures = Closure | Iterable[Closure]
 
-def own_closure(closure: Closure | Iterable[Closure]) -> Closure | Iterable[Closure]:
-    """The closure that the user has written.
 
-    Lightning's wrapper calls the hooks before an optimizer step after the closure, which would then run in every trial.
+def unwrapped(closure: Closures) -> tuple[Closures, Callable[[], object] | None]:
+    """The closure that the user has written, and what is to be called once when the gradients are in place.
+
+    Lightning's wrapper calls the hooks before an optimizer step after the closure, and so would in every trial.
 
     Raises:
         RuntimeError: it is that of Lightning's automatic optimization, which clears gradients and calls backward.
     """
-    inner = closure.args[-1] if isinstance(closure, partial) and _is_of_lightning(closure.func) else closure
+    wrapped = isinstance(closure, partial) and _is_of_lightning(closure.func)
+    inner = closure.args[-1] if wrapped else closure
     if _is_of_lightning(inner):
         raise RuntimeError(
             "Lightning's automatic optimization makes forward, zero_grad and backward in one closure, and a line "
             "search needs the loss alone: set self.automatic_optimization = False in the LightningModule, and in "
             "training_step call self.optimizers().step(lambda: self(**batch).loss, backward=self.manual_backward)"
         )
-    return inner
+    if not wrapped:
+        return closure, None
+    module, optimizer, _ = closure.args
+    return [_LoggedOnce(c, module) for c in MicroBatches(inner).closures], partial(
+        closure.func.__self__._after_closure, module, optimizer
+    )
 
 
-def hooks_of_lightning(closure: object) -> Callable[[], object] | None:
-    """Calls the hooks before an optimizer step that Lightning has wrapped around a closure; None of any other."""
-    if not isinstance(closure, partial) or not _is_of_lightning(closure.func):
-        return None
-    return partial(closure.func.__self__._after_closure, *closure.args[:2])
+class _LoggedOnce:
+    """A closure whose trials log nothing in a LightningModule."""
+
+    def __init__(self, closure: Closure, module: Any) -> None:
+        self.closure, self.module, self.logged = closure, module, False
+
+    def __call__(self) -> Tensor:
+        if not self.logged:
+            self.logged = True
+            return self.closure()
+        self.module.log = self.module.log_dict = lambda *_, **__: None
+        try:
+            return self.closure()
+        finally:
+            del self.module.log, self.module.log_dict
 
 
 def refuse_lost_micro_batches(closure: object) -> None:

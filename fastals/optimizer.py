@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastals.callers import hooks_of_lightning, own_closure, refuse_lost_micro_batches
+from fastals.callers import refuse_lost_micro_batches, unwrapped
 from fastals.engine import Engine
 from fastals.errors import NO_CLOSURE
 from fastals.microbatches import Backward, Closure, MicroBatches
@@ -185,10 +185,10 @@ class ALS(torch.optim.Optimizer):
                 raise TypeError(NO_CLOSURE)
             self.engine.make_state()  # torch.distributed.checkpoint sets every lr to 0 and steps, to get a state
             return torch.zeros(())
-        own = own_closure(closure)
+        own, ready = unwrapped(closure)
         if loss is None and backward is None:
             refuse_lost_micro_batches(own)
-        return self.engine.step(MicroBatches(own, backward, hooks_of_lightning(closure)), loss)
+        return self.engine.step(MicroBatches(own, backward, ready), loss)
 
     def graphed(
         self, loss_fn: Callable[[Any], Tensor], *, pad_to_multiple_of: int | None = None, max_signatures: int = 8

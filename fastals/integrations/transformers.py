@@ -41,15 +41,16 @@ MEANINGLESS = {
 class LineSearch:
     """Mixin that lets a Trainer make its steps by :class:`fastals.ALS`.
 
-    A step is made where the Trainer computes its loss and gradients: the micro-batches of ``gradient_accumulation_steps``
-    are collected, and each has its own forward and backward; the call of ``optimizer.step()`` in the Trainer's loop finds
-    the step made. So ``on_pre_optimizer_step`` sees the weights after the step, and the gradients before it. A loss that
-    is not finite moves nothing, and training goes on with the next mini-batch.
+    A step is made where the Trainer computes its loss and gradients: the micro-batches of
+    ``gradient_accumulation_steps`` are collected, and each has its own forward and backward; the call of
+    ``optimizer.step()`` in the Trainer's loop finds the step made. So ``on_pre_optimizer_step`` sees the weights after
+    the step, and the gradients before it. A loss that is not finite moves nothing, and training goes on with the next
+    mini-batch.
 
-    Of the training arguments the optimizer takes ``adam_beta1``, ``adam_beta2``, ``adam_epsilon``, ``weight_decay`` (not
-    on biases and norms, as in the Trainer), ``max_grad_norm`` (clips the direction) and ``seed``; ``lr_scheduler_type``
-    and ``warmup_steps`` anneal the steps. Logs have ``als/trials`` and ``als/factor``, means over the steps since the
-    last log, and ``als/step_size/<unit>`` of the last step.
+    Of the training arguments the optimizer takes ``adam_beta1``, ``adam_beta2``, ``adam_epsilon``, ``weight_decay``
+    (not on biases and norms, as in the Trainer), ``max_grad_norm`` (clips the direction) and ``seed``;
+    ``lr_scheduler_type`` and ``warmup_steps`` anneal the steps. Logs have ``als/trials`` and ``als/factor``, means over
+    the steps since the last log, and ``als/step_size/<unit>`` of the last step.
 
     Args:
         als: arguments of :class:`fastals.ALS`, which come before those of the training arguments, and ``by`` of
@@ -74,7 +75,7 @@ class LineSearch:
         _warn_of_meaningless(self.args)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer from the training arguments and ``als``, unless there is one from an earlier ``train()``."""
+        """Make the optimizer from the training arguments and ``als``; a second ``train()`` goes on with it."""
         if self.optimizer is None:
             model, options = self._trained(self.model if model is None else model), self._options()
             decayed = set(self.get_decay_parameter_names(model))
@@ -101,7 +102,7 @@ class LineSearch:
         return loss if isinstance(loss, nn.Module) and not own.issuperset(loss.parameters()) else model
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Collect a micro-batch; with the last one of a mini-batch make the step. Returns the loss of the mini-batch."""
+        """Collect a micro-batch, and make the step with the last one; returns the loss of the mini-batch, or 0."""
         inputs = self._prepare_inputs(inputs)
         self._micro_batches.append(_MicroBatch(self, model, inputs, num_items_in_batch))
         if not self.accelerator.sync_gradients:
