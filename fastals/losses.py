@@ -97,7 +97,7 @@ class Losses(Evaluations):
         """
         if not loss.requires_grad:
             raise RuntimeError("the closure's loss has no gradient: evaluate it without no_grad and without .detach()")
-        self._refuse_non_finite(loss)
+        self._refuse_non_finite(loss.detach())
         return self.closure.differentiate(loss)
 
     def given(self, loss: Tensor | float) -> Tensor:

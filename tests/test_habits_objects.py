@@ -208,3 +208,54 @@ def test_weights_that_the_forward_normalizes_stand_as_they_stood_after_an_error(
 
     with nothing_lost(opt, model, error=KeyError, match="in a trial"):
         opt.step(closure)
+
+
+# Hooks of state dicts
+
+
+def trained_net():
+    torch.manual_seed(0)
+    model = Net()
+    opt = fastals.ALS(model)
+    x, y = labelled()
+    opt.step(lambda: F.cross_entropy(model(x), y))
+    return model, opt
+
+
+def test_hooks_of_state_dicts_may_wrap_them():
+    model, opt = trained_net()
+    plain, seen = opt.state_dict(), []
+    opt.register_state_dict_pre_hook(lambda _: seen.append("pre"))
+    opt.register_state_dict_post_hook(lambda _, state: {"wrapped": state, "version": 2})
+    opt.register_state_dict_post_hook(lambda _, state: seen.append(sorted(state)))
+    saved = opt.state_dict()
+    assert seen == ["pre", ["version", "wrapped"]]
+    assert saved["wrapped"]["param_groups"] == plain["param_groups"]
+    again = copy.deepcopy(model)
+    other = fastals.ALS(again)
+    other.register_load_state_dict_pre_hook(lambda _, state: state["wrapped"])
+    other.register_load_state_dict_post_hook(lambda opt: seen.append(opt.param_groups[0]["count"]))
+    for _ in range(2):
+        other.load_state_dict(saved)
+    assert seen[2:] == [1, 1]
+    x, y = labelled()
+    for m, o in ((model, opt), (again, other)):
+        o.step(lambda m=m: F.cross_entropy(m(x), y))
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_a_hook_that_removes_a_moment_is_found_out():
+    model, opt = trained_net()
+    other = fastals.ALS(copy.deepcopy(model))
+    before = other.state_dict()
+
+    def without_moments(_, state):
+        return state | {"state": {i: {"step": s["step"]} for i, s in state["state"].items()}}
+
+    handle = other.register_load_state_dict_pre_hook(without_moments)
+    with pytest.raises(ValueError, match="no 'exp_avg_sq'"):
+        other.load_state_dict(opt.state_dict())
+    assert other.state_dict() == before
+    handle.remove()
+    other.load_state_dict(opt.state_dict())
+    assert other.param_groups[0]["count"] == 1

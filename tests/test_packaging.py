@@ -8,13 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.hf import tiny_bert
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 import fastals
 
@@ -60,18 +61,56 @@ def test_the_loops_of_the_readme_train(bert):
 
 def test_the_trainer_of_the_readme_trains(bert, tmp_path):
     pytest.importorskip("accelerate")
-    names = {"Trainer": Trainer, "fastals": fastals}
-    exec(block("class ALSTrainer"), names)
     data = [{"input_ids": ids, "labels": ids[0] % 3} for ids in torch.randint(0, 30, (160, 12))]
     arguments = TrainingArguments(
-        tmp_path, per_device_train_batch_size=16, num_train_epochs=6, max_grad_norm=0, logging_steps=20, save_steps=60,
+        tmp_path, per_device_train_batch_size=16, num_train_epochs=6, logging_steps=20, save_strategy="no",
         report_to=[], lr_scheduler_type="cosine", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    trainer = names["ALSTrainer"](model=bert, args=arguments, train_dataset=data)
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    names = {"model": bert, "arguments": arguments, "data": data}
+    exec(block("ALSTrainer("), names)
+    losses = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
     assert losses == sorted(losses, reverse=True)
-    assert trainer.optimizer.optimizer.param_groups[0]["count"] == 60
+    assert names["trainer"].optimizer.optimizer.param_groups[0]["count"] == 60
+
+
+def test_the_loop_with_accelerate_of_the_readme_trains(bert):
+    accelerate = pytest.importorskip("accelerate")
+    ids = torch.randint(0, 30, (5, 16, 12))
+    names = {"accelerator": accelerate.Accelerator(cpu=True), "model": bert, "opt": fastals.ALS(bert)}
+    names["loader"] = torch.utils.data.DataLoader(
+        [{"input_ids": i, "labels": i[:, 0] % 3} for i in ids], batch_size=None
+    )
+    exec(block("backward=accelerator.backward"), names)
+    report = names["opt"].report
+    assert names["opt"].param_groups[0]["count"] == 5
+    assert report.loss_after < report.loss_before == names["loss"]
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_the_module_for_lightning_of_the_readme_trains(bert, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    names = {}
+    exec(f"def training_step(self, batch, i):\n{textwrap.indent(block('self.manual_backward'), '    ')}", names)
+
+    class Module(lightning.LightningModule):
+        training_step = names["training_step"]
+
+        def __init__(self):
+            super().__init__()
+            self.net, self.automatic_optimization = bert, False
+
+        def configure_optimizers(self):
+            return fastals.ALS(self.net)
+
+    ids = torch.randint(0, 30, (5, 16, 12))
+    data = [{"input_ids": i, "labels": i[:, 0] % 3} for i in ids]
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=None))
+    assert trainer.global_step == 5
+    assert trainer.optimizers[0].report.loss_before == trainer.callback_metrics["loss"]
 
 
 def test_kernels_are_imported_as_part_of_fastals_only():
@@ -126,7 +165,7 @@ def test_a_wheel_holds_the_package_and_neither_bench_nor_tests(wheel):
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {f"{package}/{path.name}" for package, folder in (
         ("fastals", "fastals"), ("fastals/cli", "fastals/cli"), ("fastals/graphs", "fastals/graphs"),
-        ("fastals/kernels", "kernels"),
+        ("fastals/kernels", "kernels"), ("fastals/integrations", "fastals/integrations"),
     ) for path in (ROOT / folder).glob("*.py")}  # fmt: skip
     assert packed == modules | {"fastals/py.typed"}
 

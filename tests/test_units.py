@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.hf import tiny_bert
 from helpers.tiny import TinyTransformer
 from torch import nn
 
@@ -143,3 +144,111 @@ def test_a_complex_parameter_unfrozen_in_its_unit_is_refused_by_the_step():
     with pytest.raises(RuntimeError, match=r"complex parameter of shape \(2, 3\).*view_as_real"):
         opt.step(lambda: (model(torch.ones(4, 3)) @ weight.abs()).square().mean())
     assert all(map(torch.equal, before, model.parameters()))
+
+
+# Weight decay
+
+
+def test_a_unit_has_a_group_that_decays_and_one_that_does_not():
+    model = tiny_bert()
+    groups = fastals.units(model, weight_decay=0.1)
+    whole = fastals.units(model)
+    assert [g["unit"] for g in groups] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert list(dict.fromkeys(g["name"] for g in groups)) == [g["name"] for g in whole]
+    for group in groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+    assert sorted(n for g in groups for n in g["param_names"]) == sorted(n for g in whole for n in g["param_names"])
+    opt = fastals.ALS(groups)
+    take_step(model, opt)
+    assert [u.name for u in opt.report.units] == [g["name"] for g in whole]
+
+
+def take_step(model, opt):
+    ids = torch.arange(24).view(2, 12)
+    opt.step(lambda: model.train()(input_ids=ids, labels=torch.tensor([0, 1])).loss)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True, "max_trials": 3}], ids=str)
+@pytest.mark.parametrize("direction", ["adam", "sgd"])
+def test_what_does_not_decay_moves_along_the_gradient_alone(options, direction):
+    if options:
+        pytest.importorskip("triton")
+    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    opt = fastals.ALS(fastals.units(model, weight_decay=0.5), direction=direction, **options)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    take_step(model, opt)
+    steps = {u.name: u.step_size for u in opt.report.units}
+    assert any(steps.values())
+    for group in opt.param_groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            d = p.grad if direction == "sgd" else p.grad / (p.grad.abs() + 1e-8)
+            d = d + (0.5 * before[name] if p.ndim > 1 else 0)
+            assert torch.allclose(p.detach(), before[name] - steps[group["name"]] * d, rtol=1e-4, atol=1e-7), name
+
+
+@OPTIMIZERS
+def test_decay_of_everything_is_the_argument_of_the_optimizer(optimizer):
+    one, other = tiny_bert(), tiny_bert()
+    names = [n for n, _ in other.named_parameters()]
+    pairs = ((one, optimizer(one, weight_decay=0.1)),
+             (other, optimizer(fastals.units(other, weight_decay=0.1, decayed=names))))  # fmt: skip
+    for model, opt in pairs:
+        torch.manual_seed(0)
+        take_step(model, opt)
+        take_step(model, opt)
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def test_no_decay_leaves_one_group_for_each_unit():
+    model = tiny_bert()
+    assert [len(g["params"]) for g in fastals.units(model, weight_decay=0.0)] == [
+        len(g["params"]) for g in fastals.units(model)
+    ]
+
+
+def test_a_name_that_no_parameter_has_cannot_decay():
+    with pytest.raises(ValueError, match="no parameter 'weight'"):
+        fastals.units(tiny_bert(), weight_decay=0.1, decayed=["weight"])
+
+
+class UsedLate(nn.Module):
+    """A norm that is registered before the blocks and used after them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Linear(4, 8), nn.LayerNorm(8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x)).square().mean()
+
+
+def test_a_parameter_joins_the_unit_that_uses_it_in_the_group_of_its_decay():
+    x = torch.randn(6, 4)
+    plain, split = UsedLate(), UsedLate()
+    opts = fastals.ALS(plain), fastals.ALS(fastals.units(split, weight_decay=0.1))
+    for model, opt in zip((plain, split), opts, strict=True):
+        opt.step(lambda model=model: model(x))
+    assert opts[0].param_groups[-1]["param_names"] == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+    matrices, others = opts[1].param_groups[-2:]
+    assert (matrices["name"], others["name"], others["unit"]) == ("head", "head", 3)
+    assert matrices["param_names"] == ["head.weight"]
+    assert sorted(others["param_names"]) == ["head.bias", "norm.bias", "norm.weight"]
+
+
+def test_a_state_of_split_units_goes_on():
+    model = tiny_bert().train()
+    opt = fastals.ALS(fastals.units(model, weight_decay=0.1))
+    take_step(model, opt)
+    again = tiny_bert()
+    again.load_state_dict(model.state_dict())
+    other = fastals.ALS(fastals.units(again, weight_decay=0.1))
+    other.load_state_dict(opt.state_dict())
+    for m, o in ((model, opt), (again, other)):
+        torch.manual_seed(1)
+        take_step(m, o)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
