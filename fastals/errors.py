@@ -4,7 +4,8 @@ from torch import Tensor
 
 NO_CLOSURE = (
     "ALS.step needs a closure that evaluates the loss of this mini-batch: "
-    "opt.step(lambda: model(**batch).loss), or opt.step(closure, loss=loss) after loss.backward()"
+    "opt.step(lambda: model(**batch).loss), or opt.step(closure, loss=loss) after loss.backward(). In Hugging Face's "
+    "Trainer, fastals.integrations.transformers.ALSTrainer takes the place of Trainer"
 )
 
 

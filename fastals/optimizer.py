@@ -17,7 +17,7 @@ from fastals.microbatches import Backward, Closure, MicroBatches
 from fastals.partition import named, units
 from fastals.report import Reports, StepReport
 from fastals.search import MEMORY, plain_memory
-from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_small_lr
+from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_decay_groups, warn_of_small_lr
 
 if TYPE_CHECKING:
     from fastals.graphs.graphed import GraphedStep, GraphMode
@@ -145,6 +145,7 @@ class ALS(torch.optim.Optimizer):
         self._engine: Engine | None = None
         super().__init__(units(params) if isinstance(params, nn.Module) else params, constants | MEMORY)
         check_coverage(self.param_groups, self.model)
+        warn_of_decay_groups(self.param_groups)
         self.engine.fused  # noqa: B018  (refuses fused=True if it is not possible)
 
     @torch.no_grad()
@@ -169,7 +170,7 @@ class ALS(torch.optim.Optimizer):
                 does by its accumulation steps, trials do so too, and f is the loss so divided.
 
         Raises:
-            TypeError: no closure, or one that returns no tensor.
+            TypeError: no closure, or one that returns no tensor; both ``loss`` and ``backward``.
             ValueError: a loss that is no scalar, or that differs between two evaluations at the same weights.
             FloatingPointError: a loss that is not finite at w_t.
             RuntimeError: a closure that calls backward, as that of Lightning's automatic optimization; one micro-batch
@@ -185,6 +186,8 @@ class ALS(torch.optim.Optimizer):
                 raise TypeError(NO_CLOSURE)
             self.engine.make_state()  # torch.distributed.checkpoint sets every lr to 0 and steps, to get a state
             return torch.zeros(())
+        if loss is not None and backward is not None:
+            raise TypeError("backward= computes the gradients, and loss= says that they are there: pass one of them")
         own, ready = unwrapped(closure)
         if loss is None and backward is None:
             refuse_lost_micro_batches(own)

@@ -100,6 +100,19 @@ def warn_of_small_lr(lr: float) -> None:
         )
 
 
+def warn_of_decay_groups(groups: Sequence[dict]) -> None:
+    """Say that groups are units, if they look like those of AdamW: one that decays and one that does not."""
+    ours = any(g["name"] != f"group{i}" for i, g in enumerate(groups))
+    decays = [float(g["weight_decay"]) for g in groups]
+    if not ours and len(set(decays)) > 1 and 0.0 in decays:
+        warnings.warn(
+            f"fastals: {len(groups)} groups that differ in weight decay are {len(groups)} units here, each with one step "
+            "size. For units by blocks whose biases and norms do not decay: fastals.units(model, weight_decay="
+            f"{max(decays):g})",
+            stacklevel=3,
+        )
+
+
 def refuse_replaced(groups: Sequence[dict], model: nn.Module | None) -> None:
     """Refuse trainable parameters that the model has got since the optimizer was made, and that are in no unit."""
     if model is None:

@@ -357,3 +357,10 @@ def test_a_micro_batch_whose_loss_is_not_finite(which):
     micro[which] = lambda: good() * float("nan")
     with nothing_lost(opt, model, error=FloatingPointError, match="nan"):
         opt.step(micro)
+
+
+def test_gradients_that_are_there_need_no_backward():
+    model = bert()
+    opt = fastals.ALS(model)
+    with nothing_lost(opt, model, error=TypeError, match="pass one of them"):
+        opt.step(lambda: model(**texts(0)).loss, loss=1.0, backward=lambda loss: loss.backward())

@@ -252,3 +252,13 @@ def test_a_state_of_split_units_goes_on():
         torch.manual_seed(1)
         take_step(m, o)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_groups_of_adamw_are_said_to_be_units():
+    model = tiny_bert()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    with pytest.warns(UserWarning, match=r"2 groups .* are 2 units .*fastals.units\(model, weight_decay=0.01\)"):
+        fastals.ALS(groups, model=model)
