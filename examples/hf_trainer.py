@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier: ``python hf_trainer.py MODEL DATA.csv``, with columns ``text`` and ``label`` (0, 1 ...)."""
+"""Fine-tune a text classifier: ``python hf_trainer.py MODEL DATA.csv``, columns ``text`` and ``label`` (0, 1 ...)."""
 
 import sys
 

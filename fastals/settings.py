@@ -106,9 +106,9 @@ def warn_of_decay_groups(groups: Sequence[dict]) -> None:
     decays = [float(g["weight_decay"]) for g in groups]
     if not ours and len(set(decays)) > 1 and 0.0 in decays:
         warnings.warn(
-            f"fastals: {len(groups)} groups that differ in weight decay are {len(groups)} units here, each with one step "
-            "size. For units by blocks whose biases and norms do not decay: fastals.units(model, weight_decay="
-            f"{max(decays):g})",
+            f"fastals: {len(groups)} groups that differ in weight decay are {len(groups)} units here, each with one "
+            "step size. For units by blocks whose biases and norms do not decay: fastals.units(model, "
+            f"weight_decay={max(decays):g})",
             stacklevel=3,
         )
 
