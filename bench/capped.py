@@ -2,8 +2,8 @@
 
 The direction is that of Adam without a first moment. Every unit moves by the share ``trust`` of its weights: the RMS of
 its step, over the entries that have a gradient, is ``lr * trust`` times the RMS of its weights or of those of the whole
-model, whichever is larger; it is less if the RMS of the direction is below 1, the usual one. It is the scale of
-:mod:`fastals.relay`, written a second time.
+model, or the least size of weights, whichever is largest; it is less if the RMS of the direction is below 1, the usual
+one. It is the scale of :mod:`fastals.relay`, written a second time.
 """
 
 from collections.abc import Iterable
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastals.search import LEAST_RMS
 
 
 class Capped(torch.optim.Optimizer):
@@ -28,7 +30,7 @@ class Capped(torch.optim.Optimizer):
             directions = [self._direction(p, group) for p in params]
             length = moving_rms(directions)
             if length > 0:
-                eta = group["lr"] * group["trust"] * max(rms(params), of_model) / max(length, 1.0)
+                eta = group["lr"] * group["trust"] * max(rms(params), of_model, LEAST_RMS) / max(length, 1.0)
                 torch._foreach_add_(params, directions, alpha=-eta)
 
     def _direction(self, p: Tensor, group: dict[str, Any]) -> Tensor:

@@ -34,7 +34,7 @@ from fastals.relay import (
 )
 from fastals.report import ACCEPTED, EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import is_due, is_first, note_turn, turn_of
-from fastals.search import MEMORY, Search, initial_step, schedule_next_search, uniform, visible
+from fastals.search import MEMORY, Search, initial_step, schedule_next_search, size_of_weights, uniform, visible
 from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_small_lr
 
 
@@ -238,9 +238,11 @@ class EagerALS(torch.optim.Optimizer):
         return float(part.rules["lr"]) * largest
 
     def _weight_rms(self, part: Part) -> float:
-        """The larger RMS of the weights of the unit and of the model; that of the last step for a unit on its own."""
+        """The size of the weights; that of the last step for a unit on its own."""
         own = _rms(part.weights)
-        return part.rules["weight_rms"] or own if self.alone else max(own, self.weight_rms)
+        if self.alone:
+            return size_of_weights(part.rules["weight_rms"] or own)
+        return size_of_weights(own, self.weight_rms)
 
     def _direction(self, part: Part, i: int, averaged: bool) -> Tensor:
         """The direction d of one parameter, along the first moment if ``averaged``, else along the gradient."""

@@ -32,7 +32,7 @@ from fastals.relay import (
 from fastals.repeatable import reconsider, replay_outdated
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import Schedule, is_first
-from fastals.search import MEMORY, Search, initial_step, uniform, visible
+from fastals.search import MEMORY, Search, initial_step, size_of_weights, uniform, visible
 from fastals.settings import Settings
 
 
@@ -179,9 +179,11 @@ class HostBatch:
         return Aim(slope, largest, hidden, scale, float(rules["lr"]))
 
     def _weight_rms(self, unit: Unit) -> float:
-        """The larger of RMS(w_u) and RMS(w); that of the unit's last step as long as not all units are measured."""
+        """The size of the weights; that of the unit's last step as long as not all units are measured."""
         own = self.passes[unit].weight_rms
-        return max(own, self.all_weights_rms) if self.whole else unit.rules["weight_rms"] or own
+        if self.whole:
+            return size_of_weights(own, self.all_weights_rms)
+        return size_of_weights(unit.rules["weight_rms"] or own)
 
     @cached_property
     def all_weights_rms(self) -> float:

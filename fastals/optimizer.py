@@ -69,9 +69,9 @@ class ALS(torch.optim.Optimizer):
             steps. Default: 1.1 for the relay, 1.3 for the others.
         max_trials: trials per search at most; after them the unit is put back, bitwise.
         trust: largest relative change of a unit in one step: RMS(η d) over the entries with a nonzero gradient,
-            divided by the larger of RMS(w) of the unit and RMS(w) of the model (so that heads that start small and
-            zero-initialised adapters can move); ``None`` for no cap. Default: 0.2 for the relay, for which it is a
-            guard, 0.006 for the others.
+            divided by the largest of RMS(w) of the unit, RMS(w) of all trained weights, and 0.01 (so that heads that
+            start small and adapters that start at zero can move); ``None`` for no cap. Default: 0.2 for the relay, for
+            which it is a guard, 0.006 for the others.
         initial: first step of a search: ``"warm"``, ``"reset"``, ``"polyak"`` or ``"random"``.
         eta_init, eta_min, eta_max: first step ever (``None``: the largest allowed), smallest and largest step.
         reference: R of the test: ``"monotone"``, ``"nonmonotone"`` (Zhang-Hager) or ``"smoothed"`` (SaLSA).

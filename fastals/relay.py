@@ -2,12 +2,12 @@
 
 The relative step of a unit is r_u = η_u / scale_u, with
 
-    scale_u = max(RMS(w_u), RMS(w)) / max(RMS(d_u), ℓ)
+    scale_u = max(RMS(w_u), RMS(w), 0.01) / max(RMS(d_u), ℓ)
 
-where ℓ is 1 for Adam's direction g / √v, whose RMS is usually about 1, and 0 for SGD's. So r_u is the share of its
-weights that a usual step changes, what ``trust`` caps; on a mini-batch with a small gradient, such as one that the
-model has learned, d_u is shorter and so is the step, as Adam's. A unit that is searched alone updates r_u; all units
-move by
+where w are the trained weights, 0.01 is :data:`fastals.search.LEAST_RMS`, by which those that start at 0 can move, and
+ℓ is 1 for Adam's direction g / √v, whose RMS is usually about 1, and 0 for SGD's. So r_u is the share of its weights
+that a usual step changes, what ``trust`` caps; on a mini-batch with a small gradient, such as one that the model has
+learned, d_u is shorter and so is the step, as Adam's. A unit that is searched alone updates r_u; all units move by
 
     η_u = a · lr · min(r_u · scale_u, largest)
 
@@ -56,7 +56,7 @@ def warm_step(rules: MutableMapping, scale: float) -> float:
 def searched_step(rules: MutableMapping, search: Search, scale: float) -> float:
     """r_u after a search of the unit alone: √(r_u · found), or β r_u if no trial was accepted.
 
-    Where the scale is 0, as in a model of zeros without ``trust``, a step is no share of the weights: r_u stays.
+    Where the scale is 0, as along a direction whose length overflows, a step is no share of the weights: r_u stays.
     """
     remembered = rules["relative_step"]
     if not search.accepted:

@@ -16,7 +16,7 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
-from fastals.kernels.arena import INITIALS, REFERENCES
+from fastals.kernels.arena import INITIALS, LEAST_RMS, REFERENCES
 from fastals.report import ACCEPTED, EXHAUSTED
 
 
@@ -66,7 +66,7 @@ MEMORY: dict[str, float | int] = {
     "mean_step_slow": 0.0,
     "relative_step": 0.0,  # relay: r_u, see fastals.relay
     "direction_rms": 0.0,  # relay: RMS of the direction in the last step of the unit; 0 stands for not known
-    "weight_rms": 0.0,  # relay: the larger of the RMS of the weights of the unit and of the model in that step
+    "weight_rms": 0.0,  # relay: the size of the weights in that step, see :func:`size_of_weights`
     "factor": 0.0,  # relay: common factor a of the next joint test; 0 stands for 1
     "next_search": 0,  # count of the step that searches next
     "last_search": 0,  # schedules that take turns: count after the last step that searched the unit; 0 for never
@@ -162,6 +162,11 @@ class Search:
 def visible(decrease: float, resolution: float) -> float:
     """The decrease that a test may ask for: 0 if it is smaller than the loss can show."""
     return 0.0 if decrease < resolution else decrease
+
+
+def size_of_weights(*rms: float) -> float:
+    """What ``trust`` bounds a step by: the largest of RMS(w_u) and RMS(w), :data:`LEAST_RMS` at least."""
+    return max(*rms, LEAST_RMS)
 
 
 def uniform(seed: str, unit: str) -> float:

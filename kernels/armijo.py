@@ -33,6 +33,7 @@ from fastals.kernels.columns import (
     INITIAL_POLYAK,
     INITIAL_RANDOM,
     INITIAL_RESET,
+    LEAST_RMS,
     LOSS,
     MEMORY_AVERAGE,
     MEMORY_AVERAGE_WEIGHT,
@@ -105,6 +106,12 @@ def larger_rms(sums, unit, units, UP: tl.constexpr):
     weights = tl.sum(tl.load(sums + o_u * N_SUMS + SUM_WEIGHTS, mask=m_u, other=0.0))
     elements = tl.sum(tl.load(sums + o_u * N_SUMS + SUM_ELEMENTS, mask=m_u, other=0.0))
     return tl.maximum(unit_rms(sums, unit), tl.sqrt(weights / tl.maximum(elements, 1.0)))
+
+
+@triton.jit
+def size_of_weights(rms):
+    """What ``trust`` bounds a step by, as :func:`fastals.search.size_of_weights`, LEAST_RMS at least."""
+    return tl.where(rms < LEAST_RMS, tl.full([], LEAST_RMS, tl.float64), rms)
 
 
 @triton.jit
@@ -203,7 +210,7 @@ def open_kernel(
         averaged, slope, length = aim(sums, flags, unit, TESTED=TESTED)
         remembered_rms = tl.load(memory + MEMORY_WEIGHT_RMS)
         own_rms = tl.where(remembered_rms > 0, remembered_rms, unit_rms(sums, unit))
-        rms = tl.where(alone != 0, own_rms, larger_rms(sums, unit, units, UP=UP))
+        rms = size_of_weights(tl.where(alone != 0, own_rms, larger_rms(sums, unit, units, UP=UP)))
         largest, scale = largest_and_scale(rules, rms, length, USUAL=USUAL)
         lr = tl.load(rules + RULE_LR)
         cap = largest if RELATIVE else largest * lr

@@ -1,7 +1,7 @@
 """Columns of the tables by name, for the kernels: ``RULE_BACKTRACK`` is the column "backtrack" of ``rules``.
 
-``N_RULES`` is the number of columns. Import each by name: Triton hashes the globals that a kernel uses, but not the
-attributes of a module, and would take a stale kernel from its disk cache.
+``N_RULES`` is the number of columns; a constant of the search has its own name. Import each by name: Triton hashes the
+globals that a kernel uses, but not the attributes of a module, and would take a stale kernel from its disk cache.
 """
 
 import triton.language as tl
@@ -40,14 +40,15 @@ SIZES = {
     "N_RING": arena.RING,
     "N_SPLIT": arena.SPLIT,
 }
+CONSTANTS = {"LEAST_RMS": arena.LEAST_RMS}
 _columns = [(prefix + name.upper(), i) for prefix, names in TABLES.items() for i, name in enumerate(names) if name]
-_numbers = SIZES | dict(_columns)
-if len(_numbers) < len(SIZES) + len(_columns):
+_numbers = SIZES | CONSTANTS | dict(_columns)
+if len(_numbers) < len(SIZES) + len(CONSTANTS) + len(_columns):
     raise ImportError("two columns of the kernels' tables have one name")
 
 
 def __getattr__(name: str) -> tl.constexpr:
-    """The column or size of this name; importing any other name raises an ImportError."""
+    """The column, size or constant of this name; importing any other name raises an ImportError."""
     if name not in _numbers:
         raise AttributeError(f"no table of the kernels has a column {name}")
     return tl.constexpr(_numbers[name])

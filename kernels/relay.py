@@ -13,7 +13,7 @@ import triton.language as tl
 
 from fastals.kernels.arena import Arena
 from fastals.kernels.armijo import aim as aim_of
-from fastals.kernels.armijo import larger_rms, largest_and_scale, reference_and_slope, unit_rms
+from fastals.kernels.armijo import larger_rms, largest_and_scale, reference_and_slope, size_of_weights, unit_rms
 from fastals.kernels.columns import (
     AT,
     AVERAGED,
@@ -115,7 +115,7 @@ def aim_kernel(
     b_rules = rules + tl.load(lead + o_c) * N_RULES
     loss = tl.load(state + units * N_STATE + BATCH_LOSS)
     b_averaged, b_slope, b_length = aim_of(sums, flags, o_c, TESTED=TESTED)
-    b_rms = larger_rms(sums, o_c, units, UP=UP)
+    b_rms = size_of_weights(larger_rms(sums, o_c, units, UP=UP))
     b_largest, b_now = largest_and_scale(b_rules, b_rms, b_length, USUAL=USUAL)
     b_lr, b_scale, b_relative = tl.load(b_rules + RULE_LR), tl.load(b_row + SCALE), tl.load(b_row + RELATIVE_STEP)
     b_eta = b_relative * tl.where(b_scale > 0, b_scale, b_now)

@@ -263,18 +263,9 @@ def adapted(config, base=llama):
     def make():
         import peft
 
-        return language_model(off_zero(peft.get_peft_model(base(), config(peft))))
+        return language_model(peft.get_peft_model(base(), config(peft)))
 
     return make
-
-
-def off_zero(model):
-    """The model, its trained weights drawn at random if all are zero: ``trust`` bounds a step by the weights' size."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not any(p.detach().any() for p in trained):
-        for p in trained:
-            nn.init.normal_(p, std=0.02)
-    return model
 
 
 def of_tokens(name, **options):
