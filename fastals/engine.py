@@ -26,7 +26,8 @@ from fastals.losses import Losses
 from fastals.microbatches import MicroBatches
 from fastals.partition import observed
 from fastals.repeatable import check_repeatable
-from fastals.report import Reports, StepReport
+from fastals.report import StepReport
+from fastals.reports import Reports
 from fastals.schedule import BETWEEN, SCHEDULES, Batch, is_due, keep_all, note_turn
 from fastals.search import MEMORY, plain_memory, schedule_next_search
 from fastals.settings import Settings, refuse_replaced, refuse_resized, warn_of_processes
@@ -121,6 +122,7 @@ class Engine:
             with uninterrupted():
                 self._commit(batch, searched=search)
                 undo.clear()  # the step is made, so nothing is undone
+        self.reports.look()
         return start
 
     def _start(self, losses: Losses, loss: Tensor | float | None) -> Tensor:
@@ -197,7 +199,8 @@ class Engine:
             group["count"] += 1
             if searched:
                 schedule_next_search(group, self.settings.every)
-        self.reports.add(report, forwards)
+        resting = {unit.name for unit in self.partition.units if not float(unit.rules["lr"])}
+        self.reports.add(report, forwards, resting)
 
     def make_state(self) -> None:
         """Make the state of all parameters and move nothing."""

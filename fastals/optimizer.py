@@ -15,7 +15,8 @@ from fastals.engine import Engine
 from fastals.errors import NO_CLOSURE
 from fastals.microbatches import Backward, Closure, MicroBatches
 from fastals.partition import named, units
-from fastals.report import Reports, StepReport
+from fastals.report import StepReport
+from fastals.reports import Reports
 from fastals.search import MEMORY, plain_memory
 from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_decay_groups, warn_of_small_lr
 

@@ -1,7 +1,5 @@
 """What one step did: losses, and per unit the step size, slope, trials and outcome."""
 
-from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,35 +54,3 @@ class StepReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain types, ready for JSON."""
         return asdict(self)
-
-
-KEPT_REPORTS = 64
-
-
-class Reports:
-    """The reports of the last :data:`KEPT_REPORTS` steps; those that lie on the device are read on demand.
-
-    Attributes:
-        forwards: forward passes of the last step.
-    """
-
-    def __init__(self) -> None:
-        self.forwards = 0.0
-        self._last: deque[StepReport | Callable[[], StepReport]] = deque(maxlen=KEPT_REPORTS)
-
-    def add(self, report: StepReport | Callable[[], StepReport], forwards: float) -> None:
-        """Append a step's report, or a function that reads it from the device later."""
-        self._last.append(report)
-        self.forwards = forwards
-
-    def read(self) -> list[StepReport]:
-        """All reports, the oldest first."""
-        reports = [r if isinstance(r, StepReport) else r() for r in self._last]
-        self._last = deque(reports, maxlen=KEPT_REPORTS)
-        return reports
-
-    def last(self) -> StepReport | None:
-        """The last step's report, or None before the first."""
-        if self._last and not isinstance(self._last[-1], StepReport):
-            self._last[-1] = self._last[-1]()
-        return self._last[-1] if self._last else None  # type: ignore[return-value]

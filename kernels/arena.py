@@ -63,7 +63,7 @@ REFERENCES = ("monotone", "nonmonotone", "smoothed")
 #: Weights whose RMS is below this count as of this size, so that those that start at 0 can move. Models are initialised
 #: above it, at 0.02 say.
 LEAST_RMS = 0.01
-RING = 64  # steps whose states are kept for reports, at least fastals.report.KEPT_REPORTS
+RING = 64  # steps whose states are kept for reports, at least fastals.reports.KEPT_REPORTS
 SPLIT = 64  # programs that add up the partial sums of one unit
 
 

@@ -23,6 +23,8 @@ FLOORS = (  # from the top; modules of one folder may use each other
     ("buffers", "cache"),
     ("compare",),
     ("calls",),
+    ("reports",),
+    ("standstill",),
     ("surroundings", "stamps", "partition", "presets", "report", "rng", "interrupt", "intercept", "anatomy", "errors"),
     ("kernels",),
 )

@@ -267,6 +267,7 @@ class GraphedStep:
             self._notes.add(program.device.arena.flags[-1])
         program.device.arena.steps += 1  # the report is that of the last of these
         engine.count(tail.batch.report(), math.nan, program.units if searched else [])
+        engine.reports.look()
         return loss
 
     def _forget_if_changed(self, modules: list[torch.nn.Module]) -> bool:
