@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from helpers.audit import generators, nothing_lost, set_generators
-from helpers.hf import tiny_bert
+from helpers.hf import DEVICE, tiny_bert
 from helpers.nets import Net, labelled
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -26,14 +26,14 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def bert(dtype=torch.float32, **config):
-    model = tiny_bert(vocab_size=50, num_labels=3, **config).to(dtype).train()
+    model = tiny_bert(vocab_size=50, num_labels=3, **config).to(DEVICE, dtype).train()
     for layer in model.bert.encoder.layer:  # its gradient is 0 up to rounding, which decides what counts as moving
         layer.attention.self.key.bias.requires_grad_(False)
     return model
 
 
 def texts(seed, size=8):
-    ids = torch.randint(1, 50, (size, 12), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(1, 50, (size, 12), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     return {"input_ids": ids, "labels": ids[:, 0] % 3}
 
 
@@ -288,7 +288,7 @@ def test_gradients_that_a_scaler_has_scaled(config, checkpointed):
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     opt, batch = fastals.ALS(model), texts(0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**16)
     torch.manual_seed(1)
     loss = model(**batch).loss
     scaler.scale(loss).backward()

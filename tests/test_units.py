@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.hf import tiny_bert
+from helpers.hf import DEVICE, tiny_bert
 from helpers.tiny import TinyTransformer
 from torch import nn
 
@@ -164,8 +164,9 @@ def test_a_unit_has_a_group_that_decays_and_one_that_does_not():
 
 
 def take_step(model, opt):
-    ids = torch.arange(24).view(2, 12)
-    opt.step(lambda: model.train()(input_ids=ids, labels=torch.tensor([0, 1])).loss)
+    batch = {"input_ids": torch.arange(24).view(2, 12), "labels": torch.tensor([0, 1])}
+    batch = {k: v.to(model.device) for k, v in batch.items()}
+    opt.step(lambda: model.train()(**batch).loss)
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True, "max_trials": 3}], ids=str)
@@ -173,7 +174,7 @@ def take_step(model, opt):
 def test_what_does_not_decay_moves_along_the_gradient_alone(options, direction):
     if options:
         pytest.importorskip("triton")
-    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).to(DEVICE)
     opt = fastals.ALS(fastals.units(model, weight_decay=0.5), direction=direction, **options)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     take_step(model, opt)
