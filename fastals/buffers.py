@@ -204,7 +204,7 @@ class Unit:
         """Show the buffers of parameter i in the optimizer's state."""
         entry = state[self.members[i][0]]
         count = float(self.counts[i])
-        entry["step"] = torch.tensor(count, device="cpu") if self.steps is None else self.steps[i]
+        entry["step"] = torch.tensor(count, dtype=torch.float32, device="cpu") if self.steps is None else self.steps[i]
         entry.update({name: flat[i] for name, flat in self._stored(i).items()})
 
     def _unpack(self, state: dict) -> None:

@@ -4,13 +4,21 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastals.microbatches import Closure, MicroBatches
+from fastals.errors import NO_CLOSURE
+from fastals.microbatches import Backward, Closure, MicroBatches
 
 Closures = Closure | Iterable[Closure]
+LIGHTNING = "lightning", "pytorch_lightning"
+AUTOMATIC = (
+    "Lightning's automatic optimization makes forward, zero_grad and backward in one closure, and a line search needs "
+    "the loss alone: set self.automatic_optimization = False in the LightningModule, and in training_step call "
+    "self.optimizers().step(lambda: self(**batch).loss, backward=self.manual_backward)"
+)
 
 
 def unwrapped(closure: Closures) -> tuple[Closures, Callable[[], object] | None]:
@@ -20,21 +28,20 @@ def unwrapped(closure: Closures) -> tuple[Closures, Callable[[], object] | None]
 
     Raises:
         RuntimeError: it is that of Lightning's automatic optimization, which clears gradients and calls backward.
+        TypeError: it is Lightning's for a step without one.
     """
-    wrapped = isinstance(closure, partial) and _is_of_lightning(closure.func)
-    inner = closure.args[-1] if wrapped else closure
-    if _is_of_lightning(inner):
-        raise RuntimeError(
-            "Lightning's automatic optimization makes forward, zero_grad and backward in one closure, and a line "
-            "search needs the loss alone: set self.automatic_optimization = False in the LightningModule, and in "
-            "training_step call self.optimizers().step(lambda: self(**batch).loss, backward=self.manual_backward)"
-        )
-    if not wrapped:
+    if not isinstance(closure, partial) or not _is_of(closure.func, *LIGHTNING):
+        if _is_of(closure, *LIGHTNING):
+            raise RuntimeError(AUTOMATIC)
         return closure, None
-    module, optimizer, _ = closure.args
-    return [_LoggedOnce(c, module) for c in MicroBatches(inner).closures], partial(
-        closure.func.__self__._after_closure, module, optimizer
-    )
+    module, optimizer, inner = closure.args
+    if module.automatic_optimization:
+        raise RuntimeError(AUTOMATIC)
+    if _is_of(inner, *LIGHTNING):
+        raise TypeError(NO_CLOSURE)
+    wrapper: Any = closure.func
+    ready = partial(wrapper.__self__._after_closure, module, optimizer)
+    return [_LoggedOnce(c, module) for c in MicroBatches(inner).closures], ready
 
 
 class _LoggedOnce:
@@ -54,46 +61,58 @@ class _LoggedOnce:
             del self.module.log, self.module.log_dict
 
 
-def refuse_lost_micro_batches(closure: object) -> None:
+def refuse_lost_micro_batches(closure: object, backward: Backward | None, model: nn.Module | None) -> None:
     """Refuse a closure of one micro-batch where Accelerate accumulates over several.
 
     Raises:
-        RuntimeError: Accelerate's accumulation is on.
+        RuntimeError: Accelerate's accumulation is on, in this loop and not only in an earlier one of the process.
     """
     state = sys.modules.get("accelerate.state")
-    steps = state.GradientState().num_steps if state is not None else 1
-    if steps > 1 and not isinstance(closure, list | tuple | MicroBatches):
+    if state is None or not callable(closure) or isinstance(closure, MicroBatches):
+        return
+    gradients = state.GradientState()
+    prepared = gradients.in_dataloader or getattr(model, "_is_accelerate_prepared", False)
+    if gradients.num_steps > 1 and (prepared or _is_of(backward, "accelerate")):
         raise RuntimeError(
-            f"Accelerate accumulates gradients over {steps} mini-batches, and this closure evaluates one of them. "
-            f"Collect {steps}, without accelerator.accumulate, and call opt.step([lambda b=b: model(**b).loss for b in "
-            "batches], backward=accelerator.backward), or set gradient_accumulation_steps=1"
+            f"Accelerate accumulates gradients over {gradients.num_steps} mini-batches, and this closure evaluates one "
+            f"of them. Collect {gradients.num_steps}, without accelerator.accumulate, and call opt.step([lambda b=b: "
+            "model(**b).loss for b in batches], backward=accelerator.backward), or set gradient_accumulation_steps=1. "
+            "A closure that evaluates all of them is passed as opt.step([closure])"
         )
 
 
-def _is_of_lightning(function: object) -> bool:
+def _is_of(function: object, *packages: str) -> bool:
     module = getattr(function, "__module__", None) or type(function).__module__
-    return module.split(".")[0] in ("lightning", "pytorch_lightning")
+    return module.split(".")[0] in packages
 
 
 class FreshGradients:
-    """Looks at the second step whether somebody has computed gradients since the first, which this step throws away."""
+    """Looks at the second step whether somebody has computed gradients since the first, which this step throws away.
+
+    Those that a step of another optimizer leaves here, as a generator's in its discriminator, are nobody's.
+    """
+
+    _waiting: ClassVar["WeakSet[FreshGradients]"] = WeakSet()  # between the first and the second step
 
     def __init__(self) -> None:
-        self._left: list[tuple[int, int]] | None = None
-        self._looked = False
+        self._params: Sequence[Tensor] = ()
+        self._left: list[tuple[int, int]] = []
 
     def note(self, params: Sequence[Tensor]) -> None:
-        """Note the gradients that the first step leaves."""
-        if self._left is None and not self._looked:
-            self._left = _gradients(params)
+        """Note the gradients that the first step leaves, here and where others wait."""
+        if not self._params:
+            self._params = params
+            self._waiting.add(self)
+        for one in self._waiting:
+            one._left = _gradients(one._params)
 
     def warn_if_lost(self, params: Sequence[Tensor]) -> None:
         """Warn if other gradients are in place than those that the first step has left."""
-        if self._left is None:
+        if self not in self._waiting:
             return
+        self._waiting.discard(self)
         pairs = zip(params, self._left, _gradients(params), strict=False)
         fresh = [p.grad for p, left, now in pairs if left != now and p.grad is not None]
-        self._left, self._looked = None, True
         if any(bool(grad.detach().any()) for grad in fresh):
             warnings.warn(
                 "fastals: gradients have been computed since the last step, and a step without loss= throws them "

@@ -190,8 +190,8 @@ class ALS(torch.optim.Optimizer):
         if loss is not None and backward is not None:
             raise TypeError("backward= computes the gradients, and loss= says that they are there: pass one of them")
         own, ready = unwrapped(closure)
-        if loss is None and backward is None:
-            refuse_lost_micro_batches(own)
+        if loss is None:
+            refuse_lost_micro_batches(own, backward, self.model)
         return self.engine.step(MicroBatches(own, backward, ready), loss)
 
     def graphed(
