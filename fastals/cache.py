@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastals.calls import Aliases, Arguments, Call, Slot
 from fastals.compare import Comparison, digest
-from fastals.intercept import below_compiled, intercepted
+from fastals.compiler import below_compiled
+from fastals.intercept import intercepted
 from fastals.partition import blocks, boundaries
 from fastals.rng import Generators
 from fastals.stamps import Stamps

@@ -52,8 +52,9 @@ class _LoggedOnce:
 
     def __call__(self) -> Tensor:
         if not self.logged:
+            loss = self.closure()
             self.logged = True
-            return self.closure()
+            return loss
         self.module.log = self.module.log_dict = lambda *_, **__: None
         try:
             return self.closure()

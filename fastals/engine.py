@@ -18,6 +18,7 @@ from fastals.anatomy import Anatomy, anatomy, distinct_modules
 from fastals.buffers import Unit
 from fastals.cache import ActivationCache
 from fastals.callers import FreshGradients
+from fastals.compiler import TracedError, is_compiled
 from fastals.given import refuse_scaled
 from fastals.host import HostUnits
 from fastals.interrupt import uninterrupted
@@ -25,7 +26,7 @@ from fastals.learned import Learned
 from fastals.losses import Losses
 from fastals.microbatches import MicroBatches
 from fastals.partition import observed
-from fastals.repeatable import check_repeatable
+from fastals.repeatable import check_recompiled, check_repeatable
 from fastals.report import StepReport
 from fastals.reports import Reports
 from fastals.schedule import BETWEEN, SCHEDULES, Batch, is_due, keep_all, note_turn
@@ -94,7 +95,7 @@ class Engine:
         self._known: dict[Anatomy, Known] = {}
         self._partition: Partition | None = None
         self._frozen: list[Tensor] = []
-        self._repeatable = False
+        self._repeatable = self._compiled = False
         self._fresh = FreshGradients()
 
     def step(self, closure: MicroBatches, loss: Tensor | float | None = None) -> Tensor:
@@ -103,9 +104,17 @@ class Engine:
         Arguments and errors are those of :meth:`fastals.ALS.step`.
         """
         try:
-            return self._step(closure, loss)
+            return self._attempt(closure, loss)
         except FirstWriteError as found:
             self._watch_again(found)
+        return self._attempt(closure, loss)
+
+    def _attempt(self, closure: MicroBatches, loss: Tensor | float | None) -> Tensor:
+        """A step, made without the cache if it turns out that no calls can be intercepted."""
+        try:
+            return self._step(closure, loss)
+        except TracedError:
+            self._do_without_cache()
         return self._step(closure, loss)
 
     def _step(self, closure: MicroBatches, loss: Tensor | float | None) -> Tensor:
@@ -143,10 +152,22 @@ class Engine:
         warnings.warn(
             f"fastals: the forward wrote {found} for the first time, and its value before is not kept. The step starts "
             "again from the value that this forward has left",
-            stacklevel=4,
+            stacklevel=5,
         )
         self.learned.memory.written |= found.keys
         self.learned.watched = False
+
+    def _do_without_cache(self) -> None:
+        """Forget the cache for good: the modules are compiled as parts of something larger."""
+        warnings.warn(
+            "fastals: torch.compile has compiled the blocks as parts of something larger, in which no call can be "
+            "replayed, so every trial is a full forward. Trials are cached if the blocks are compiled one by one "
+            "instead (block.compile() for each, or Accelerate's compile_regions) before the optimizer is built on the "
+            "model that holds them. With cache=False the steps are the same, without this warning",
+            stacklevel=2,
+        )
+        self._compiled, self.cache = True, None
+        self._known = {now: known._replace(cache=None) for now, known in self._known.items()}
 
     def _losses(self, closure: MicroBatches) -> Losses:
         self.refresh()
@@ -169,6 +190,7 @@ class Engine:
             warn_of_processes()
             check_repeatable(batch.losses, start)
             self._repeatable = True
+        check_recompiled(batch.losses, start)
         if search or not any(self.learned.verdicts.values()):  # a captured search relies on a verdict
             inspect(batch)
 
@@ -263,10 +285,14 @@ class Engine:
 
     def new_cache(self) -> ActivationCache | None:
         """A cache of the modules as they are now, or None."""
-        if not self.settings.cache or not self.modules:
+        if not self.settings.cache or not self.modules or self._compiled:
             return None
         generators = rng.Generators(rng.cuda_devices(self.params()))
-        return ActivationCache(self.model, self.further, generators)
+        cache = ActivationCache(self.model, self.further, generators)
+        if not cache.boundaries and any(map(is_compiled, self.modules)):
+            self._do_without_cache()
+            return None
+        return cache
 
     def find_modules(self) -> list[nn.Module]:
         """All modules that a step looks after, as they are now."""

@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-
-def below_compiled(model: nn.Module) -> set[int]:
-    """Ids of the modules inside a compiled one, whose calls Python does not see, and of scripted ones."""
-    compiled = [m for m in model.modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None]
-    scripted = {id(m) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
-    return scripted | {id(inner) for m in compiled for inner in m.modules() if inner is not m}
+from fastals.compiler import TracedError, mark_refusal, refuse_trace, runs_in_compiled
 
 
 class Intercepted:
@@ -26,9 +21,17 @@ class Intercepted:
         self.__wrapped__ = forward  # for those who ask for its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Have the call intercepted."""
+        """Have the call intercepted.
+
+        Raises:
+            TracedError: it is a part of something compiled.
+        """
         if not self.active:  # somebody has kept it
             return self.plain(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            refuse_trace()
+        if runs_in_compiled():
+            raise TracedError
         return self.intercept(self.module, self.plain, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -41,6 +44,7 @@ class Intercepted:
 @contextmanager
 def intercepted(modules: Iterable[nn.Module], intercept: Callable) -> Iterator[None]:
     """Route the calls of the modules through ``intercept`` inside the ``with`` block, and restore them after it."""
+    mark_refusal()
     placed: list[tuple[nn.Module, str, Intercepted]] = []
     try:
         for module in modules:

@@ -24,6 +24,7 @@ class Learned:
             more forward to record its calls.
         guesses: see :class:`fastals.compare.Comparison`.
         sequences: the sequences of calls for which the verdicts were found.
+        compilations: see :func:`fastals.compiler.compilations`, when the closure was last found to be repeatable.
         obstacles: reasons of which the user has been told why calls are never replayed.
     """
 
@@ -37,6 +38,7 @@ class Learned:
     rounds: bool = False
     guesses: Guesses = field(default_factory=dict)
     sequences: set[tuple[int, ...]] = field(default_factory=set)
+    compilations: int = 0
     obstacles: set[str] = field(default_factory=set)
 
     @property

@@ -52,6 +52,7 @@ class Losses(Evaluations):
         self.other_grads = [(p.tensor, p.tensor.grad) for p in self.around.places if p.tensor.requires_grad]
         for p, _ in self.grads + self.other_grads:
             p.grad = None
+        self.closure.scales.clear()  # of an attempt that has failed
         parts: list[Tensor] = []
         last = self.evaluate(self.recording(), torch.enable_grad(), partial(self._all_but_last, parts))
         self._note_drawn()

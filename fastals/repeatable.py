@@ -7,10 +7,16 @@ import torch
 from torch import Tensor
 
 from fastals.compare import digest, same_loss, same_outputs
+from fastals.compiler import compilations
 from fastals.errors import non_finite, not_repeatable
 from fastals.losses import Losses
 
 AGAIN = "f(w_t)"  # the name of an evaluation at w_t
+BY_CLOSURE = "Look for code that asks torch.is_grad_enabled()"
+BY_COMPILER = (
+    "It did not before torch.compile had compiled it: the code compiled for use without gradients draws other random "
+    "numbers, or rounds coarsely. torch._inductor.config.fallback_random = True makes inductor draw as torch does"
+)
 
 
 def replay_outdated(losses: Losses, loss: Tensor) -> Tensor:
@@ -56,6 +62,21 @@ def reconsider(losses: Losses, loss: Tensor) -> None:
     losses.forwards = counted
 
 
+def check_recompiled(losses: Losses, loss: Tensor) -> None:
+    """Check again what has been compiled since: it may draw other dropout masks without gradients than with them.
+
+    In a step that finds everything out, nothing that is compiled runs as such.
+
+    Raises:
+        ValueError: the closure is not repeatable; f(w_t) was ``loss``.
+    """
+    if losses.around.watch or compilations() == losses.learned.compilations:
+        return
+    counted = losses.forwards
+    check_repeatable(losses, loss)
+    losses.forwards, losses.learned.compilations = counted, compilations()
+
+
 def check_repeatable(losses: Losses, loss: Tensor) -> Tensor:
     """The loss of another full forward at w_t; the closure may turn out to need gradients for it.
 
@@ -75,9 +96,10 @@ def check_repeatable(losses: Losses, loss: Tensor) -> Tensor:
         learned.gradients = needed
         raise not_repeatable(loss, full, _unlike_call(losses))
     if learned.gradients and not needed:
+        recompiled = not losses.around.watch and compilations() != learned.compilations
         warnings.warn(
             f"fastals: the closure gives another loss without gradients than with them ({float(loss):.9g}), so trials "
-            "run with gradients and replay nothing. Look for code that asks torch.is_grad_enabled()",
+            f"run with gradients and replay nothing. {BY_COMPILER if recompiled else BY_CLOSURE}",
             stacklevel=2,
         )
     _compare_with_records(losses)

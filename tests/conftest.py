@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -38,6 +39,15 @@ def fast_interpreter():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Every test begins as in a process that has compiled nothing, which steps would check again."""
+    counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)
+    if counters:
+        torch._dynamo.reset()
+        counters.clear()
 
 
 @pytest.fixture(autouse=True)

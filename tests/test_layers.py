@@ -26,6 +26,7 @@ FLOORS = (  # from the top; modules of one folder may use each other
     ("reports",),
     ("standstill",),
     ("surroundings", "stamps", "partition", "presets", "report", "rng", "interrupt", "intercept", "anatomy", "errors"),
+    ("compiler",),
     ("kernels",),
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
