@@ -97,7 +97,7 @@ class FreshGradients:
 
     def __init__(self) -> None:
         self._params: Sequence[Tensor] = ()
-        self._left: list[tuple[int, int]] = []
+        self._left: dict[int, tuple[int, int]] = {}
 
     def note(self, params: Sequence[Tensor]) -> None:
         """Note the gradients that the first step leaves, here and where others wait."""
@@ -105,25 +105,24 @@ class FreshGradients:
             self._params = params
             self._waiting.add(self)
         for one in self._waiting:
-            one._left = _gradients(one._params)
+            one._left = {id(p): _gradient(p) for p in one._params}
 
     def warn_if_lost(self, params: Sequence[Tensor]) -> None:
         """Warn if other gradients are in place than those that the first step has left."""
         if self not in self._waiting:
             return
         self._waiting.discard(self)
-        pairs = zip(params, self._left, _gradients(params), strict=False)
-        fresh = [p.grad for p, left, now in pairs if left != now and p.grad is not None]
+        fresh = [p.grad for p in params if p.grad is not None and self._left.get(id(p)) != _gradient(p)]
         if any(bool(grad.detach().any()) for grad in fresh):
             warnings.warn(
                 "fastals: gradients have been computed since the last step, and a step without loss= throws them "
                 "away and computes those of its closure. To accumulate, pass the closures of all micro-batches in a "
                 "list, or pass loss= with the gradients; if they are not meant for this step, call opt.zero_grad() "
                 "before it",
-                stacklevel=8,
+                stacklevel=9,
             )
 
 
-def _gradients(params: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Identity and version of every gradient."""
-    return [(id(p.grad), p.grad._version if p.grad is not None else 0) for p in params]
+def _gradient(p: Tensor) -> tuple[int, int]:
+    """Identity and version of a parameter's gradient."""
+    return id(p.grad), p.grad._version if p.grad is not None else 0

@@ -364,3 +364,28 @@ def test_gradients_that_are_there_need_no_backward():
     opt = fastals.ALS(model)
     with nothing_lost(opt, model, error=TypeError, match="pass one of them"):
         opt.step(lambda: model(**texts(0)).loss, loss=1.0, backward=lambda loss: loss.backward())
+
+
+class WrittenLate(nn.Module):
+    """From its second step on the forward writes a large buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.calls = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), 0
+        self.register_buffer("table", torch.zeros(1 << 17))
+
+    def forward(self, x):
+        if self.calls:
+            self.table.add_(0.01)
+        return self.net(x) + self.table[:3]
+
+
+def test_a_step_that_starts_again_divides_once():
+    model, micro = WrittenLate().to(DEVICE), [[t.to(DEVICE) for t in labelled(8)] for _ in range(2)]
+    opt = fastals.ALS(model)
+    closures_ = [lambda x=x, y=y: F.cross_entropy(model(x), y) for x, y in micro]
+    opt.step(closures_, backward=lambda loss: (loss / 2).backward())
+    model.calls += 1
+    with pytest.warns(UserWarning, match="for the first time"):
+        opt.step(closures_, backward=lambda loss: (loss / 2).backward())
+    assert opt.report.loss_after < opt.report.loss_before < 2
