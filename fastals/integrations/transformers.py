@@ -9,7 +9,6 @@
 import copy
 import inspect
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -29,6 +28,7 @@ except ImportError as error:
         f"fastals.integrations.transformers needs {error.name}: pip install 'fastals[trainer]'"
     ) from error
 
+PASSED_OVER = ("adamw_torch", "adamw_torch_fused")  # optim is one of these unless another is asked for
 METRICS = ("_metrics", "_pending_metrics", "accum_loss_components")  # of TRL and sentence-transformers
 #: Arguments that mean nothing to a line search, and what to set in their place.
 MEANINGLESS = {
@@ -57,10 +57,15 @@ class LineSearch:
             :func:`fastals.units`. The other arguments are those of the Trainer.
 
     Raises:
-        TypeError: ``als`` has an argument that ALS does not have.
+        TypeError: ``als`` has an argument that ALS does not have, or the mixin does not come first.
         ValueError: another optimizer is asked for, or training that a line search does not support (``fp16``, whose
             gradients are scaled, DeepSpeed, DataParallel).
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, Trainer) and cls.mro().index(Trainer) < cls.mro().index(LineSearch):
+            raise TypeError(f"LineSearch comes first: class {cls.__name__}(LineSearch, {cls.__bases__[0].__name__})")
 
     def __init__(self, *args: Any, als: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.als = dict(als or {})
@@ -68,7 +73,7 @@ class LineSearch:
         if unknown := set(self.als) - known:
             raise TypeError(f"als={{...}} has no argument {sorted(unknown)[0]!r}: there are {', '.join(sorted(known))}")
         self._micro_batches: list[Callable[[], Tensor]] = []
-        self._logged_steps = 0
+        self._unlogged_steps = 0
         super().__init__(*args, **kwargs)
         _refuse_optimizers(self)
         _refuse_unsupported(self)
@@ -76,8 +81,10 @@ class LineSearch:
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer from the training arguments and ``als``; a second ``train()`` goes on with it."""
+        self._micro_batches, self._unlogged_steps = [], 0  # an earlier training may have been interrupted
         if self.optimizer is None:
-            model, options = self._trained(self.model if model is None else model), self._options()
+            model = self._trained(self.model if model is None else model)
+            options = self._options() | {"modules": [*self.als.get("modules", []), *self._beside(model)]}
             decayed = set(self.get_decay_parameter_names(model))
             groups = units(
                 model, options.pop("by"), weight_decay=options.pop("weight_decay"),
@@ -95,14 +102,19 @@ class LineSearch:
 
     def _trained(self, model: nn.Module) -> nn.Module:
         """The module of all that is trained: losses of sentence-transformers may have parameters of their own."""
-        loss = getattr(self, "loss", None)
-        if isinstance(loss, dict):
-            loss = nn.Sequential(OrderedDict(loss))
-        own = set(model.parameters())
-        return loss if isinstance(loss, nn.Module) and not own.issuperset(loss.parameters()) else model
+        loss, own = getattr(self, "loss", None), set(model.parameters())
+        losses = loss.values() if isinstance(loss, dict) else [loss]
+        further = [m for m in losses if isinstance(m, nn.Module) and not own.issuperset(m.parameters())]
+        return nn.ModuleDict({"model": model} | {f"loss{i}": m for i, m in enumerate(further)}) if further else model
+
+    def _beside(self, trained: nn.Module) -> list[nn.Module]:
+        """The other modules of the trainer, such as the reference model of DPO."""
+        own = set(trained.parameters())
+        return [m for m in vars(self).values() if isinstance(m, nn.Module) and not own.issuperset(m.parameters())]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Collect a micro-batch, and make the step with the last one; returns the loss of the mini-batch, or 0."""
+        model.train()  # an evaluation may have come before
         inputs = self._prepare_inputs(inputs)
         self._micro_batches.append(_MicroBatch(self, model, inputs, num_items_in_batch))
         if not self.accelerator.sync_gradients:
@@ -111,6 +123,7 @@ class LineSearch:
         optimizer = _unwrapped(self.optimizer)
         try:
             loss = optimizer.step(micro_batches, backward=self.accelerator.backward)
+            self._unlogged_steps += 1
         except FloatingPointError as error:
             warnings.warn(f"step {self.state.global_step + 1}: {error}", stacklevel=2)
             loss = torch.tensor(float("nan"), device=self.args.device)
@@ -124,9 +137,13 @@ class LineSearch:
             _set(self.accelerator, "backward", lambda loss, **_: losses.append(loss)),
             _set(self, "_prepare_inputs", lambda inputs: inputs),
         ):
-            super().training_step(model, dict(inputs), num_items_in_batch)
-        (loss,) = losses
-        return loss
+            super().training_step(model, copy.copy(inputs), num_items_in_batch)
+        if len(losses) != 1:
+            raise RuntimeError(
+                f"a line search needs one loss of a micro-batch, and {type(self).__name__}.training_step has "
+                f"differentiated {len(losses)}"
+            )
+        return losses[0]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the searches since the last log beside the training loss."""
@@ -135,10 +152,10 @@ class LineSearch:
         super().log(logs, *args, **kwargs)
 
     def _searches(self) -> dict[str, float]:
-        steps, self._logged_steps = self.state.global_step - self._logged_steps, self.state.global_step
-        reports = _unwrapped(self.optimizer).reports[-max(1, steps) :]
-        if not reports:
+        steps, self._unlogged_steps = self._unlogged_steps, 0
+        if not steps:
             return {}
+        reports = _unwrapped(self.optimizer).reports[-steps:]
         found = {"als/trials": fmean(r.trials for r in reports), "als/factor": fmean(r.factor for r in reports)}
         return found | {f"als/step_size/{u.name}": u.step_size for u in reports[-1].units}
 
@@ -212,7 +229,7 @@ def _set(owner: object, name: str, value: Any) -> Iterator[None]:
 def _refuse_optimizers(trainer: Any) -> None:
     optim = getattr(trainer.args.optim, "value", trainer.args.optim)
     given = trainer.optimizer is not None or trainer.lr_scheduler is not None
-    if given or trainer.optimizer_cls_and_kwargs is not None or not optim.startswith("adamw_torch"):
+    if given or trainer.optimizer_cls_and_kwargs is not None or optim not in PASSED_OVER:
         raise ValueError(
             "this trainer makes its own optimizer, fastals.ALS, when training starts: leave out optimizers=, "
             "optimizer_cls_and_kwargs= and optim=, pass the arguments of ALS as als={...}, and choose the schedule by "
@@ -236,4 +253,4 @@ def _warn_of_meaningless(args: TrainingArguments) -> None:
     for name, instead in MEANINGLESS.items():
         value = getattr(args, name, None)
         if value and value != defaults.get(name):
-            warnings.warn(f"{name}={value} has no meaning for a line search: {instead}", stacklevel=4)
+            warnings.warn(f"{name}={value} has no meaning for a line search: {instead}", stacklevel=3)
