@@ -113,9 +113,11 @@ def _judge(losses: Losses, name: str, difference: str) -> None:
 
 
 def _warn_of_obstacles(losses: Losses) -> None:
-    """Say which calls run in every trial, and why."""
+    """Say which calls run in every trial, and why; those of modules without weights, as a pooling, cost nothing."""
     assert losses.cache is not None
     for call in losses.cache.records.values():
+        if next(call.module.parameters(), None) is None:
+            continue
         why = call.obstacle or ("" if call.output_stands(losses.cache.stamps) else "its output is changed in place")
         if why and why not in losses.learned.obstacles:
             losses.learned.obstacles.add(why)

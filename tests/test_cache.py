@@ -234,6 +234,33 @@ def test_an_output_that_is_overwritten_is_found():
     assert opt.last_forwards == 1 + opt.report.trials
 
 
+class Pooled(nn.Module):
+    """Blocks whose outputs a module without weights collects in a dictionary that it is given."""
+
+    class Pooling(nn.Module):
+        def forward(self, features):
+            features["pooled"] = features["tokens"].mean(1)
+            return features
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.pooling = self.Pooling()
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.pooling({"tokens": x})["pooled"].square().mean()
+
+
+def test_nothing_is_said_of_a_call_that_costs_nothing():
+    model, x = Pooled(), torch.randn(4, 3, 8)
+    opt = fastals.ALS(model, cache="check", schedule="sweep")
+    for _ in range(2):
+        step_exactly(opt, lambda: model(x))
+    assert opt.last_forwards < 1 + opt.report.trials
+
+
 class Cheating(nn.Module):
     """A later block reads what an earlier one has left behind outside of the outputs."""
 
