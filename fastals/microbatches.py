@@ -38,7 +38,7 @@ class MicroBatches:
     ) -> None:
         if isinstance(closures, MicroBatches):
             closures = closures.closures
-        self.closures = [closures] if callable(closures) else _listed(closures)
+        self.closures: list[Closure] = [closures] if callable(closures) else _listed(closures)
         self.backward, self.ready = backward, ready
         self.scales: list[Tensor] = []
 

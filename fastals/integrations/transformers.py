@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,13 @@ MEANINGLESS = {
 }
 
 
-class LineSearch:
+if TYPE_CHECKING:
+    _Base = Trainer  # a mixin, which uses what a Trainer has
+else:
+    _Base = object
+
+
+class LineSearch(_Base):
     """Mixin that lets a Trainer make its steps by :class:`fastals.ALS`.
 
     A step is made where the Trainer computes its loss and gradients: the micro-batches of
@@ -83,7 +89,7 @@ class LineSearch:
         """Make the optimizer from the training arguments and ``als``; a second ``train()`` goes on with it."""
         self._micro_batches, self._unlogged_steps = [], 0  # an earlier training may have been interrupted
         if self.optimizer is None:
-            model = self._trained(self.model if model is None else model)
+            model = self._trained(self.model if model is None else model)  # type: ignore[arg-type]
             options = self._options() | {"modules": [*self.als.get("modules", []), *self._beside(model)]}
             decayed = set(self.get_decay_parameter_names(model))
             groups = units(
@@ -175,9 +181,9 @@ class _MicroBatch:
         self.trainer, self.arguments, self.counted = trainer, arguments, False
 
     def __call__(self) -> Tensor:
-        trainer = _stand_in(self.trainer) if self.counted else self.trainer
+        loss = (_stand_in(self.trainer) if self.counted else self.trainer).loss_of(*self.arguments)
         self.counted = True
-        return trainer.loss_of(*self.arguments)
+        return loss
 
 
 def _stand_in(trainer: LineSearch) -> LineSearch:
@@ -211,7 +217,7 @@ if not getattr(ALS.step, "hooked", False):
 
 def _unwrapped(optimizer: Any) -> _MadeBefore:
     """The optimizer inside of Accelerate's."""
-    while not isinstance(optimizer, ALS):
+    while not isinstance(optimizer, _MadeBefore):
         optimizer = optimizer.optimizer
     return optimizer
 
@@ -249,7 +255,7 @@ def _refuse_unsupported(trainer: Any) -> None:
 
 
 def _warn_of_meaningless(args: TrainingArguments) -> None:
-    defaults = {f.name: f.default if f.default_factory is not dict else {} for f in fields(args)}
+    defaults: dict[str, Any] = {f.name: f.default if f.default_factory is not dict else {} for f in fields(args)}
     for name, instead in MEANINGLESS.items():
         value = getattr(args, name, None)
         if value and value != defaults.get(name):
