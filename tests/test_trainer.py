@@ -250,6 +250,29 @@ def test_evaluation_changes_nothing_and_the_best_model_comes_back(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 
 
+@pytest.fixture
+def compiler(monkeypatch):
+    """The arguments of a compiled model are left in the environment."""
+    for name in ("BACKEND", "MODE", "USE_FULLGRAPH", "USE_DYNAMIC", "USE_REGIONAL_COMPILATION"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("als", [{}, {"cache": False}], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_takes_the_same_steps(backend, als, tmp_path):
+    plain = fit(tmp_path, bert(), labelled(), als=als)
+    compiled = make(tmp_path, bert(), labelled(), als=als, torch_compile=True, torch_compile_backend=backend)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled.train()
+    said = [w for w in caught if "compiled the blocks as parts of something larger" in str(w.message)]
+    assert len(said) == (0 if als else 1)
+    assert hasattr(compiled.model_wrapped, "_orig_mod")
+    assert_same(weights(compiled.model), weights(plain.model))
+
+
 def test_old_checkpoints_are_removed(tmp_path):
     fit(tmp_path, bert(), labelled(), **SAVING, save_total_limit=1)
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
