@@ -366,6 +366,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(tmp_path):
     assert optimizer_of(trainer).param_groups[0]["count"] == 5
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # of torch 2.11
 def test_hooks_callbacks_and_the_profiler_see_a_step_once(tmp_path):
     seen = []
 
