@@ -4,8 +4,9 @@ from torch import Tensor
 
 NO_CLOSURE = (
     "ALS.step needs a closure that evaluates the loss of this mini-batch: "
-    "opt.step(lambda: model(**batch).loss), or opt.step(closure, loss=loss) after loss.backward(). In Hugging Face's "
-    "Trainer, fastals.integrations.transformers.ALSTrainer takes the place of Trainer"
+    "opt.step(lambda: model(**batch).loss), or opt.step(closure, loss=loss) after loss.backward(). With Accelerate: "
+    "opt.step(closure, backward=accelerator.backward) on the optimizer that you made, not on the one that prepare has "
+    "returned. In Hugging Face's Trainer: fastals.integrations.transformers.ALSTrainer in place of Trainer"
 )
 
 

@@ -87,7 +87,9 @@ def _listed(closures: object) -> list[Closure]:
     if isinstance(closures, Tensor) or not isinstance(closures, Iterable):
         raise TypeError(f"a {type(closures).__name__} is no closure. {NO_CLOSURE}")
     found = list(closures)
-    if not found or not all(map(callable, found)):
+    if not found:
+        raise TypeError("the list of micro-batches is empty: pass one closure for each")
+    if not all(map(callable, found)):
         raise TypeError(f"micro-batches are a list of closures, one for each. {NO_CLOSURE}")
     return found
 

@@ -396,6 +396,8 @@ def test_hooks_callbacks_and_the_profiler_see_a_step_once(tmp_path):
         ({"fp16": True}, ValueError, "fp16=True scales the gradients"),
         ({"als": {"learning_rate": 1e-3}}, TypeError, "no argument 'learning_rate': there are .*by.*schedule"),
         ({"als": {"model": None}}, TypeError, "no argument 'model'"),
+        ({"als": "relay"}, TypeError, "als='relay': pass the arguments"),
+        ({"als": {"c": 5}}, ValueError, "c must be between 0 and 1"),
     ],
     ids=lambda x: str(next(iter(x))) if isinstance(x, dict) else None,
 )

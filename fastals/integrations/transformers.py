@@ -9,7 +9,7 @@
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from statistics import fmean
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastals.optimizer import ALS
 from fastals.partition import units
+from fastals.settings import sort_arguments
 
 try:
     from transformers import Trainer, TrainingArguments
@@ -63,9 +64,9 @@ class LineSearch(_Base):
             :func:`fastals.units`. The other arguments are those of the Trainer.
 
     Raises:
-        TypeError: ``als`` has an argument that ALS does not have, or the mixin does not come first.
-        ValueError: another optimizer is asked for, or training that a line search does not support (``fp16``, whose
-            gradients are scaled, DeepSpeed, DataParallel).
+        TypeError: ``als`` is no dict or has an argument that ALS does not have, or the mixin does not come first.
+        ValueError: one of them is out of its range, another optimizer is asked for, or training that a line search does
+            not support (``fp16``, whose gradients are scaled, DeepSpeed, DataParallel).
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -74,10 +75,7 @@ class LineSearch(_Base):
             raise TypeError(f"LineSearch comes first: class {cls.__name__}(LineSearch, {cls.__bases__[0].__name__})")
 
     def __init__(self, *args: Any, als: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.als = dict(als or {})
-        known = {"by", *inspect.signature(ALS).parameters} - {"params", "model"}
-        if unknown := set(self.als) - known:
-            raise TypeError(f"als={{...}} has no argument {sorted(unknown)[0]!r}: there are {', '.join(sorted(known))}")
+        self.als = _checked(als)
         self._micro_batches: list[Callable[[], Tensor]] = []
         self._unlogged_steps = 0
         super().__init__(*args, **kwargs)
@@ -230,6 +228,22 @@ def _set(owner: object, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         delattr(owner, name)
+
+
+def _checked(als: object) -> dict[str, Any]:
+    """The arguments of ALS, before time is spent on data."""
+    if als is not None and not isinstance(als, Mapping):
+        raise TypeError(
+            f"als={als!r}: pass the arguments of fastals.ALS as a dict, such as als={{'schedule': 'sweep'}}"
+        )
+    given, signature = dict(als or {}), inspect.signature(ALS)
+    known = {"by", *signature.parameters} - {"params", "model"}
+    if unknown := set(given) - known:
+        raise TypeError(f"als={{...}} has no argument {sorted(unknown)[0]!r}: there are {', '.join(sorted(known))}")
+    bound = signature.bind(None, **{name: value for name, value in given.items() if name != "by"})
+    bound.apply_defaults()
+    sort_arguments(bound.arguments)
+    return given
 
 
 def _refuse_optimizers(trainer: Any) -> None:
