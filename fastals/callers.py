@@ -30,8 +30,9 @@ def unwrapped(closure: Closures) -> tuple[Closures, Callable[[], object] | None]
         RuntimeError: it is that of Lightning's automatic optimization, which clears gradients and calls backward.
         TypeError: it is Lightning's for a step without one.
     """
-    if not isinstance(closure, partial) or not _is_of(closure.func, *LIGHTNING):
-        if _is_of(closure, *LIGHTNING):
+    wrapper: Any = getattr(closure.func, "__self__", None) if isinstance(closure, partial) else None
+    if not hasattr(wrapper, "_after_closure") or not _is_of(wrapper, *LIGHTNING):
+        if _is_of(closure, *LIGHTNING) and not isinstance(closure, nn.Module):  # Fabric's modules are closures too
             raise RuntimeError(AUTOMATIC)
         return closure, None
     module, optimizer, inner = closure.args
@@ -39,9 +40,9 @@ def unwrapped(closure: Closures) -> tuple[Closures, Callable[[], object] | None]
         raise RuntimeError(AUTOMATIC)
     if _is_of(inner, *LIGHTNING):
         raise TypeError(NO_CLOSURE)
-    wrapper: Any = closure.func
-    ready = partial(wrapper.__self__._after_closure, module, optimizer)
-    return [_LoggedOnce(c, module) for c in MicroBatches(inner).closures], ready
+    ready = partial(wrapper._after_closure, module, optimizer)
+    given = MicroBatches(inner)
+    return MicroBatches([_LoggedOnce(c, module) for c in given.closures], given.backward), ready
 
 
 class _LoggedOnce:
@@ -115,9 +116,9 @@ class FreshGradients:
         fresh = [p.grad for p in params if p.grad is not None and self._left.get(id(p)) != _gradient(p)]
         if any(bool(grad.detach().any()) for grad in fresh):
             warnings.warn(
-                "fastals: gradients have been computed since the last step, and a step without loss= throws them "
-                "away and computes those of its closure. To accumulate, pass the closures of all micro-batches in a "
-                "list, or pass loss= with the gradients; if they are not meant for this step, call opt.zero_grad() "
+                "fastals: gradients have been computed or changed since the last step, and a step without loss= throws "
+                "them away and computes those of its closure. To accumulate, pass the closures of all micro-batches in "
+                "a list, or pass loss= with the gradients; if they are not meant for this step, call opt.zero_grad() "
                 "before it",
                 stacklevel=9,
             )

@@ -152,7 +152,7 @@ class Engine:
         warnings.warn(
             f"fastals: the forward wrote {found} for the first time, and its value before is not kept. The step starts "
             "again from the value that this forward has left",
-            stacklevel=5,
+            stacklevel=6,
         )
         self.learned.memory.written |= found.keys
         self.learned.watched = False

@@ -129,11 +129,11 @@ class Evaluations:
         return self._evaluated(running(), torch.enable_grad()) if self.cache is not None else loss
 
     def _evaluated(self, running: AbstractContextManager, gradients: AbstractContextManager) -> Tensor:
-        with self._no_backward():
+        with self.without_backward():
             return self.evaluate(running, gradients)
 
     @contextmanager
-    def _no_backward(self) -> Iterator[None]:
+    def without_backward(self) -> Iterator[None]:
         """Hide the gradients inside the ``with`` block.
 
         Raises:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastals.losses import Losses
+from fastals.microbatches import checked
 
 MOST = 1.5  # times as long as the closure's own; something small may have been added
 MOST_BY_MASKS = 32.0  # the same under other dropout masks, by which a GradScaler's 65536 shows
@@ -23,11 +24,13 @@ def refuse_scaled(losses: Losses) -> None:
     """
     probe = _last_used(losses)
     own = _own_gradients(losses, probe)
-    if own is None or not _length(own):
+    if own is None:
         return
-    factor = _length([p.grad for p in probe]) / _length(own)
+    pairs = [(p.grad, g) for p, g in zip(probe, own, strict=True) if g is not None]
+    square = sum(_product(g, g) for _, g in pairs)
+    factor = sum(_product(there, g) for there, g in pairs) / square if square else 0.0  # noise is no multiple
     drew = bool(losses.learned.drawn) or bool(losses.generators.devices)
-    if factor > (MOST_BY_MASKS if drew else MOST):
+    if (MOST_BY_MASKS if drew else MOST) < factor < math.inf:
         raise RuntimeError(
             f"the gradients in place are {factor:.4g} times as long as those of the closure, so that slopes and "
             "moments are not those of its loss. With a GradScaler, call scaler.unscale_(opt) before the step; with "
@@ -44,16 +47,30 @@ def _last_used(losses: Losses) -> list[Tensor]:
     return [p for p in held if losses.cache.first_use([p]) == last]
 
 
-def _own_gradients(losses: Losses, probe: Sequence[Tensor]) -> Sequence[Tensor | None] | None:
-    """Those of the closure; None if its graph gives none for a part of the parameters, as reentrant checkpoints."""
+def _own_gradients(losses: Losses, probe: Sequence[Tensor]) -> list[Tensor | None] | None:
+    """Those of the closure, micro-batch by micro-batch.
+
+    None if its graph gives none for a part of the parameters, as reentrant checkpoints, or if the closure calls
+    backward where gradients are enabled.
+    """
     losses.rewind()
     running = losses.cache.computing() if losses.cache is not None else nullcontext()
-    loss = losses.evaluate(running, torch.enable_grad())
+    found: list[Tensor | None] = [None] * len(probe)
+
+    def differentiate() -> Tensor:
+        for closure in losses.closure.closures:
+            loss = checked(closure())
+            for i, g in enumerate(torch.autograd.grad(loss, probe, allow_unused=True)):
+                found[i] = g if found[i] is None else found[i] if g is None else found[i] + g
+        return loss.detach()
+
     try:
-        return torch.autograd.grad(loss, probe, allow_unused=True)
+        with losses.without_backward():
+            losses.evaluate(running, torch.enable_grad(), differentiate)
     except RuntimeError:
         return None
+    return found
 
 
-def _length(gradients: Sequence[Tensor | None]) -> float:
-    return math.hypot(*(float(g.detach().double().norm()) for g in gradients if g is not None))
+def _product(a: Tensor, b: Tensor) -> float:
+    return float((a.detach().double() * b.detach().double()).sum())

@@ -10,6 +10,7 @@ from fastals.errors import NO_CLOSURE
 
 Closure = Callable[[], Tensor]
 Backward = Callable[[Tensor], Any]
+LARGEST_WEIGHT = 32.0  # of a micro-batch in f; a loss scale is larger
 
 
 class MicroBatches:
@@ -37,6 +38,7 @@ class MicroBatches:
         ready: Callable[[], object] | None = None,
     ) -> None:
         if isinstance(closures, MicroBatches):
+            backward, ready = backward or closures.backward, ready or closures.ready
             closures = closures.closures
         self.closures: list[Closure] = [closures] if callable(closures) else _listed(closures)
         self.backward, self.ready = backward, ready
@@ -72,10 +74,10 @@ class MicroBatches:
         """Wait for the device, and refuse gradients that a loss scale has made larger.
 
         Raises:
-            RuntimeError: ``backward`` has multiplied a loss by more than 1, or by no positive number.
+            RuntimeError: ``backward`` has multiplied a loss by more than a weight, or by a negative number.
         """
         for k in map(float, self.scales):
-            if not 0 < k <= 1:
+            if not 0 <= k <= LARGEST_WEIGHT:
                 raise RuntimeError(
                     f"backward has multiplied the loss by {k:g}, so that slopes and moments are not those of the loss."
                     " With a GradScaler, call scaler.scale(loss).backward() and scaler.unscale_(opt) before the step "

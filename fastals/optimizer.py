@@ -145,6 +145,9 @@ class ALS(torch.optim.Optimizer):
         self._graphed: GraphedStep | None = None
         self._engine: Engine | None = None
         super().__init__(units(params) if isinstance(params, nn.Module) else params, constants | MEMORY)
+        numbers: dict[int, int] = {}
+        for group in self.param_groups:
+            group["unit"] = numbers.setdefault(group["unit"], len(numbers))
         check_coverage(self.param_groups, self.model)
         warn_of_decay_groups(self.param_groups)
         self.engine.fused  # noqa: B018  (refuses fused=True if it is not possible)
@@ -168,7 +171,8 @@ class ALS(torch.optim.Optimizer):
                 are computed here, by one backward of each closure.
             backward: takes a loss and adds its gradients to ``p.grad``, in place of ``loss.backward()``:
                 ``accelerator.backward``, Lightning's ``self.manual_backward``. If it divides the loss, as Accelerate
-                does by its accumulation steps, trials do so too, and f is the loss so divided.
+                does by its accumulation steps, trials do so too, and f is the loss so divided. Random numbers that it
+                draws between two micro-batches cannot be drawn again in trials.
 
         Raises:
             TypeError: no closure, or one that returns no tensor; both ``loss`` and ``backward``.

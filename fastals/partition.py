@@ -5,8 +5,11 @@ The blocks are the modules that a forward pass calls one by one from the outermo
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import count
 
 from torch import Tensor, nn
+
+_numbers = count(1 << 32)  # of units with several groups: those of two models may be put together
 
 
 class Groups(list[dict]):
@@ -51,13 +54,20 @@ def units(
     members = {unit: [n for n in trainable if unit_of[n] == unit] for unit in dict.fromkeys(unit_of.values())}
     groups = [group(unit, [(n, trainable[n]) for n in ns]) for unit, ns in members.items() if ns]
     if weight_decay is not None:
-        names = {n for n, p in trainable.items() if p.ndim > 1} if decayed is None else set(decayed)
-        if unknown := names - {n for n, _ in model.named_parameters()}:
-            raise ValueError(f"decayed: the model has no parameter {sorted(unknown)[0]!r}")
+        names = {n for n, p in trainable.items() if p.ndim > 1} if decayed is None else _known(model, decayed)
         if not weight_decay:
             names |= trainable.keys()
-        groups = [part for i, g in enumerate(groups) for part in _by_decay(g, i, weight_decay, names)]
+        groups = [part for g in groups for part in _by_decay(g, next(_numbers), weight_decay, names)]
     return Groups(groups, model, by)
+
+
+def _known(model: nn.Module, names: Collection[str]) -> set[str]:
+    """The names under which the model lists these parameters; a tied one may be given by any of its names."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    if unknown := set(names) - every.keys():
+        raise ValueError(f"decayed: the model has no parameter {sorted(unknown)[0]!r}")
+    wanted = {id(every[n]) for n in names}
+    return {n for n, p in model.named_parameters() if id(p) in wanted}
 
 
 def _by_decay(whole: dict, unit: int, weight_decay: float, decayed: Collection[str]) -> Iterator[dict]:

@@ -177,7 +177,7 @@ def warn_of_processes() -> None:
                 f"fastals: {processes} processes are running, and each decides by the loss of its own closure: weights "
                 "drift apart unless the closure averages the loss over the processes, and the gradients are averaged "
                 "too (loss.backward(), then opt.step(closure, loss=loss))",
-                stacklevel=8,
+                stacklevel=9,
             )
 
 

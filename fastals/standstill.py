@@ -45,5 +45,5 @@ def _warn(names: list[str], outcome: str) -> None:
     who = ", ".join(map(repr, names))
     warnings.warn(
         f"fastals: {PATIENCE} steps in a row have not moved {who} ({outcome}): {ADVICE[outcome]}",
-        stacklevel=10,  # where the user has asked for the step
+        stacklevel=11,  # where the user has asked for the step
     )

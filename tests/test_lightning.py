@@ -1,6 +1,7 @@
 """ALS in LightningModules: the numbers of a plain loop, and clear errors where the two do not go together."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -288,3 +289,16 @@ def test_two_optimizers_take_the_steps_of_a_plain_loop():
     assert module.trainer.global_step == 2 * STEPS
     for opt in module.made:
         assert all(r.loss_after < r.loss_before for r in opt.reports)
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.square().mean()
+
+
+def test_modules_of_fabric_are_ordinary_closures():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1), Mean())
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    opt = fastals.ALS(model)
+    opt.step(partial(fabric.setup_module(model), torch.ones(3, 4)), backward=fabric.backward)
+    assert opt.report.loss_after < opt.report.loss_before

@@ -1,6 +1,7 @@
 """Micro-batches: one forward and backward of each, and trials of their sum; the caller's own backward."""
 
 import itertools
+import math
 import weakref
 
 import pytest
@@ -155,7 +156,7 @@ class Alive:
     def pack(self, tensor):
         self.now += tensor.numel()
         self.most = max(self.most, self.now)
-        kept = Kept(tensor)
+        kept = Kept(tensor.detach())  # an output itself would hold its own graph
         weakref.finalize(kept, self._gone, tensor.numel())
         return kept
 
@@ -389,3 +390,74 @@ def test_a_step_that_starts_again_divides_once():
     with pytest.warns(UserWarning, match="for the first time"):
         opt.step(closures_, backward=lambda loss: (loss / 2).backward())
     assert opt.report.loss_after < opt.report.loss_before < 2
+
+
+@pytest.mark.parametrize("clears", [False, True])
+def test_a_closure_in_the_manner_of_torch_keeps_the_gradients_that_are_there(clears):
+    """It calls backward where gradients are enabled; they have been clipped since."""
+    model = bert(**NO_DROPOUT)
+    opt = fastals.ALS(model)
+
+    def closure():
+        loss = model(**texts(0)).loss
+        if torch.is_grad_enabled():
+            if clears:
+                opt.zero_grad()
+            loss.backward()
+        return loss
+
+    loss = closure()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    opt.step(closure, loss=loss)
+    assert all(torch.equal(p.grad, grads[n]) for n, p in model.named_parameters() if n in grads)
+
+
+@pytest.mark.parametrize("changed", ["infinite", "noise", "decay"])
+def test_gradients_that_are_no_multiple_are_taken(changed):
+    model = bert(**NO_DROPOUT)
+    opt = fastals.ALS(model)
+    loss = model(**texts(0)).loss
+    loss.backward()
+    head = model.classifier.weight
+    if changed == "infinite":
+        head.grad[0, 0] = math.inf
+    elif changed == "noise":
+        noise = torch.randn_like(head)
+        head.grad += 2 * head.grad.norm() * noise / noise.norm()
+    else:
+        head.grad += 0.1 * head.detach()
+    opt.step(lambda: model(**texts(0)).loss, loss=loss)
+
+
+def test_one_graph_at_a_time_with_gradients_that_are_there():
+    most = {}
+    for count in (1, 4):
+        model, alive = bert(**DROPOUT), Alive()
+        opt, micro = fastals.ALS(model), closures(model, texts(0, size=2 * count), count)
+        with torch.no_grad():
+            loss = sum(closure() for closure in micro)
+        for closure in micro:
+            closure().backward()
+        with torch.autograd.graph.saved_tensors_hooks(alive.pack, lambda kept: kept.tensor):
+            opt.step(micro, loss=loss)
+        most[count] = alive.most
+    assert most[4] <= 2 * most[1]  # the last one stands until the next loss is there
+
+
+def test_micro_batches_as_one_function_have_their_own_backward():
+    model, twin = bert(**NO_DROPOUT), bert(**NO_DROPOUT)
+    by_object = fastals.ALS(model).step(
+        fastals.MicroBatches(closures(model, texts(0), 2), lambda loss: (loss / 2).backward())
+    )
+    assert by_object == fastals.ALS(twin).step(closures(twin, texts(0), 2), backward=lambda loss: (loss / 2).backward())
+
+
+@pytest.mark.parametrize("weights_", [(1.5, 0.5), (1.0, 0.0)])
+def test_a_backward_may_weight_micro_batches(weights_):
+    model = bert(torch.float64, **NO_DROPOUT)
+    opt, each = fastals.ALS(model), iter(weights_)
+    micro = closures(model, texts(0), 2)
+    wanted = sum(w * float(c().detach()) for w, c in zip(weights_, micro, strict=True))
+    assert float(opt.step(micro, backward=lambda loss: (next(each) * loss).backward())) == pytest.approx(wanted)
+    assert opt.report.loss_after < opt.report.loss_before

@@ -153,12 +153,12 @@ def test_a_unit_has_a_group_that_decays_and_one_that_does_not():
     model = tiny_bert()
     groups = fastals.units(model, weight_decay=0.1)
     whole = fastals.units(model)
-    assert [g["unit"] for g in groups] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert list(dict.fromkeys(g["name"] for g in groups)) == [g["name"] for g in whole]
     for group in groups:
         assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
     assert sorted(n for g in groups for n in g["param_names"]) == sorted(n for g in whole for n in g["param_names"])
     opt = fastals.ALS(groups)
+    assert [g["unit"] for g in opt.param_groups] == [0, 0, 1, 1, 2, 2, 3, 3]
     take_step(model, opt)
     assert [u.name for u in opt.report.units] == [g["name"] for g in whole]
 
@@ -263,3 +263,18 @@ def test_groups_of_adamw_are_said_to_be_units():
     ]
     with pytest.warns(UserWarning, match=r"2 groups .* are 2 units .*fastals.units\(model, weight_decay=0.01\)"):
         fastals.ALS(groups, model=model)
+
+
+@OPTIMIZERS
+def test_split_units_of_two_models_stay_apart(optimizer):
+    model = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for name in "ab"})
+    opt = optimizer([g for m in model.values() for g in fastals.units(m, weight_decay=0.1)])
+    opt.step(lambda: sum(m(torch.ones(3, 4)).square().mean() for m in model.values()))
+    assert [u.name for u in opt.report.units] == ["0", "1", "0", "1"]
+
+
+def test_a_tied_weight_decays_by_any_of_its_names():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    model["b"].weight = model["a"].weight
+    (group,) = fastals.units(model, by="model", weight_decay=0.1, decayed=["b.weight"])
+    assert (group["param_names"], group["weight_decay"]) == (["a.weight"], 0.1)
