@@ -54,6 +54,7 @@ def test_exact_trial_and_triangular_number_of_block_forwards(name, checkpointing
         closure()
     with counting(leaves, expected):
         closure().backward()
+    opt.zero_grad()
     with counting(leaves, counts):
         opt.step(closure)
     order = list(blocks(model))

@@ -1,5 +1,6 @@
 """The engine of an optimizer is built from its groups, state, model and settings, and follows them."""
 
+import copy
 import subprocess
 import sys
 from collections import defaultdict
@@ -52,13 +53,21 @@ def test_new_settings_are_followed(trained):
     assert opt.report.joint_trials == 1
 
 
-def test_a_hook_that_steps_while_a_state_is_loaded_leaves_the_loaded_state(trained):
-    _, opt, step = trained
-    saved = opt.state_dict()
-    loaded = {i: {k: v.clone() for k, v in entry.items()} for i, entry in saved["state"].items()}
-    opt.register_load_state_dict_post_hook(lambda optimizer: step())
-    opt.load_state_dict(saved | {"state": loaded})
-    assert_same(opt.state_dict()["state"], loaded)
+def test_a_hook_that_steps_when_a_state_is_loaded_steps_from_it(trained):
+    model, opt, _ = trained
+    saved, weights = copy.deepcopy((opt.state_dict(), model.state_dict()))
+    (batch,) = tiny_batches(1)
+
+    def step(*_):
+        opt.step(lambda: model(**batch))
+
+    opt.load_state_dict(saved)
+    step()
+    expected = copy.deepcopy(opt.state_dict())
+    model.load_state_dict(weights)
+    opt.register_load_state_dict_post_hook(step)
+    opt.load_state_dict(saved)
+    assert_same(opt.state_dict(), expected)
 
 
 def test_the_units_of_a_part_of_the_model_belong_to_it():

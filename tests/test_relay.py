@@ -206,6 +206,7 @@ def test_a_search_raises_the_relative_step_by_half_a_backtrack_and_never_above_t
     assert max(largest) <= 0.2 * 1.0001
 
 
+@pytest.mark.filterwarnings("ignore:fastals. 20 steps in a row have not moved:UserWarning")
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_two_trials_are_enough_to_find_the_factor(fused):
     if fused:
@@ -375,6 +376,7 @@ def test_where_nothing_passes_all_is_as_before_and_the_factor_halves(dtype):
         assert memory(opt, "factor", "relative_step") == [(max(0.5 ** (t + 1), 0.25), 0.0)] * 4
 
 
+@pytest.mark.filterwarnings("ignore:fastals. 20 steps in a row have not moved:UserWarning")
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_stretch_of_batches_without_a_step_is_forgotten(fused):
     """A factor that had gone on shrinking would hide every decrease in the rounding of the loss, for ever."""
