@@ -145,7 +145,7 @@ class ALS(torch.optim.Optimizer):
         self._graphed: GraphedStep | None = None
         self._engine: Engine | None = None
         super().__init__(units(params) if isinstance(params, nn.Module) else params, constants | MEMORY)
-        numbers: dict[int, int] = {}
+        numbers: dict[int, int] = {}  # those of fastals.units differ from run to run, and checkpoints hold them
         for group in self.param_groups:
             group["unit"] = numbers.setdefault(group["unit"], len(numbers))
         check_coverage(self.param_groups, self.model)

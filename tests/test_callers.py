@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.loops import assert_same_run, batches, build, loop, plain_step
+from helpers.nets import UsedLate
 
 import fastals
 
@@ -72,22 +73,6 @@ ORDINARY = {
 @pytest.mark.parametrize("step", ORDINARY.values(), ids=ORDINARY)
 def test_ordinary_loops_are_not_warned(step):
     loop(*build(), step=step)
-
-
-class UsedLate(torch.nn.Module):
-    """A norm that is registered first and used last: after the first step the parameters have another order."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.inp = torch.nn.LayerNorm(8), torch.nn.Linear(4, 8)
-        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(2))
-        self.head = torch.nn.Linear(8, 2)
-
-    def forward(self, x):
-        x = self.inp(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(self.norm(x)).square().mean()
 
 
 def test_parameters_that_join_another_unit_are_not_mistaken_for_lost_gradients():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.hf import DEVICE, tiny_bert
+from helpers.nets import UsedLate
 from helpers.tiny import TinyTransformer
 from torch import nn
 
@@ -210,22 +211,6 @@ def test_no_decay_leaves_one_group_for_each_unit():
 def test_a_name_that_no_parameter_has_cannot_decay():
     with pytest.raises(ValueError, match="no parameter 'weight'"):
         fastals.units(tiny_bert(), weight_decay=0.1, decayed=["weight"])
-
-
-class UsedLate(nn.Module):
-    """A norm that is registered before the blocks and used after them."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.norm = nn.Linear(4, 8), nn.LayerNorm(8)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x):
-        x = self.embed(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(self.norm(x)).square().mean()
 
 
 def test_a_parameter_joins_the_unit_that_uses_it_in_the_group_of_its_decay():

@@ -67,3 +67,19 @@ def visible_loss(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> tupl
     """The loss in the dtype of the weights, and beside it the scores, for rounding may hide a wrong loss."""
     scores = model(x, **options)
     return F.cross_entropy(scores.float(), y).to(scores.dtype), scores
+
+
+class UsedLate(nn.Module):
+    """A norm that is registered before the blocks and used after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(4, 8), nn.LayerNorm(8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x)).square().mean()
