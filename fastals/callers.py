@@ -31,7 +31,7 @@ def unwrapped(closure: Closures) -> tuple[Closures, Callable[[], object] | None]
         TypeError: it is Lightning's for a step without one.
     """
     wrapper: Any = getattr(closure.func, "__self__", None) if isinstance(closure, partial) else None
-    if not hasattr(wrapper, "_after_closure") or not _is_of(wrapper, *LIGHTNING):
+    if not isinstance(closure, partial) or not hasattr(wrapper, "_after_closure") or not _is_of(wrapper, *LIGHTNING):
         if _is_of(closure, *LIGHTNING) and not isinstance(closure, nn.Module):  # Fabric's modules are closures too
             raise RuntimeError(AUTOMATIC)
         return closure, None

@@ -26,8 +26,8 @@ def refuse_scaled(losses: Losses) -> None:
     own = _own_gradients(losses, probe)
     if own is None:
         return
-    pairs = [(p.grad, g) for p, g in zip(probe, own, strict=True) if g is not None]
-    square = sum(_product(g, g) for _, g in pairs)
+    pairs = [(p.grad, g) for p, g in zip(probe, own, strict=True) if g is not None and p.grad is not None]
+    square = math.fsum(_product(g, g) for _, g in pairs)
     factor = sum(_product(there, g) for there, g in pairs) / square if square else 0.0  # noise is no multiple
     drew = bool(losses.learned.drawn) or bool(losses.generators.devices)
     if (MOST_BY_MASKS if drew else MOST) < factor < math.inf:
@@ -61,7 +61,8 @@ def _own_gradients(losses: Losses, probe: Sequence[Tensor]) -> list[Tensor | Non
         for closure in losses.closure.closures:
             loss = checked(closure())
             for i, g in enumerate(torch.autograd.grad(loss, probe, allow_unused=True)):
-                found[i] = g if found[i] is None else found[i] if g is None else found[i] + g
+                before = found[i]
+                found[i] = before if g is None else g if before is None else before + g
         return loss.detach()
 
     try:

@@ -37,11 +37,14 @@ class MicroBatches:
         backward: Backward | None = None,
         ready: Callable[[], object] | None = None,
     ) -> None:
+        self.closures: list[Closure]
+        self.backward: Backward | None = backward
+        self.ready: Callable[[], object] | None = ready
         if isinstance(closures, MicroBatches):
-            backward, ready = backward or closures.backward, ready or closures.ready
-            closures = closures.closures
-        self.closures: list[Closure] = [closures] if callable(closures) else _listed(closures)
-        self.backward, self.ready = backward, ready
+            self.closures = closures.closures
+            self.backward, self.ready = backward or closures.backward, ready or closures.ready
+        else:
+            self.closures = [closures] if callable(closures) else _listed(closures)
         self.scales: list[Tensor] = []
 
     def __call__(self) -> Tensor:
