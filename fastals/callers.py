@@ -108,6 +108,10 @@ class FreshGradients:
         for one in self._waiting:
             one._left = {id(p): _gradient(p) for p in one._params}
 
+    def take(self) -> None:
+        """Look no more: the second step takes the gradients that are in place."""
+        self._waiting.discard(self)
+
     def warn_if_lost(self, params: Sequence[Tensor]) -> None:
         """Warn if other gradients are in place than those that the first step has left."""
         if self not in self._waiting:

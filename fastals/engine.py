@@ -140,6 +140,7 @@ class Engine:
             self._fresh.warn_if_lost(losses.params)
             start = losses.differentiate()
         else:
+            self._fresh.take()
             start = losses.given(loss)
         if losses.closure.ready is not None:
             losses.closure.ready()
