@@ -76,7 +76,7 @@ def cut(unit: Unit, segments: Sequence[Segment], rigid: set[int], scratch: Scrat
 
 def _extent(unit: Unit, i: int) -> tuple[int, int]:
     """Where parameter i starts and ends."""
-    return unit.offsets[i], unit.offsets[i] + unit.members[i][0].numel()
+    return unit.offsets[i], unit.offsets[i] + unit.sizes[i]
 
 
 def _stretches(unit: Unit, members: Sequence[int], rigid: set[int], size: int) -> Iterator[slice]:
@@ -115,4 +115,4 @@ def _piece(unit: Unit, i: int, where: slice) -> Piece | None:
 
 def _view(unit: Unit, piece: Piece, flat: Tensor) -> Tensor:
     view = flat[piece.where]
-    return view if piece.part is not None else view.view(unit.members[piece.param][0].shape)
+    return view if piece.part is not None else view.view(unit.shapes[piece.param])

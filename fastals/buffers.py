@@ -1,6 +1,6 @@
 """The flat buffers of one unit and the optimizer's state as views of them; parameters and gradients stay in place."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import NamedTuple
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastals.kernels import plain
+from fastals.shards import local, part_for, placed_like
 
 ALIGNED_ELEMENTS = 64  # every parameter starts on a 256-byte boundary of a float32 buffer
 
@@ -24,12 +25,13 @@ class Flat(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Consecutive parameters that share their group and their number of updates."""
+    """Consecutive parameters of one group, number of updates and share, see :class:`Unit`."""
 
     where: slice
     members: range
     group: dict
     count: int
+    share: float
 
 
 class Gradients:
@@ -67,10 +69,19 @@ class Unit:
         w: [size] weights before the step; for parameters below float32, their float32 master weights.
         active: indices of the parameters that have a gradient in this step.
         row: the unit's row in the tables of the fused kernels.
+        shares: for each parameter, one over the number of processes that hold the same numbers of it.
+        sizes: for each parameter, the number of its elements in this process.
     """
 
     def __init__(
-        self, groups: Sequence[dict], state: dict, *, adam: bool, averages: bool = True, flat: Flat | None = None
+        self,
+        groups: Sequence[dict],
+        state: dict,
+        *,
+        adam: bool,
+        averages: bool = True,
+        flat: Flat | None = None,
+        share: Callable[[Tensor], float] = lambda _: 1.0,
     ) -> None:
         """Take over the state of the parameters, if they have one.
 
@@ -80,6 +91,7 @@ class Unit:
             adam: whether there is a second moment.
             averages: whether there is a first moment.
             flat: buffers to use; without them the unit allocates its own.
+            share: gives the share of a parameter.
         """
         self.groups, self.adam = list(groups), adam
         self.name = "+".join(dict.fromkeys(g["name"] for g in groups))
@@ -89,7 +101,9 @@ class Unit:
         reals = [p.dtype.to_real() for p in params]  # complex ones are frozen, and their place stays unused
         self.dtype = max((torch.promote_types(t, torch.float32) for t in reals), key=lambda t: t.itemsize)
         self.device, self.rounding = params[0].device, plain.rounding(params)
-        self.offsets, self.gaps, self.size = layout(params)
+        self.shapes = [local(p.detach()).shape for p in params]
+        self.sizes, self.shares = [shape.numel() for shape in self.shapes], list(map(share, params))
+        self.offsets, self.gaps, self.size = layout(self.sizes)
         self.counts = [int(state[p]["step"]) if p in state else 0 for p in params]
         self.m, self.v, self.w = flat[:3] if flat else map(self.buffer, (averages, adam, True))
         self.steps = flat.steps if flat else None
@@ -105,13 +119,13 @@ class Unit:
 
     @property
     def params(self) -> list[Tensor]:
-        """The unit's parameters as plain tensors that share their storage."""
-        return [p.detach() for p, _ in self.members]
+        """What lies here of the unit's parameters, as plain tensors that share their storage."""
+        return [local(p.detach()) for p, _ in self.members]
 
     @property
-    def numel(self) -> int:
-        """Number of weights that have a gradient in this step."""
-        return sum(p.numel() for p in self.active_params())
+    def elements(self) -> float:
+        """Number of weights that have a gradient in this step, of which this process stands for its share."""
+        return sum(self.shares[i] * self.sizes[i] for i in self.active)
 
     def find_active(self) -> bool:
         """Note which parameters have gradients; whether any has."""
@@ -132,15 +146,15 @@ class Unit:
         for i in [*self.active, None]:
             if run and (i is None or i != run[-1] + 1 or self._key(i) != self._key(run[-1])):
                 first, last = run[0], run[-1]
-                end = self.offsets[last] + self.members[last][0].numel()
-                where, members = slice(self.offsets[first], end), range(first, last + 1)
-                yield Segment(where, members, self.members[first][1], self.counts[first])
+                where = slice(self.offsets[first], self.offsets[last] + self.sizes[last])
+                group, members = self.members[first][1], range(first, last + 1)
+                yield Segment(where, members, group, self.counts[first], self.shares[first])
                 run = []
             if i is not None:
                 run.append(i)
 
-    def _key(self, i: int) -> tuple[int, int]:
-        return id(self.members[i][1]), self.counts[i]
+    def _key(self, i: int) -> tuple[int, int, float]:
+        return id(self.members[i][1]), self.counts[i], self.shares[i]
 
     def buffer(self, needed: bool = True) -> Tensor:
         """A new buffer of zeros of the unit's size; an empty one if it is not needed."""
@@ -150,8 +164,7 @@ class Unit:
         """The flat buffer as one view per parameter, in its shape; none if the buffer is empty."""
         if len(flat) < self.size:
             return []
-        shapes = [p.shape for p, _ in self.members]
-        return [flat[o : o + s.numel()].view(s) for o, s in zip(self.offsets, shapes, strict=True)]
+        return [flat[o : o + s.numel()].view(s) for o, s in zip(self.offsets, self.shapes, strict=True)]
 
     def has_master(self, i: int) -> bool:
         """Whether parameter i has a precision below float32, and so a master weight."""
@@ -205,7 +218,7 @@ class Unit:
         entry = state[self.members[i][0]]
         count = float(self.counts[i])
         entry["step"] = torch.tensor(count, dtype=torch.float32, device="cpu") if self.steps is None else self.steps[i]
-        entry.update({name: flat[i] for name, flat in self._stored(i).items()})
+        entry.update({name: placed_like(flat[i], self.members[i][0]) for name, flat in self._stored(i).items()})
 
     def _unpack(self, state: dict) -> None:
         """Take over the state of parameters that have one (a loaded checkpoint, a merged unit)."""
@@ -214,7 +227,7 @@ class Unit:
                 for name, flat in self._stored(i).items():
                     if name not in state[p]:
                         raise ValueError(f"the state has no {name!r}: it was saved with another momentum or direction")
-                    flat[i].copy_(state[p][name])
+                    flat[i].copy_(part_for(state[p][name], p))
                 self._pack(i, state)
 
 
@@ -227,12 +240,12 @@ def unit_groups(groups: Sequence[dict]) -> list[list[dict]]:
     return list(members.values())
 
 
-def layout(params: Sequence[Tensor]) -> tuple[list[int], list[slice], int]:
+def layout(sizes: Sequence[int]) -> tuple[list[int], list[slice], int]:
     """Aligned offset of every parameter, the gaps between them, and the size of the buffer."""
     offsets, gaps, size = [], [], 0
-    for p in params:
-        end, offset = size + p.numel(), size
-        size = offset + -(-p.numel() // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
+    for elements in sizes:
+        end, offset = size + elements, size
+        size = offset + -(-elements // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
         offsets.append(offset)
         if end < size:
             gaps.append(slice(end, size))

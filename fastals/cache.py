@@ -17,16 +17,14 @@ from torch import Tensor, nn
 from fastals.calls import Aliases, Arguments, Call, Slot
 from fastals.compare import Comparison, digest
 from fastals.compiler import below_compiled
+from fastals.errors import StaleRecordError
 from fastals.intercept import intercepted
 from fastals.partition import blocks, boundaries
 from fastals.rng import Generators
+from fastals.shards import is_sharded, unwrapped
 from fastals.stamps import Stamps
 
 Key = tuple[int, int]  # a module's id, and the number of its call in the evaluation
-
-
-class StaleRecordError(BaseException):
-    """The evaluation has replayed a call whose effects on an argument a later call needs; no closure catches it."""
 
 
 class ActivationCache:
@@ -70,7 +68,7 @@ class ActivationCache:
         self.missed, self.unlike, self._inside = "", False, False
 
     def _add(self, root: nn.Module, prefix: str) -> None:
-        unseen = below_compiled(root)
+        root, unseen = unwrapped(root), below_compiled(root)
         self.boundaries += [b for b in boundaries(root) if id(b) not in unseen | set(self.names)]
         self.block_names |= {id(m): prefix + n for n, m in blocks(root).items()}
         self.names |= {id(m): prefix + n for n, m in root.named_modules()}
@@ -123,6 +121,17 @@ class ActivationCache:
         """From now on replay the calls of the last evaluation, if they were kept."""
         if self.fresh is not None:
             self.records, self.fresh = self.fresh, None
+
+    @property
+    def guessed_wrong(self) -> bool:
+        """Whether the last evaluation took values for equal that were not; waits for the device."""
+        differs = self._comparison.differs if self._comparison is not None else None
+        return differs is not None and bool(differs)
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """The modules of the recorded calls, by their ids."""
+        return tuple(module for module, _ in self.records)
 
     def first_use(self, params: Iterable[Tensor]) -> int:
         """Index of the first recorded call that reads one of the parameters; 0 if none does."""
@@ -233,7 +242,10 @@ class ActivationCache:
 
 
 def _places(module: nn.Module) -> list[Slot]:
-    """Where the module and those inside it hold parameters and buffers."""
+    """Where the module and those inside it hold parameters and buffers.
+
+    A scripted module's holder is no dict, and FSDP2 puts gathered weights in the place of the shards: both are copied.
+    """
     holders = [h for m in module.modules() for h in (m._parameters, m._buffers)]
-    plain = [h if isinstance(h, dict) else dict(h.items()) for h in holders]  # that of a scripted module is no dict
-    return [(holder, name) for holder in plain for name in holder]
+    lasting = [h if isinstance(h, dict) and not any(map(is_sharded, h.values())) else dict(h.items()) for h in holders]
+    return [(holder, name) for holder in lasting for name in holder]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastals.rng import States
+from fastals.shards import is_sharded, local
 from fastals.stamps import Stamp, Stamps
 from fastals.surroundings import Holder, Kept
 
@@ -290,7 +291,11 @@ class Call:
         comparable = all(a.device.type == "cpu" and a.layout == torch.strided for a, _ in tensors)
         if self.obstacle or not comparable or not self.output_stands(stamps):
             return False
-        return any(not isinstance(b, Tensor) or a.dtype != b.dtype or not torch.equal(a, b) for a, b in tensors)
+        return any(not isinstance(b, Tensor) or a.dtype != b.dtype or not _equal(a, b) for a, b in tensors)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return is_sharded(a) == is_sharded(b) and torch.equal(local(a), local(b))
 
 
 def _is_flat(thing: Any) -> bool:

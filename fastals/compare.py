@@ -1,5 +1,6 @@
 """Whether the arguments of a call are the recorded ones, and whether two outputs are equal."""
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastals.calls import Arguments, Call, Contents, contents, flatten
+from fastals.shards import local, placements
 from fastals.stamps import Stamp, Stamps
 from fastals.surroundings import SMALL
 
@@ -27,14 +29,23 @@ class Comparison:
         device: that of the trained parameters.
         wait: whether the host may wait for the device.
         at_start: whether the weights stand at w_t, so that all is expected to be equal.
+        agree: whether something holds in all processes; waits for them.
 
     Attributes:
         differs: 0-d bool on the device, whether a guess was wrong; None if no guess was made.
     """
 
     def __init__(
-        self, name: str, guesses: Guesses, device: torch.device, *, wait: bool, at_start: bool = False
+        self,
+        name: str,
+        guesses: Guesses,
+        device: torch.device,
+        *,
+        wait: bool,
+        at_start: bool = False,
+        agree: Callable[[bool], bool] | None = None,
     ) -> None:
+        self.agree = agree
         self.name, self.guesses, self.device, self.wait, self.at_start = name, guesses, device, wait, at_start
         self._compared: dict[tuple[int, int, Stamp], tuple[object, bool]] = {}
         self._unequal: list[Tensor] = []
@@ -79,7 +90,7 @@ class Comparison:
             return True
         if type(leaf) is not type(kept) or not _same_layout(leaf, kept):
             return False
-        if leaf.data_ptr() == kept.data_ptr():
+        if local(leaf).data_ptr() == local(kept).data_ptr():
             return True
         pair = id(leaf), id(kept), stamps.of(leaf)
         if pair not in self._compared:  # masks go to every block
@@ -87,13 +98,15 @@ class Comparison:
         return self._compared[pair][1]
 
     def _same_values(self, leaf: Tensor, kept: Tensor, key: tuple) -> bool:
-        if self.wait or leaf.device != self.device:
+        leaf, kept = local(leaf), local(kept)
+        if self.wait or (leaf.device != self.device and self.agree is None):
             equal = torch.equal(leaf, kept) or (kept.numel() <= SMALL and _equal_but_for_nan(leaf, kept))
+            equal = equal if self.agree is None else self.agree(equal)
             self.guesses[key] = equal and self.guesses.get(key, True)
             return equal
         if not self.guesses.get(key, self.at_start):
             return False
-        self._unequal.append((leaf != kept).any())
+        self._unequal.append((leaf != kept).any().to(self.device))
         return True
 
 
@@ -104,6 +117,8 @@ def _equal_but_for_nan(a: Tensor, b: Tensor) -> bool:
 def _same_layout(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device or a.layout != b.layout:
         return False
+    if placements(a) != placements(b):
+        return False
     return a.layout == torch.strided and not a.is_nested and a.stride() == b.stride()
 
 
@@ -111,7 +126,7 @@ def digest(output: Any) -> list[Tensor]:
     """Sums over every tensor of an output, which differ for outputs that differ."""
     leaves = [output] if isinstance(output, Tensor) else flatten(output)[0]
     tensors = (t for t in leaves if isinstance(t, Tensor))
-    return [_sums(t.detach()) for t in tensors if t.layout == torch.strided and not t.is_nested]
+    return [_sums(local(t.detach())) for t in tensors if t.layout == torch.strided and not t.is_nested]
 
 
 def _sums(t: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from fastals.report import ACCEPTED, EXHAUSTED, NOT_DESCENT, StepReport, UnitRep
 from fastals.schedule import Schedule, is_first, keep_all
 from fastals.search import INITIALS, REFERENCES, uniform
 from fastals.settings import Settings
+from fastals.shards import local
 from fastals.verify import inspect
 
 Action = Callable[[], object]
@@ -412,7 +413,7 @@ def _entries(members: Sequence[list[dict]], rows: dict[int, int]) -> tuple[list[
     entries, starts = [], [0]
     for unit, groups in enumerate(members):
         params = [(p, g) for g in groups for p in g["params"]]
-        offsets, _, size = layout([p for p, _ in params])
+        offsets, _, size = layout([local(p.detach()).numel() for p, _ in params])
         entries += [Entry(p, starts[unit] + o, unit, rows[id(g)]) for (p, g), o in zip(params, offsets, strict=True)]
         starts.append(starts[unit] + size)
     return entries, starts

@@ -5,6 +5,7 @@ Captured steps use :meth:`Engine.is_due`, :meth:`Engine.move` and :meth:`Engine.
 
 import random
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from fastals.buffers import Unit
 from fastals.cache import ActivationCache
 from fastals.callers import FreshGradients
 from fastals.compiler import TracedError, is_compiled
+from fastals.distributed import Processes
 from fastals.given import refuse_scaled
 from fastals.host import HostUnits
 from fastals.interrupt import uninterrupted
@@ -31,7 +33,8 @@ from fastals.report import StepReport
 from fastals.reports import Reports
 from fastals.schedule import BETWEEN, SCHEDULES, Batch, is_due, keep_all, note_turn
 from fastals.search import MEMORY, plain_memory, schedule_next_search
-from fastals.settings import Settings, refuse_replaced, refuse_resized, warn_of_processes
+from fastals.settings import Settings, refuse_replaced, refuse_resized
+from fastals.shards import refuse_unsupported, reshard
 from fastals.surroundings import FirstWriteError
 from fastals.verify import SPOT_CHECKS, inspect
 
@@ -73,6 +76,7 @@ class Engine:
         further: further modules that the closure uses.
         settings: the settings that all units share.
         reports: takes the report of every step.
+        processes: those that train the model together.
         observe: whether the first forward may correct which unit a parameter belongs to.
     """
 
@@ -84,11 +88,12 @@ class Engine:
         further: Sequence[nn.Module],
         settings: Settings,
         reports: Reports,
+        processes: Processes,
         *,
         observe: bool,
     ) -> None:
         self.groups, self.state, self.model, self.further = groups, state, model, further
-        self.settings, self.reports, self.observe = settings, reports, observe
+        self.settings, self.reports, self.processes, self.observe = settings, reports, processes, observe
         self.cache: ActivationCache | None = None
         self.learned = Learned()
         self.modules: list[nn.Module] = []  # as the last step has found them
@@ -97,17 +102,19 @@ class Engine:
         self._frozen: list[Tensor] = []
         self._repeatable = self._compiled = False
         self._fresh = FreshGradients()
+        self._orders: dict[tuple[str, ...], dict[str, float]] = {}
 
     def step(self, closure: MicroBatches, loss: Tensor | float | None = None) -> Tensor:
         """Make one step and return f(w_t); after an error everything is as before.
 
         Arguments and errors are those of :meth:`fastals.ALS.step`.
         """
-        try:
+        with self.processes.failing_together():
+            try:
+                return self._attempt(closure, loss)
+            except FirstWriteError as found:
+                self._watch_again(found)
             return self._attempt(closure, loss)
-        except FirstWriteError as found:
-            self._watch_again(found)
-        return self._attempt(closure, loss)
 
     def _attempt(self, closure: MicroBatches, loss: Tensor | float | None) -> Tensor:
         """A step, made without the cache if it turns out that no calls can be intercepted."""
@@ -118,6 +125,7 @@ class Engine:
         return self._step(closure, loss)
 
     def _step(self, closure: MicroBatches, loss: Tensor | float | None) -> Tensor:
+        self._meet()
         losses = self._losses(closure)
         with torch.cuda.device_of(losses.params[0]), undone_on_error() as undo:  # Triton launches on the current device
             undo += losses.undoing()
@@ -128,7 +136,9 @@ class Engine:
             search = self.is_due(batch.units)
             self._look(batch, start, search=search)
             self.move(batch, search=search)
+            batch.gradients.check()
             with uninterrupted():
+                self.processes.agree()
                 self._commit(batch, searched=search)
                 undo.clear()  # the step is made, so nothing is undone
         self.reports.look()
@@ -147,6 +157,21 @@ class Engine:
         if loss is not None and not self._repeatable:
             refuse_scaled(losses)
         return start
+
+    def _meet(self) -> None:
+        """Make sure that all processes train alike, and that weights of FSDP2 are the shards."""
+        self.modules = self.find_modules()
+        refuse_unsupported(self.modules)
+        reshard(self.modules)
+        if self.processes.several:
+            self.processes.meet(self.params()[0].device, len(self.groups), self._digest)
+
+    def _digest(self) -> int:
+        """A number that differs if the processes would decide otherwise."""
+        names = [g.get("param_names", g["name"]) for g in self.groups]
+        constants = [[v for k, v in sorted(g.items()) if not isinstance(v, list | Tensor)] for g in self.groups]
+        shapes = [tuple(p.shape) for p in self.params()]
+        return zlib.crc32(repr((names, constants, shapes, self.settings)).encode())
 
     def _watch_again(self, found: FirstWriteError) -> None:
         """Have the next attempt keep what was lost in this one: values that the forward had never written before."""
@@ -176,19 +201,31 @@ class Engine:
         if random.Random(f"{self.seed}-watch").random() < SPOT_CHECKS:
             self.learned.watched = False  # a forward may have begun to write what it did not write before
         refuse_resized(self.groups)
-        return Losses(closure, params, self.modules, self.cache, self.learned, lazy=self.fused, check=check)
+        facts = self.cache, self.learned, self.processes
+        return Losses(closure, params, self.modules, *facts, lazy=self.fused, check=check)
 
     def _begin(self, losses: Losses, start: Tensor) -> Batch:
         """Start the mini-batch with the units that have gradients, in forward order."""
         self._regroup_by_use(losses.cache)
         units = in_forward_order(self.partition.units, losses.cache)
+        if self.processes.several:
+            units = [unit for unit in self.partition.units if unit.active]
+            units = self._in_one_order(units, losses.cache)
         return self.partition.begin(losses, units, start, self.seed)
+
+    def _in_one_order(self, units: list[Unit], cache: ActivationCache | None) -> list[Unit]:
+        """The units in one order for all processes: where layers drop out at random each of them sees another one."""
+        names = tuple(unit.name for unit in units)
+        if names not in self._orders:
+            seen = [float(cache.first_use(unit.active_params())) if cache is not None else 0.0 for unit in units]
+            self._orders[names] = dict(zip(names, self.processes.total(seen, f"order of {names}"), strict=True))
+        return sorted(units, key=lambda unit: self._orders[names][unit.name])
 
     def _look(self, batch: Batch, start: Tensor, *, search: bool) -> None:
         """Look whether the closure is repeatable, and before a search whether cached trials are right."""
         batch.check_replay(start)
         if not self._repeatable:
-            warn_of_processes()
+            self.processes.refuse_different_gradients(batch.losses.params)
             check_repeatable(batch.losses, start)
             self._repeatable = True
         check_recompiled(batch.losses, start)
@@ -260,7 +297,7 @@ class Engine:
 
     def _build(self) -> Partition:
         if not self.fused:
-            return HostUnits(self.groups, self.settings, self.state)
+            return HostUnits(self.groups, self.settings, self.state, self.processes)
         from fastals.device import DeviceUnits  # needs Triton
 
         return DeviceUnits(self.groups, self.settings, self.state)
@@ -301,7 +338,6 @@ class Engine:
 
     def refresh(self) -> None:
         """If the modules have changed, start a new cache, and go by what is known of modules like these."""
-        self.modules = self.find_modules()
         now = anatomy(self.modules)
         if now not in self._known:
             refuse_replaced(self.groups, self.model)
@@ -321,7 +357,9 @@ class Engine:
     def _regroup_by_use(self, cache: ActivationCache | None) -> None:
         """Before the first step, move each parameter to the unit in which the forward first used it."""
         if self.observe and cache is not None and not self.groups[0]["count"]:
-            self.regroup(observed(self.groups, cache.position))
+            names = observed(self.groups, cache.position)
+            if self.processes.same(zlib.crc32(repr(names).encode())):
+                self.regroup(names)
 
     def regroup(self, names: list[list[str]]) -> None:
         """Deal the same parameters to the groups by name."""

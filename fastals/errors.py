@@ -10,11 +10,35 @@ NO_CLOSURE = (
 )
 
 
+#: The error of a process whose closure would do with gradients, as another one says that it does.
+GRADIENTS_ELSEWHERE = "the closure has failed in another process with an error about gradients, which is printed there"
+
+
+class StaleRecordError(BaseException):
+    """The evaluation has replayed what it should have computed; no closure catches it."""
+
+
 class BackwardError(RuntimeError):
     """The closure called backward in a trial."""
 
     def __init__(self) -> None:
         super().__init__("the closure called backward in a trial: let it return the loss only")
+
+
+def is_about_gradients(error: BaseException) -> bool:
+    """Whether an evaluation without gradients may have failed for want of them."""
+    return isinstance(error, RuntimeError) and not isinstance(error, BackwardError | PeerError) and "grad" in str(error)
+
+
+class PeerError(RuntimeError):
+    """Another process has failed in this step, so that it was refused in all of them."""
+
+    def __init__(self, rank: int | None) -> None:
+        who = "other processes have" if rank is None else f"the process of rank {rank} has"
+        super().__init__(
+            f"{who} failed in this step, by an error that is printed there. The step was refused in every process, and "
+            "nothing has moved"
+        )
 
 
 class OutdatedError(Exception):

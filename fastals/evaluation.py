@@ -1,5 +1,6 @@
 """Evaluations of a closure: every one of a step is of the same function of the trained weights."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
@@ -8,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fastals import rng
-from fastals.cache import ActivationCache, Key, StaleRecordError
+from fastals.cache import ActivationCache, Key
 from fastals.compare import Comparison, same_loss, same_outputs
-from fastals.errors import BackwardError
+from fastals.compiler import compilations
+from fastals.distributed import Processes
+from fastals.errors import BackwardError, StaleRecordError, is_about_gradients
 from fastals.learned import Learned
 from fastals.microbatches import MicroBatches, checked
+from fastals.shards import reshard
 from fastals.surroundings import Surroundings
 
 
@@ -34,6 +38,13 @@ class Outcome(NamedTuple):
         return f"a cached trial gave {float(cached.loss)}, a full forward {float(self.loss)}{place}"
 
 
+class Evaluated(NamedTuple):
+    """The closure's loss in this process, and its mean over all processes."""
+
+    own: Tensor
+    mean: Tensor
+
+
 class Evaluations:
     """Evaluates a closure, always from the same generators, buffers and untrained parameters.
 
@@ -43,11 +54,13 @@ class Evaluations:
         modules: all modules that the closure may use.
         cache: replays calls of modules, or None.
         learned: what earlier steps have found out.
+        processes: those that evaluate it together.
         lazy: whether comparisons of values must not wait for the device, but in a step that finds everything out.
 
     Attributes:
         forwards: full forwards so far, the first one included; a cached trial is a part of one.
         wait: whether comparisons of values may wait for the device.
+        look_again: whether the next step has to find everything out once more.
     """
 
     def __init__(
@@ -57,15 +70,18 @@ class Evaluations:
         modules: Sequence[nn.Module],
         cache: ActivationCache | None,
         learned: Learned,
+        processes: Processes,
         *,
         lazy: bool = False,
     ) -> None:
         self.closure, self.params, self.cache, self.learned = closure, params, cache, learned
-        self.wait = not lazy or not learned.watched
+        self.processes, self.modules = processes, modules
+        # what one process replays others must not compute: their forwards may have collectives
+        self.wait = not (lazy or processes.several) or not learned.watched
         self.generators = rng.Generators(rng.cuda_devices(params)) if cache is None else cache.generators
         self.before = self.after = self.generators.save()
         self.around = Surroundings(modules, set(map(id, params)), learned.memory, watch=not learned.watched)
-        self.forwards = 1.0
+        self.forwards, self.look_again = 1.0, False
         if cache is not None:
             cache.drawn, cache.changing = learned.drawn, self.around.kept
             cache.stamps.at_start([*params, *self.around.changing])
@@ -77,7 +93,10 @@ class Evaluations:
 
     def comparison(self, name: str, *, at_start: bool = False) -> Comparison:
         """Compares arguments in an evaluation of this name."""
-        return Comparison(name, self.learned.guesses, self.params[0].device, wait=self.wait, at_start=at_start)
+        agree = self.processes.all_hold if self.processes.several else None
+        return Comparison(
+            name, self.learned.guesses, self.params[0].device, wait=self.wait, at_start=at_start, agree=agree
+        )
 
     def run(self, comparison: Comparison | None = None, *, record: bool = False, note_outputs: bool = False) -> Tensor:
         """One evaluation from the start of the step: in full, or with calls replayed."""
@@ -91,19 +110,20 @@ class Evaluations:
 
         self.rewind()
         try:
-            return self.quietly(running).detach()
+            return self.quietly(running)
         finally:
             self.forwards += self.cache.share if self.cache is not None else 1.0
 
     def rewind(self) -> None:
         """Go back to the start of the step with everything but the trained weights."""
+        reshard(self.modules)
         self.generators.restore(self.before)
         self.around.put_back()
         if self.cache is not None:
             self.cache.stamps.put_back(self.around.written_tensors)
 
     def quietly(self, running: Callable[[], AbstractContextManager]) -> Tensor:
-        """An evaluation without gradients, or with gradients if the closure takes some inside.
+        """The loss by an evaluation without gradients, or with gradients if the closure takes some inside.
 
         Raises:
             BackwardError: the closure calls backward.
@@ -113,7 +133,7 @@ class Evaluations:
         try:
             return self._evaluated(running(), torch.no_grad())
         except RuntimeError as error:
-            if isinstance(error, BackwardError) or "grad" not in str(error):
+            if not is_about_gradients(error):
                 raise
             failed = error
         self.rewind()
@@ -130,7 +150,7 @@ class Evaluations:
 
     def _evaluated(self, running: AbstractContextManager, gradients: AbstractContextManager) -> Tensor:
         with self.without_backward():
-            return self.evaluate(running, gradients)
+            return self.evaluate(running, gradients).mean.detach()
 
     @contextmanager
     def without_backward(self) -> Iterator[None]:
@@ -155,17 +175,43 @@ class Evaluations:
         running: AbstractContextManager,
         gradients: AbstractContextManager,
         closure: Callable[[], Tensor] | None = None,
-    ) -> Tensor:
+    ) -> Evaluated:
         """Call the closure, or another in its place.
 
         Raises:
-            StaleRecordError: it drew from a generator that was not watched while calls were replayed.
+            StaleRecordError: a call was replayed in some process that should have been computed.
+            PeerError: it has failed in another process.
         """
+        own, failure = torch.tensor(math.nan), None
+        try:
+            own = self._call(running, gradients, closure or self.closure)
+        except BaseException as error:
+            failure = error
+        try:
+            return Evaluated(own, self.processes.mean(own, failure, self._notes()))
+        except StaleRecordError:
+            self.look_again |= self.processes.several
+            raise
+
+    def _notes(self) -> tuple[bool, bool, bool]:
+        """See :data:`fastals.distributed.NOTES`."""
+        cache = self.cache
+        if cache is None:
+            return False, False, compilations() != self.learned.compilations
+        return cache.unlike, cache.sequence not in self.learned.sequences, compilations() != self.learned.compilations
+
+    def _call(
+        self, running: AbstractContextManager, gradients: AbstractContextManager, closure: Callable[[], Tensor]
+    ) -> Tensor:
         torch.clear_autocast_cache()  # casts of the weights before this evaluation are stale
         with _no_fast_path(), self.around.evaluation(), running, gradients:
-            loss = checked((closure or self.closure)())
+            loss = checked(closure())
         drawn = self.learned.drawn
-        if drawn is None or self.cache is None:
+        if self.cache is None:
+            return loss
+        if self.processes.several and self.cache.guessed_wrong:
+            raise StaleRecordError
+        if drawn is None:
             return loss
         if moved := self.generators.moved({n: s for n, s in self.before.items() if n not in drawn}):
             drawn |= moved

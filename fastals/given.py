@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastals.losses import Losses
 from fastals.microbatches import checked
+from fastals.shards import local
 
 MOST = 1.5  # times as long as the closure's own; something small may have been added
 MOST_BY_MASKS = 32.0  # the same under other dropout masks, by which a GradScaler's 65536 shows
@@ -23,12 +24,12 @@ def refuse_scaled(losses: Losses) -> None:
         RuntimeError: those in place are longer by a factor.
     """
     probe = _last_used(losses)
-    own = _own_gradients(losses, probe)
-    if own is None:
-        return
+    own = _own_gradients(losses, probe) or [None] * len(probe)
     pairs = [(p.grad, g) for p, g in zip(probe, own, strict=True) if g is not None and p.grad is not None]
-    square = math.fsum(_product(g, g) for _, g in pairs)
-    factor = sum(_product(there, g) for there, g in pairs) / square if square else 0.0  # noise is no multiple
+    # summed over the processes: a mean of gradients is at most as long as they are together, though not as each
+    sums = [math.fsum(_product(g, g) for _, g in pairs), math.fsum(_product(there, g) for there, g in pairs)]
+    square, product = losses.processes.total(sums)
+    factor = product / square if square else 0.0  # noise is no multiple
     drew = bool(losses.learned.drawn) or bool(losses.generators.devices)
     if (MOST_BY_MASKS if drew else MOST) < factor < math.inf:
         raise RuntimeError(
@@ -74,4 +75,4 @@ def _own_gradients(losses: Losses, probe: Sequence[Tensor]) -> list[Tensor | Non
 
 
 def _product(a: Tensor, b: Tensor) -> float:
-    return float((a.detach().double() * b.detach().double()).sum())
+    return float((local(a.detach()).double() * local(b.detach()).double()).sum())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastals.buffers import Gradients, Unit, unit_groups
+from fastals.distributed import SUMS, Processes
 from fastals.learned import ALL_UNITS
 from fastals.losses import Losses
 from fastals.passes import Passes, Scratch, Sums
@@ -41,10 +42,12 @@ class HostUnits:
 
     fused = False
 
-    def __init__(self, groups: Sequence[dict], settings: Settings, state: dict) -> None:
+    def __init__(self, groups: Sequence[dict], settings: Settings, state: dict, processes: Processes) -> None:
         adam, averages = settings.direction == "adam", settings.momentum != "none"
         self.settings = settings
-        self.units = [Unit(members, state, adam=adam, averages=averages) for members in unit_groups(groups)]
+        self.units = [
+            Unit(members, state, adam=adam, averages=averages, share=processes.share) for members in unit_groups(groups)
+        ]
         kinds = {(unit.dtype, unit.device) for unit in self.units}
         scratch = {kind: Scratch(*kind) for kind in kinds}
         self.passes = {unit: Passes(unit, scratch[unit.dtype, unit.device]) for unit in self.units}
@@ -120,14 +123,15 @@ class HostBatch:
         self.joint_trials, self.factor, self.may_grow = 0, 1.0, False
         self.whole = settings.schedule != "relay" or is_first([unit.rules for unit in self.units])
         if self.whole:
-            for unit in self.units:
-                self._measure(unit)
+            self._measure(dict.fromkeys(self.units, 0.0))
 
     def _clip(self, max_grad_norm: float | None) -> None:
         """Scale by min(1, max_grad_norm / ‖g‖); by 1 if the norm is not finite: units with such gradients stay."""
         if max_grad_norm is None:
             return
-        norm = math.hypot(*(passes.gradient_norm() for passes in self.passes.values()))
+        own = math.hypot(*(passes.gradient_norm() for passes in self.passes.values()))
+        processes = self.losses.processes
+        norm = math.sqrt(processes.total([own**2], "norm")[0]) if processes.several else own
         scale = min(1.0, max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else 1.0
         for passes in self.passes.values():
             passes.grad_scale = scale
@@ -156,20 +160,32 @@ class HostBatch:
     def _search_from(self, unit: Unit, aim: Aim, start: float) -> Search:
         return Search(unit.rules, self.loss, aim.slope, start, resolution=self.resolution, hidden=aim.hidden)
 
-    def _measure(self, unit: Unit, move: float = 0.0) -> None:
-        """Sum up the direction that is tested, the averaged one if it is asked for and descends; move on the way."""
+    def _measure(self, moves: Mapping[Unit, float]) -> None:
+        """Sum up the directions that are tested, averaged ones if asked for and they descend; move on the way."""
+        tested = self.settings.momentum == "tested"
+        self._survey(moves, averaged=tested)
+        if tested and (ascending := [unit for unit in moves if not self.measured[unit].slope > 0]):
+            self._survey(dict.fromkeys(ascending, 0.0), averaged=False)
+            self.at.update({unit: math.nan for unit in ascending if moves[unit]})
+
+    def _survey(self, moves: Mapping[Unit, float], *, averaged: bool) -> None:
+        """Sum up the directions, over all processes."""
         self.gradients.check()
-        passes, tested = self.passes[unit], self.settings.momentum == "tested"
-        self.measured[unit], self.at[unit] = passes.survey(tested, move), move
-        if tested and not self.measured[unit].slope > 0:
-            self.measured[unit] = passes.survey(False)
-            self.at[unit] = math.nan if move else 0.0
+        for unit, move in moves.items():
+            self.measured[unit], self.at[unit] = self.passes[unit].survey(averaged, move), move
+        processes = self.losses.processes
+        if processes.several:
+            own = [number for unit in moves for number in self.measured[unit].squared()]
+            total = processes.total(own, f"sums of {[unit.name for unit in moves]}")
+            for i, unit in enumerate(moves):
+                self.measured[unit] = Sums.of_squared(total[i * SUMS : (i + 1) * SUMS])
 
     def _aim(self, unit: Unit) -> Aim:
         """The bounds of the unit's step by its sums."""
         if unit not in self.measured:
-            self._measure(unit)
-        rules, weights, (slope, length) = unit.rules, self.passes[unit].weight_rms, self.measured[unit]
+            self._measure({unit: 0.0})
+        rules, measured = unit.rules, self.measured[unit]
+        weights, slope, length = measured.weight_rms, measured.slope, measured.length
         largest, scale, hidden = rules["eta_max"], 0.0, 0.0
         if length > 0:
             rms, divisor = self._weight_rms(unit), max(length, self.usual)
@@ -180,7 +196,7 @@ class HostBatch:
 
     def _weight_rms(self, unit: Unit) -> float:
         """The size of the weights; that of the unit's last step as long as not all units are measured."""
-        own = self.passes[unit].weight_rms
+        own = self.measured[unit].weight_rms
         if self.whole:
             return size_of_weights(own, self.all_weights_rms)
         return size_of_weights(unit.rules["weight_rms"] or own)
@@ -188,8 +204,8 @@ class HostBatch:
     @cached_property
     def all_weights_rms(self) -> float:
         """RMS of the weights of all units, which have been measured."""
-        total = math.hypot(*(passes.weight_norm for passes in self.passes.values()))
-        return total / math.sqrt(max(sum(unit.numel for unit in self.units), 1))
+        total = math.hypot(*(self.measured[unit].weights for unit in self.units))
+        return total / math.sqrt(max(sum(self.measured[unit].elements for unit in self.units), 1))
 
     def _place(self, unit: Unit, eta: float) -> None:
         """Put the unit at w − η d, unless it stands there."""
@@ -233,15 +249,17 @@ class HostBatch:
         """Move all units by their relative steps and one common factor, tested jointly."""
         rules = self.units[0].rules
         factor, self.proposed = first_factor(rules), {}
-        for unit in self.units:
-            self._expect(unit, factor)
+        steps = {unit: self._expect(unit, factor) for unit in self.units}
+        for unit in self.measured:
+            self._place(unit, steps[unit])
+        self._measure({unit: step for unit, step in steps.items() if unit not in self.measured})
         self.whole = True
         searches = {unit: search for unit in self.units if (search := self._recall(unit, factor)) is not None}
         if searches:
             self._move(searches, factor, tries=rules["max_trials"], credit=True)
 
-    def _expect(self, unit: Unit, factor: float) -> None:
-        """Move the unit by its relative step as far as it is known, and measure it on the way."""
+    def _expect(self, unit: Unit, factor: float) -> float:
+        """The unit's step, as far as it is known before it is measured."""
         rules, searched = unit.rules, self.moves.get(unit)
         relative_step, trials = rules["relative_step"], 0
         scale = last_scale(rules, self.usual)
@@ -249,11 +267,7 @@ class HostBatch:
             relative_step, trials = searched_step(rules, searched.search, searched.scale), searched.trials
             scale = searched.scale
         self.moves[unit] = Move(0.0, math.nan, NOT_DESCENT, trials, scale=scale, relative_step=relative_step)
-        step = factor * known_step(rules, relative_step, scale)
-        if unit in self.measured:
-            self._place(unit, step)
-        else:
-            self._measure(unit, step)
+        return factor * known_step(rules, relative_step, scale)
 
     def _recall(self, unit: Unit, factor: float) -> Search | None:
         """A search that stands at the relative step, to which the unit is put; None if the direction does not descend.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastals.compiler import TracedError, mark_refusal, refuse_trace, runs_in_compiled
+from fastals.shards import is_fsdp
 
 
 class Intercepted:
@@ -41,6 +42,15 @@ class Intercepted:
         return MethodType(type(self.module).forward, memo[id(self.module)])
 
 
+def _entry(module: nn.Module) -> tuple[str, Callable]:
+    """The attribute by which calls of the module are intercepted, and the function that it stands for."""
+    if module._compiled_call_impl is not None:
+        return "_compiled_call_impl", module._compiled_call_impl
+    if is_fsdp(module):  # around the hooks, which gather the weights
+        return "_compiled_call_impl", module._call_impl
+    return "forward", module.forward
+
+
 @contextmanager
 def intercepted(modules: Iterable[nn.Module], intercept: Callable) -> Iterator[None]:
     """Route the calls of the modules through ``intercept`` inside the ``with`` block, and restore them after it."""
@@ -48,8 +58,8 @@ def intercepted(modules: Iterable[nn.Module], intercept: Callable) -> Iterator[N
     placed: list[tuple[nn.Module, str, Intercepted]] = []
     try:
         for module in modules:
-            name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-            stand_in = Intercepted(intercept, module, getattr(module, name), module.__dict__.get(name))
+            name, plain = _entry(module)
+            stand_in = Intercepted(intercept, module, plain, module.__dict__.get(name))
             placed.append((module, name, stand_in))
             object.__setattr__(module, name, stand_in)
         yield

@@ -23,7 +23,7 @@ class Learned:
         rounds: whether outputs without gradients differ from those with gradients by rounding, so that a step takes one
             more forward to record its calls.
         guesses: see :class:`fastals.compare.Comparison`.
-        sequences: the sequences of calls for which the verdicts were found.
+        sequences: the sequences of calls for which the verdicts were found; looks: how often such a one was new.
         compilations: see :func:`fastals.compiler.compilations`, when the closure was last found to be repeatable.
         obstacles: reasons of which the user has been told why calls are never replayed.
     """
@@ -38,6 +38,7 @@ class Learned:
     rounds: bool = False
     guesses: Guesses = field(default_factory=dict)
     sequences: set[tuple[int, ...]] = field(default_factory=set)
+    looks: int = 0
     compilations: int = 0
     obstacles: set[str] = field(default_factory=set)
 

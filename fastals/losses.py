@@ -8,12 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastals.cache import ActivationCache, StaleRecordError
+from fastals.cache import ActivationCache
 from fastals.compare import Comparison
-from fastals.errors import CheckError, non_finite
-from fastals.evaluation import Evaluations, Outcome
+from fastals.distributed import Processes
+from fastals.errors import CheckError, StaleRecordError, non_finite
+from fastals.evaluation import Evaluated, Evaluations, Outcome
 from fastals.learned import Learned
 from fastals.microbatches import Closure, MicroBatches, checked
+from fastals.shards import recover, reshard, settle_gradients, without_sync
 from fastals.surroundings import Kept
 
 
@@ -25,6 +27,7 @@ class Losses(Evaluations):
 
     Attributes:
         unlike: the call that gave another output when the closure ran again at w_t; empty if none did.
+        unseen: whether some process has a sequence of calls for which no verdict was found.
     """
 
     def __init__(
@@ -34,12 +37,13 @@ class Losses(Evaluations):
         modules: Sequence[nn.Module],
         cache: ActivationCache | None,
         learned: Learned,
+        processes: Processes,
         *,
         lazy: bool = False,
         check: bool = False,
     ) -> None:
-        super().__init__(closure, params, modules, cache, learned, lazy=lazy)
-        self.lazy, self.check, self.unlike = lazy, check, ""
+        super().__init__(closure, params, modules, cache, learned, processes, lazy=lazy)
+        self.lazy, self.check, self.unlike, self.unseen = lazy, check, "", False
         self.grads = [(p, p.grad) for p in params]
         self.other_grads: list[tuple[Tensor, Tensor | None]] = []  # hidden while those of this loss are computed
         self._doubt: Tensor | None = None
@@ -56,22 +60,28 @@ class Losses(Evaluations):
         parts: list[Tensor] = []
         last = self.evaluate(self.recording(), torch.enable_grad(), partial(self._all_but_last, parts))
         self._note_drawn()
+        self.unseen = self.processes.heard.unseen
         parts.append(self._differentiated(last))
-        if self.wait:
+        settle_gradients(self.params)
+        if self.wait or not self.lazy:
             self.closure.refuse_loss_scale()
+        reshard(self.modules)
         self.after = self.generators.save()
         self.around.note_after()
         if self.learned.rounds:
             self.record_again()
-        return sum(parts[1:], parts[0])
+        if len(parts) == 1 and not self.closure.scales:
+            return last.mean.detach()
+        return self.processes.mean(sum(parts[1:], parts[0]))
 
     def _all_but_last(self, parts: list[Tensor]) -> Tensor:
         """Differentiate one micro-batch after the other, and evaluate the last one."""
         *others, last = self.closure.closures
         for closure in others:
-            loss = checked(self._without_backward(closure))
-            with self.cache.paused() if self.cache is not None else nullcontext():  # checkpoints call modules again
-                parts.append(self._differentiated(loss))
+            with without_sync(self.modules):
+                loss = checked(self._without_backward(closure))
+                with self.cache.paused() if self.cache is not None else nullcontext():  # checkpoints call modules again
+                    parts.append(self._differentiated(Evaluated(loss, self.processes.mean(loss))))
         return checked(self._without_backward(last))
 
     def _without_backward(self, closure: Closure) -> Tensor:
@@ -89,30 +99,34 @@ class Losses(Evaluations):
             )
         return loss
 
-    def _differentiated(self, loss: Tensor) -> Tensor:
-        """A micro-batch's part of f(w_t), with its gradients added to those in place.
+    def _differentiated(self, loss: Evaluated) -> Tensor:
+        """This process' part of f(w_t) in a micro-batch, with its gradients added to those in place.
 
         Raises:
             RuntimeError: the loss has no gradient.
-            FloatingPointError: it is not finite.
+            FloatingPointError: it is not finite in some process.
         """
-        if not loss.requires_grad:
+        if not loss.own.requires_grad:
             raise RuntimeError("the closure's loss has no gradient: evaluate it without no_grad and without .detach()")
-        self._refuse_non_finite(loss.detach())
-        return self.closure.differentiate(loss)
+        self._refuse_non_finite(loss.mean.detach())
+        return self.closure.differentiate(loss.own)
 
     def given(self, loss: Tensor | float) -> Tensor:
         """f(w_t), with the caller's gradients in ``p.grad``; ``loss`` is the value that the caller computed.
 
         The caller's forward has drawn and has written buffers already, so the step leaves both as they are.
         """
-        start = self.quietly(self.recording).detach()
+        start = self.quietly(self.recording)
         self._note_drawn()
+        self.unseen = self.processes.heard.unseen
         self._refuse_non_finite(start)
         drew = bool(self.generators.moved(self.before)) or bool(self.generators.devices)
-        if not self.lazy and not drew and abs(float(loss) - float(start)) > 1e-2 * (1 + abs(float(start))):
+        if self.lazy or drew:
+            return start
+        there = float(self.processes.mean(torch.as_tensor(loss).detach().to(start)))
+        if abs(there - float(start)) > 1e-2 * (1 + abs(float(start))):
             raise ValueError(
-                f"loss={float(loss):.6g} is not what the closure returns ({float(start):.6g}): the closure must "
+                f"loss={there:.6g} is not what the closure returns ({float(start):.6g}): the closure must "
                 "evaluate the very loss whose gradients are in place (same batch, same scaling over micro-batches)"
             )
         return start
@@ -192,13 +206,14 @@ class Losses(Evaluations):
 
     def finish(self) -> None:
         """Leave generators, buffers and untrained parameters where a plain forward and backward leaves them."""
+        reshard(self.modules)
         self.generators.restore(self.after)
         self.around.settle()
         for p, grad in self.other_grads:
             if grad is not None:
                 p.grad = grad if p.grad is None else grad.add_(p.grad)
         torch.clear_autocast_cache()  # casts of the last trial's weights are stale
-        self.learned.watched = True
+        self.learned.watched = not self.look_again
         if self.cache is not None:
             self.cache.clear()
 
@@ -206,7 +221,7 @@ class Losses(Evaluations):
         """Actions that put generators, gradients, buffers and untrained parameters back; each stands for itself."""
         grads = [partial(setattr, p, "grad", grad) for p, grad in self.grads]
         forget = [self.cache.clear] if self.cache is not None else []
-        outside = [self._uncover, self.around.undo, torch.clear_autocast_cache]
+        outside = [self._uncover, self.around.undo, torch.clear_autocast_cache, partial(recover, self.modules)]
         own = [kept.put_back for kept in self._own]
         return [*forget, *own, *grads, *outside, partial(self.generators.restore, self.before)]
 

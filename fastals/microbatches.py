@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastals.errors import NO_CLOSURE
+from fastals.shards import is_sharded
 
 Closure = Callable[[], Tensor]
 Backward = Callable[[Tensor], Any]
@@ -109,6 +110,9 @@ def checked(loss: object) -> Tensor:
         raise TypeError(f"the closure returned None. {NO_CLOSURE}")
     if not isinstance(loss, Tensor):
         raise TypeError(f"the closure returned a {type(loss).__name__}, not a tensor: return the loss (outputs.loss)")
+    if is_sharded(loss):  # as with loss_parallel
+        placed: Any = loss
+        loss = placed.full_tensor()
     if loss.numel() != 1:
         raise ValueError(f"the closure returned a loss of shape {tuple(loss.shape)}: reduce it to a scalar")
     return loss.reshape(())

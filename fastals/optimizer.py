@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastals.callers import refuse_lost_micro_batches, unwrapped
+from fastals.distributed import Processes
 from fastals.engine import Engine
 from fastals.errors import NO_CLOSURE
 from fastals.microbatches import Backward, Closure, MicroBatches
@@ -21,6 +22,8 @@ from fastals.search import MEMORY, plain_memory
 from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_decay_groups, warn_of_small_lr
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from fastals.graphs.graphed import GraphedStep, GraphMode
 
 
@@ -88,6 +91,8 @@ class ALS(torch.optim.Optimizer):
             device in float32, bfloat16 or float16; ``True`` raises an error if they are not; ``False`` never does.
             The steps are the same up to rounding.
         seed: seeds ``order="random"`` and ``initial="random"``.
+        process_group: the processes that train this model together, all of torch.distributed by default. f is the mean
+            of their losses, and each takes the same step.
 
     Attributes:
         last_forwards: forward passes of the last step, the first one included; a cached trial counts as the share
@@ -134,9 +139,11 @@ class ALS(torch.optim.Optimizer):
         cache: bool | str = True,
         fused: bool | str = "auto",
         seed: int = 0,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         self.settings, constants = sort_arguments(locals())
         warn_of_small_lr(lr)
+        self._processes = Processes(process_group)
         self._observe = isinstance(params, nn.Module) or getattr(params, "by", "") == "block"
         cut_from = getattr(params, "model", None) if model is None else model
         self.model = params if isinstance(params, nn.Module) else cut_from
@@ -229,7 +236,7 @@ class ALS(torch.optim.Optimizer):
         """Makes the steps; a new one if groups, state, model or settings were replaced."""
         parts = (self.param_groups, self.state, self.model, self.modules, self.settings)
         if self._engine is None or any(map(is_not, parts, self._engine.parts)):
-            self._engine = Engine(*parts, self._reports, observe=self._observe)
+            self._engine = Engine(*parts, self._reports, self._processes, observe=self._observe)
         return self._engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -331,11 +338,12 @@ class ALS(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._reports.read()
         return super().__getstate__() | {
-            k: getattr(self, k) for k in ("model", "modules", "settings", "_reports", "_observe")
+            k: getattr(self, k) for k in ("model", "modules", "settings", "_reports", "_processes", "_observe")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # load_state_dict comes here with new groups and a new state
+        self.__dict__.setdefault("_processes", Processes())
         for group in self.param_groups:
             group.update({k: initial for k, initial in MEMORY.items() if k not in group})  # saved before there was a k
         self._graphed = self._engine = None

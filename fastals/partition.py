@@ -9,6 +9,8 @@ from itertools import count
 
 from torch import Tensor, nn
 
+from fastals.shards import unwrapped
+
 _numbers = count(1 << 32)  # of units with several groups: those of two models may be put together
 
 
@@ -47,6 +49,7 @@ def units(
         ValueError: no trainable parameter, more groups than blocks, a pattern that matches nothing, or a name in
             ``decayed`` that no parameter has.
     """
+    whole, model = model, unwrapped(model)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable parameter: set requires_grad on those to train")
@@ -58,7 +61,7 @@ def units(
         if not weight_decay:
             names |= trainable.keys()
         groups = [part for g in groups for part in _by_decay(g, next(_numbers), weight_decay, names)]
-    return Groups(groups, model, by)
+    return Groups(groups, whole, by)
 
 
 def _known(model: nn.Module, names: Collection[str]) -> set[str]:
@@ -107,7 +110,7 @@ def named(group: dict, model: nn.Module) -> dict:
     """
     if "param_names" in group:
         return group
-    names = {id(p): n for n, p in model.named_parameters()}
+    names = {id(p): n for n, p in unwrapped(model).named_parameters()}
     members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     if not all(id(p) in names for p in members):
         raise ValueError("the group holds parameters that the model does not have")

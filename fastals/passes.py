@@ -1,7 +1,7 @@
 """What a step computes over the buffers of a unit, in plain torch, a block at a time: one pass over memory per verb."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,13 +10,40 @@ from torch import Tensor
 from fastals.blocks import Block, Scratch, cut
 from fastals.buffers import Segment, Unit
 from fastals.kernels import plain
+from fastals.shards import local
 
 
 class Sums(NamedTuple):
-    """Sums over the active entries of a unit."""
+    """Sums over the active entries of a unit, or over the share of them that this process stands for.
+
+    What several processes hold counts in each of them as one over their number.
+    """
 
     slope: float  # ⟨g, d⟩
-    length: float  # RMS of d over the entries with g ≠ 0
+    direction: float  # ‖d‖
+    moving: float  # entries with g ≠ 0
+    weights: float  # ‖w‖ at w_t
+    elements: float
+
+    @property
+    def length(self) -> float:
+        """RMS of d over the entries with g ≠ 0."""
+        return self.direction / math.sqrt(max(self.moving, 1))
+
+    @property
+    def weight_rms(self) -> float:
+        """RMS of w_t."""
+        return self.weights / math.sqrt(max(self.elements, 1))
+
+    def squared(self) -> list[float]:
+        """The numbers that add up over the processes."""
+        return [self.slope, self.direction**2, self.moving, self.weights**2, self.elements]
+
+    @classmethod
+    def of_squared(cls, numbers: Sequence[float]) -> "Sums":
+        """The sums over all processes."""
+        slope, direction, moving, weights, elements = numbers
+        return cls(slope, math.sqrt(direction), moving, math.sqrt(weights), elements)
 
 
 class Tensors(NamedTuple):
@@ -34,13 +61,13 @@ class Passes:
     Attributes:
         averaged: whether trials and commit go along the first moment.
         grad_scale: multiplies the gradients.
-        weight_norm, weight_rms: norm and RMS of w_t over the parameters that have a gradient; 0 until held.
+        weight_norm: ‖w_t‖ over the parameters that have a gradient; 0 until held.
     """
 
     def __init__(self, unit: Unit, scratch: Scratch) -> None:
         self.unit, self.scratch = unit, scratch
         self.averaged, self.grad_scale = False, 1.0
-        self.weight_norm = self.weight_rms = 0.0
+        self.weight_norm = 0.0
         self.blocks: list[Block] = []
         self._held = 0  # blocks with the weights of this step, the first ones
         self._norms: list[Tensor] = []  # of the weights of those
@@ -51,7 +78,7 @@ class Passes:
     def begin(self) -> None:
         """Start a mini-batch."""
         self.unit.check()
-        self._held, self._norms, self.weight_norm, self.weight_rms = 0, [], 0.0, 0.0
+        self._held, self._norms, self.weight_norm = 0, [], 0.0
         self.averaged, self.grad_scale = False, 1.0
         self._segments = list(self.unit.segments())
         self._cut()
@@ -62,9 +89,10 @@ class Passes:
         return self._held == len(self.blocks)
 
     def gradient_norm(self) -> float:
-        """‖g‖."""
-        grads = [p.grad for p in self.unit.active_params() if p.grad is not None]
-        return math.hypot(*_read(torch.linalg.vector_norm(g, dtype=self.unit.dtype) for g in grads))
+        """‖g‖, of this process' share."""
+        unit = self.unit
+        grads = [(unit.shares[i], local(g)) for i in unit.active if (g := unit.members[i][0].grad) is not None]
+        return math.hypot(*_read(math.sqrt(s) * torch.linalg.vector_norm(g, dtype=unit.dtype) for s, g in grads))
 
     def hold(self) -> None:
         """Copy the weights of the parameters that have a gradient, if that is not done."""
@@ -81,13 +109,15 @@ class Passes:
         for number, block in enumerate(self.blocks):
             self._hold(number, block, tensors)
             g = self._direct(block, tensors)
-            moving = torch.ne(g, 0, out=block.work).sum()
-            sums += torch.dot(g, block.d), torch.linalg.vector_norm(block.d), moving
+            moving, share = torch.ne(g, 0, out=block.work).sum(dtype=g.dtype), self._segments[block.segment].share
+            norm = torch.linalg.vector_norm(block.d)
+            sums += share * torch.dot(g, block.d), math.sqrt(share) * norm, share * moving
             if move:
                 self._put(block, tensors, move)
         self._weigh()
         found = _read(sums)
-        return Sums(sum(found[::3]), math.hypot(*found[1::3]) / math.sqrt(max(sum(found[2::3]), 1)))
+        slope, norm, moving = sum(found[::3]), math.hypot(*found[1::3]), sum(found[2::3])
+        return Sums(slope, norm, moving, self.weight_norm, self.unit.elements)
 
     def trial(self, eta: float) -> None:
         """Put w − η d into the parameters; η = 0 restores them bitwise, as far as they are held."""
@@ -135,24 +165,24 @@ class Passes:
     def _tensors(self) -> Tensors:
         self._cut()
         members = [(i, self.unit.members[i][0]) for i in self.unit.active]
-        params = {i: self._flat(i, p) for i, p in members}
-        return Tensors(params, {i: self._flat(i, p.grad) for i, p in members if p.grad is not None})
+        params = {i: self._flat(i, local(p.detach())) for i, p in members}
+        return Tensors(params, {i: self._flat(i, local(p.grad.detach())) for i, p in members if p.grad is not None})
 
     def _flat(self, i: int, tensor: Tensor) -> Tensor:
-        return tensor.detach().view(-1) if i in self._parted else tensor.detach()
+        return tensor.view(-1) if i in self._parted else tensor
 
     def _hold(self, number: int, block: Block, tensors: Tensors) -> None:
         """Copy the weights of a block, if that is not done; it must not be written before."""
         if number >= self._held:
             plain.snapshot(block.pick(tensors.params), block.ws)
-            self._norms[number:] = [torch.linalg.vector_norm(block.w)]
+            share = self._segments[block.segment].share
+            self._norms[number:] = [math.sqrt(share) * torch.linalg.vector_norm(block.w)]
             self._held = number + 1
 
     def _weigh(self) -> None:
-        """Set norm and RMS of the weights once all are held."""
+        """Set the norm of the weights once all are held."""
         if self._norms:
             self.weight_norm, self._norms = math.hypot(*_read(self._norms)), []
-            self.weight_rms = self.weight_norm / math.sqrt(max(self.unit.numel, 1))
 
     def _gradient(self, block: Block, tensors: Tensors) -> Tensor:
         """The gradient of a block, zeros in gaps: itself if it is in one piece, else copied into the scratch."""
@@ -201,7 +231,7 @@ class Passes:
 
 def _can_be_cut(p: Tensor) -> bool:
     """Whether flat parts of a parameter and of its gradient are views of them."""
-    return p.is_contiguous() and (p.grad is None or p.grad.is_contiguous())
+    return local(p.detach()).is_contiguous() and (p.grad is None or local(p.grad).is_contiguous())
 
 
 def _read(numbers: Iterable[Tensor]) -> list[float]:

@@ -32,7 +32,8 @@ def replay_outdated(losses: Losses, loss: Tensor) -> Tensor:
         return no
     counted, comparison = losses.forwards, losses.comparison(AGAIN, at_start=True)
     again = losses.replayed(comparison)
-    losses.forwards, losses.unlike = counted, cache.missed if cache.unlike else ""
+    unlike = (cache.missed if cache.unlike else "one in another process") if losses.processes.heard.unlike else ""
+    losses.forwards, losses.unlike = counted, unlike
     if learned.gradients:  # it has just been found out
         return no
     if not isinstance(again, Tensor):
@@ -70,7 +71,7 @@ def check_recompiled(losses: Losses, loss: Tensor) -> None:
     Raises:
         ValueError: the closure is not repeatable; f(w_t) was ``loss``.
     """
-    if losses.around.watch or compilations() == losses.learned.compilations:
+    if losses.around.watch or not losses.processes.heard.recompiled:
         return
     counted = losses.forwards
     check_repeatable(losses, loss)
@@ -96,7 +97,7 @@ def check_repeatable(losses: Losses, loss: Tensor) -> Tensor:
         learned.gradients = needed
         raise not_repeatable(loss, full, _unlike_call(losses))
     if learned.gradients and not needed:
-        recompiled = not losses.around.watch and compilations() != learned.compilations
+        recompiled = not losses.around.watch and losses.processes.heard.recompiled
         warnings.warn(
             f"fastals: the closure gives another loss without gradients than with them ({float(loss):.9g}), so trials "
             f"run with gradients and replay nothing. {BY_COMPILER if recompiled else BY_CLOSURE}",
@@ -114,7 +115,8 @@ def _compare_with_records(losses: Losses) -> None:
     outputs = cache.outputs or {}
     calls = [(key, c) for key, c in cache.records.items() if key in outputs and not c.obstacle]
     stands = [(key, c) for key, c in calls if c.output_stands(cache.stamps)]
-    learned.rounds = any(not same_outputs(digest(call.replay_output()), outputs[key]) for key, call in stands)
+    rounds = any(not same_outputs(digest(call.replay_output()), outputs[key]) for key, call in stands)
+    learned.rounds = losses.processes.any(rounds)[0]
     if learned.rounds:
         losses.record_again()
 
@@ -126,7 +128,7 @@ def _gives_the_same_twice(losses: Losses) -> bool:
         runs.append(losses.run(note_outputs=True))
         outputs.append((losses.cache.outputs if losses.cache is not None else None) or {})
     alike = all(same_outputs(outputs[0].get(key), output) for key, output in outputs[1].items())
-    return alike and bool(same_loss(*runs))
+    return losses.processes.all_hold(alike) and bool(same_loss(*runs))
 
 
 def _unlike_call(losses: Losses) -> str:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fastals.buffers import Unit
+from fastals.buffers import Gradients, Unit
 from fastals.losses import Losses
 from fastals.report import StepReport
 from fastals.search import LONGEST_WAIT
@@ -23,12 +23,14 @@ class Batch(Protocol):
 
     Attributes:
         losses: evaluates the loss of this mini-batch.
+        gradients: those of this step.
         units: those that have a gradient, in forward order.
         random: draws the order of the searches.
         seed: seeds the numbers drawn for this step.
     """
 
     losses: Losses
+    gradients: Gradients
     units: list[Unit]
     random: random.Random
     seed: str

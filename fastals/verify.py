@@ -16,6 +16,7 @@ from torch import Tensor
 from fastals.errors import CheckError
 from fastals.losses import Losses
 from fastals.schedule import Batch
+from fastals.shards import local
 
 Moves = dict[str, list[Tensor]]  # parameters that a trial moves, by the name of their unit
 MOST_SEQUENCES = 8  # sequences of calls that are verified; a model with more (layer drop) is looked at now and then
@@ -34,10 +35,9 @@ def inspect(batch: Batch) -> None:
     if losses.cache is None or not losses.cache.records or losses.learned.gradients:
         return
     moves: Moves = {unit.name: unit.active_params() for unit in batch.units}
-    sequence = tuple(module for module, _ in losses.cache.records)
-    seen = losses.learned.sequences
-    if sequence not in seen and len(seen) < MOST_SEQUENCES:
-        seen.add(sequence)
+    if losses.unseen and losses.learned.looks < MOST_SEQUENCES:
+        losses.learned.looks += 1
+        losses.learned.sequences.add(losses.cache.sequence)
         _warn_of_obstacles(losses)
         _verify(batch, moves)
         return
@@ -103,6 +103,8 @@ def _judge(losses: Losses, name: str, difference: str) -> None:
     Raises:
         RuntimeError: there is a difference, and ``cache="check"`` asks for an error.
     """
+    if losses.processes.any(bool(difference))[0]:
+        difference = difference or "they differ in another process"
     if difference and losses.check:
         raise CheckError(name, f"{difference}. {LOOK_AT}")
     if difference and losses.learned.trusted.get(name, True):
@@ -129,6 +131,6 @@ def _nudge(params: Sequence[Tensor], scale: float) -> None:
     """Add noise to weights, always the same; ``scale`` is relative to their mean absolute value."""
     for p in params:
         generator = torch.Generator(p.device).manual_seed(0)
-        noise = torch.empty_like(p, requires_grad=False).uniform_(-1, 1, generator=generator)
-        weights = p.detach()
+        weights = local(p.detach())
+        noise = torch.empty_like(weights, requires_grad=False).uniform_(-1, 1, generator=generator)
         weights.add_(noise * (scale * (weights.abs().mean() + 0.1)))

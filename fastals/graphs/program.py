@@ -204,6 +204,7 @@ class Program:
             engine.modules,
             cache,
             _settled(engine.learned, [u.name for u in units]),
+            engine.processes,
             lazy=True,
         )
         self.generators = rng.get_state(self.losses.generators.devices)

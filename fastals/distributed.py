@@ -1,0 +1,327 @@
+"""The processes that take one decision together, by :mod:`torch.distributed`.
+
+DDP and FSDP average the gradients of the ranks, so f is the mean of the ranks' losses. Every rank tests that mean, with
+slopes and norms summed over all shards: all see the same numbers, and so make the same trials and the same moves.
+
+Each evaluation of the closure ends with one reduction, of the loss and of a signal: whether the evaluation has failed
+here, and how. A failure anywhere is a failure everywhere, and a process that fails elsewhere in a step joins the
+reduction that the others come to next. So every reduction has the same length, whatever it sums. They have a
+communicator of their own: those of the closure may be left halfway by a process that fails.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastals.compiler import TracedError
+from fastals.errors import GRADIENTS_ELSEWHERE, PeerError, StaleRecordError, is_about_gradients
+from fastals.interrupt import uninterrupted
+from fastals.shards import is_sharded, local
+from fastals.surroundings import FirstWriteError
+
+PATIENCE = 5.0  # seconds that a process that has failed waits for the others to hear of it
+SUMS = 5  # numbers of a unit in a reduction, see fastals.passes.Sums
+#: What a process says in a reduction besides its number: the sum of (rank + 1) over those that have failed, how many
+#: have, and how many have to do something over again.
+SIGNALS = ("ranks", "failed", "traced", "wrote", "needs_gradients", "stale")
+#: What else it says of its evaluation: whether a call that ran again at w_t gave another output, whether the sequence
+#: of its calls is new, and whether torch.compile has compiled something.
+NOTES = ("unlike", "unseen", "recompiled")
+TAG = len(SIGNALS) + len(NOTES)  # tells whether all reduce the same
+LOSS = TAG + 1
+ROUNDING = 1e-3  # of a norm, by which replicas may differ that compute their gradients themselves
+
+
+class Notes(NamedTuple):
+    """For each of :data:`NOTES`, whether any process has said so at the last evaluation."""
+
+    unlike: bool = False
+    unseen: bool = False
+    recompiled: bool = False
+
+
+class Processes:
+    """All processes that train one model; everything is as it is if there is one.
+
+    Args:
+        group: the processes, all by default.
+
+    Attributes:
+        collectives, reduced_bytes: number of reductions so far, and bytes that this process has put into them.
+        heard: the notes of all processes at the last evaluation.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.given = group
+        self.collectives = self.reduced_bytes = 0
+        self.heard = Notes()
+        self._own: Any = None  # the communicator
+        self._world: Any = None  # for which it was made
+        self._device, self._length, self._step = torch.device("cpu"), 0, 0
+        self._told = self._broken = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
+        return Processes(self.given)
+
+    def __reduce__(self) -> tuple[Any, tuple]:
+        return Processes, ()  # a group means nothing in another program
+
+    @property
+    def size(self) -> int:
+        """Number of processes, 1 without torch.distributed."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size(self.given)
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one process."""
+        return self.size > 1
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Reductions so far, and bytes."""
+        return self.collectives, self.reduced_bytes
+
+    def meet(self, device: torch.device, groups: int, digest: Callable[[], int]) -> None:
+        """Begin a step: every process has this number of parameter groups, and the same digest of all that decides.
+
+        Digests are compared in the first step, and in every step if torch's debug level asks for it
+        (``TORCH_DISTRIBUTED_DEBUG=INFO``).
+
+        Raises:
+            RuntimeError: the processes differ in it.
+        """
+        self._told, self._step = False, self._step + 1
+        if self._own is None or self._world is not dist.group.WORLD:
+            self._open(device)
+        if self._length != LOSS + SUMS * groups:
+            self._length = LOSS + SUMS * groups
+            self._compare(digest())
+        elif dist.get_debug_level() != dist.DebugLevel.OFF:
+            self._compare(digest())
+
+    def _open(self, device: torch.device) -> None:
+        """Make the communicator; all processes come here in their first step."""
+        ranks = None if self.given is None else dist.get_process_group_ranks(self.given)
+        self._own = dist.new_group(ranks, timeout=_timeout(device), use_local_synchronization=ranks is not None)
+        self._world, self._device, self._length = dist.group.WORLD, device, 0
+        self._broken = False
+
+    def _compare(self, digest: int) -> None:
+        both = torch.tensor([digest, -digest], dtype=torch.float64, device=self._device)
+        self._all_reduce(both, dist.ReduceOp.MAX)
+        most, least = both.tolist()
+        if most != -least:
+            self._told = True  # all have seen it
+            raise RuntimeError(
+                "the processes do not train alike: their units, their arguments of ALS, or what they remember of "
+                "earlier steps differ. Build the same model and the same optimizer in each, step the schedulers alike, "
+                "and load a checkpoint everywhere. Stages of a pipeline (torch.distributed.pipelining) cannot be "
+                "trained by a line search: use fully_shard or tensor parallelism. For one training in each process, "
+                "pass process_group= with that process alone"
+            )
+
+    def mean(
+        self, loss: Tensor, error: BaseException | None = None, notes: Sequence[bool] = (False,) * len(NOTES)
+    ) -> Tensor:
+        """The mean of the processes' losses, as all of them see it; ``error`` is why this one has none.
+
+        Raises:
+            PeerError: another process has failed. ``error`` is raised itself, and errors by which an evaluation is to
+                be made again come wherever one process has them.
+        """
+        if error is not None and (self._told or not self.several):
+            raise error
+        if not self.several:
+            self.heard = Notes(*notes)
+            return loss.detach()
+        found = self._reduced("loss", [], loss, error, notes)
+        self.heard = Notes(*map(bool, found[len(SIGNALS) : TAG]))
+        return torch.tensor(found[LOSS] / self.size, dtype=torch.float64, device=loss.device).to(loss.dtype)
+
+    def total(self, numbers: Sequence[float], kind: str = "sums") -> list[float]:
+        """Sums over all processes."""
+        if not self.several:
+            return list(numbers)
+        return self._reduced(kind, numbers)[LOSS : LOSS + len(numbers)]
+
+    def any(self, *facts: bool) -> tuple[bool, ...]:
+        """For every fact, whether it holds in any process."""
+        return tuple(bool(found) for found in self.total([float(fact) for fact in facts], "facts"))
+
+    def all_hold(self, fact: bool) -> bool:
+        """Whether the fact holds in every process."""
+        return not self.any(not fact)[0]
+
+    def same(self, digest: int) -> bool:
+        """Whether all processes have the same digest."""
+        return not self.several or self.all_hold(self.total([digest], "digest")[0] == self.size * digest)
+
+    def agree(self) -> None:
+        """Wait until every process is ready to commit.
+
+        Raises:
+            PeerError: one has failed.
+        """
+        self.total([], "commit")
+
+    def _reduced(
+        self,
+        kind: str,
+        numbers: Sequence[float],
+        loss: Tensor | None = None,
+        error: BaseException | None = None,
+        notes: Sequence[bool] = (False,) * len(NOTES),
+    ) -> list[float]:
+        tag = float(zlib.crc32(f"{kind}{self._step}".encode()) >> 8)
+        said = [*_signals(error, dist.get_rank(self._own)), *notes, tag, *numbers]
+        frame = torch.tensor(said + [0.0] * (self._length - len(said)), dtype=torch.float64).to(self._device)
+        if loss is not None:
+            frame[LOSS] = local(loss.detach())
+        self._told = False
+        self._all_reduce(frame)
+        found = frame.tolist()
+        self._heed(dict(zip(SIGNALS, found, strict=False)), error)
+        if found[TAG] != self.size * tag:
+            raise RuntimeError(
+                "the processes are out of step: they reduce different things. The closure, or the code around "
+                "opt.step, must take the same path in every process"
+            )
+        return found
+
+    def _heed(self, heard: dict[str, float], error: BaseException | None) -> None:
+        """Raise what all processes raise after these signals, the first one that any of them has given."""
+        name = next((signal for signal in SIGNALS[1:] if heard[signal]), "")
+        if name:
+            self._told = True
+            raise error if error is not None and _signal(error) == name else _heard(name, heard)
+
+    def _all_reduce(self, frame: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        """Sum in place.
+
+        Raises:
+            RuntimeError: a process has died, or has not come within the timeout of its process group.
+        """
+        if self._broken:
+            raise RuntimeError("an earlier reduction of this process has failed: end the program and start it anew")
+        with uninterrupted():  # the others have made it too
+            try:
+                dist.all_reduce(frame, op, group=self._own)
+            except Exception as error:
+                self._told = self._broken = True
+                raise RuntimeError(
+                    "a reduction with the other processes has failed: one of them has died, or did not come within the "
+                    "timeout of the process group. The step was refused, and nothing has moved here"
+                ) from error
+        self.collectives += 1
+        self.reduced_bytes += frame.nbytes
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """If an error leaves the ``with`` block that the others have not heard of, tell them."""
+        try:
+            yield
+        except BaseException as error:
+            if self.several and self._length and not self._told and not self._broken:
+                with uninterrupted():
+                    self._tell(error)
+            raise
+
+    def _tell(self, error: BaseException) -> None:
+        """Join the reduction that the others come to next, without waiting for its result."""
+        self._told = True
+        frame = torch.zeros(self._length, dtype=torch.float64)
+        frame[: len(SIGNALS)] = torch.tensor(_signals(error, dist.get_rank(self._own), fatal=True), dtype=torch.float64)
+        try:
+            work = dist.all_reduce(frame.to(self._device), group=self._own, async_op=True)
+            until = time.monotonic() + PATIENCE
+            while not work.is_completed() and time.monotonic() < until:  # they may be stuck where this one is missing
+                time.sleep(0.005)
+        except Exception:
+            self._broken = True  # they have died
+        self.collectives += 1
+        self.reduced_bytes += frame.nbytes
+
+    def share(self, p: Tensor) -> float:
+        """One over the number of processes that hold the very numbers which this one holds of ``p``."""
+        if not self.several:
+            return 1.0
+        parts = 1
+        if is_sharded(p):
+            placed: Any = p
+            sharded = (i for i, placement in enumerate(placed.placements) if not placement.is_replicate())
+            for i in sharded:
+                parts *= placed.device_mesh.size(i)
+        return parts / self.size
+
+    def refuse_different_gradients(self, params: Sequence[Tensor]) -> None:
+        """Compare the gradients of replicas, by their norms.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        if not self.several:
+            return
+        differ = self._differ([p for p in params if not is_sharded(p)], self._own)
+        by_mesh: dict[tuple[Any, int], list[Tensor]] = {}
+        for p in params:
+            placed: Any = p
+            for i, placement in enumerate(placed.placements if is_sharded(p) else ()):
+                if placement.is_replicate() and placed.device_mesh.size(i) > 1:
+                    by_mesh.setdefault((placed.device_mesh, i), []).append(p)
+        for (mesh, i), replicated in by_mesh.items():
+            differ |= self._differ(replicated, mesh.get_group(i))
+        if self.any(differ)[0]:
+            raise RuntimeError(
+                "gradients differ between the processes, and the same weights would be moved in different ways: the "
+                "closure must call the model that DistributedDataParallel or fully_shard has made (in Lightning, pass "
+                "backward=self.manual_backward), or average the gradients and pass loss=. A backward under no_sync "
+                "leaves them unaveraged. For one training in each process, pass process_group= with that process alone"
+            )
+
+    def _differ(self, params: Sequence[Tensor], group: Any) -> bool:
+        norms = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float64) for p in params if p.grad is not None]
+        norm = torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64, device=self._device)
+        both = torch.stack([norm, -norm]).to(self._device)
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+        most, least = both.tolist()
+        return most + least > ROUNDING * abs(most)
+
+
+def _signals(error: BaseException | None, rank: int, *, fatal: bool = False) -> list[float]:
+    name = "failed" if fatal else _signal(error)
+    return [float(rank + 1) if name == "failed" else 0.0, *(float(name == signal) for signal in SIGNALS[1:])]
+
+
+def _signal(error: BaseException | None) -> str:
+    """The signal that stands for an error of an evaluation; empty if there is none."""
+    if error is None:
+        return ""
+    for kind, name in ((TracedError, "traced"), (FirstWriteError, "wrote"), (StaleRecordError, "stale")):
+        if isinstance(error, kind):
+            return name
+    return "needs_gradients" if is_about_gradients(error) else "failed"
+
+
+def _heard(name: str, heard: dict[str, float]) -> BaseException:
+    """The error of this process where another one has given the signal."""
+    if name == "failed":
+        return PeerError(int(heard["ranks"]) - 1 if heard["failed"] == 1 else None)
+    if name == "traced":
+        return TracedError()
+    if name == "wrote":
+        return FirstWriteError(["a buffer in another process"], set())
+    return StaleRecordError() if name == "stale" else RuntimeError(GRADIENTS_ELSEWHERE)
+
+
+def _timeout(device: torch.device) -> Any:
+    """The timeout of the default group; a new one does not inherit it."""
+    backend = getattr(dist.group.WORLD, "_get_backend", lambda _: None)(device)
+    return getattr(getattr(backend, "options", None), "_timeout", None)
