@@ -35,6 +35,12 @@ SIGNALS = ("ranks", "failed", "traced", "wrote", "needs_gradients", "stale")
 NOTES = ("unlike", "unseen", "recompiled")
 TAG = len(SIGNALS) + len(NOTES)  # tells whether all reduce the same
 LOSS = TAG + 1
+UNLIKE = (
+    "the processes do not train alike: their units, their arguments of ALS, or what they remember of earlier steps "
+    "differ. Build the same model and the same optimizer in each, step the schedulers alike, and load a checkpoint "
+    "everywhere. Stages of a pipeline (torch.distributed.pipelining) cannot be trained by a line search: use "
+    "fully_shard or tensor parallelism. For one training in each process, pass process_group= with that process alone"
+)
 ROUNDING = 1e-3  # of a norm, by which replicas may differ that compute their gradients themselves
 
 
@@ -53,7 +59,8 @@ class Processes:
         group: the processes, all by default.
 
     Attributes:
-        collectives, reduced_bytes: number of reductions so far, and bytes that this process has put into them.
+        collectives, reduced_bytes: number of reductions in the step under way, and bytes that this process has put into
+            them.
         heard: the notes of all processes at the last evaluation.
     """
 
@@ -64,7 +71,8 @@ class Processes:
         self._own: Any = None  # the communicator
         self._world: Any = None  # for which it was made
         self._device, self._length, self._step = torch.device("cpu"), 0, 0
-        self._told = self._broken = False
+        self._broken = False
+        self._raised: BaseException | None = None  # the error of the last reduction, which all processes have
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
         return Processes(self.given)
@@ -84,9 +92,8 @@ class Processes:
         """Whether there is more than one process."""
         return self.size > 1
 
-    @property
     def counts(self) -> tuple[int, int]:
-        """Reductions so far, and bytes."""
+        """Reductions of the step under way, and bytes."""
         return self.collectives, self.reduced_bytes
 
     def meet(self, device: torch.device, groups: int, digest: Callable[[], int]) -> None:
@@ -98,7 +105,7 @@ class Processes:
         Raises:
             RuntimeError: the processes differ in it.
         """
-        self._told, self._step = False, self._step + 1
+        self._step, self.collectives, self.reduced_bytes = self._step + 1, 0, 0
         if self._own is None or self._world is not dist.group.WORLD:
             self._open(device)
         if self._length != LOSS + SUMS * groups:
@@ -119,14 +126,7 @@ class Processes:
         self._all_reduce(both, dist.ReduceOp.MAX)
         most, least = both.tolist()
         if most != -least:
-            self._told = True  # all have seen it
-            raise RuntimeError(
-                "the processes do not train alike: their units, their arguments of ALS, or what they remember of "
-                "earlier steps differ. Build the same model and the same optimizer in each, step the schedulers alike, "
-                "and load a checkpoint everywhere. Stages of a pipeline (torch.distributed.pipelining) cannot be "
-                "trained by a line search: use fully_shard or tensor parallelism. For one training in each process, "
-                "pass process_group= with that process alone"
-            )
+            raise self._common(RuntimeError(UNLIKE))
 
     def mean(
         self, loss: Tensor, error: BaseException | None = None, notes: Sequence[bool] = (False,) * len(NOTES)
@@ -137,7 +137,7 @@ class Processes:
             PeerError: another process has failed. ``error`` is raised itself, and errors by which an evaluation is to
                 be made again come wherever one process has them.
         """
-        if error is not None and (self._told or not self.several):
+        if error is not None and (error is self._raised or not self.several):
             raise error
         if not self.several:
             self.heard = Notes(*notes)
@@ -185,7 +185,6 @@ class Processes:
         frame = torch.tensor(said + [0.0] * (self._length - len(said)), dtype=torch.float64).to(self._device)
         if loss is not None:
             frame[LOSS] = local(loss.detach())
-        self._told = False
         self._all_reduce(frame)
         found = frame.tolist()
         self._heed(dict(zip(SIGNALS, found, strict=False)), error)
@@ -200,8 +199,12 @@ class Processes:
         """Raise what all processes raise after these signals, the first one that any of them has given."""
         name = next((signal for signal in SIGNALS[1:] if heard[signal]), "")
         if name:
-            self._told = True
-            raise error if error is not None and _signal(error) == name else _heard(name, heard)
+            raise self._common(error if error is not None and _signal(error) == name else _heard(name, heard))
+
+    def _common(self, error: BaseException) -> BaseException:
+        """The error, noted as one that all processes have."""
+        self._raised = error
+        return error
 
     def _all_reduce(self, frame: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         """Sum in place.
@@ -209,13 +212,14 @@ class Processes:
         Raises:
             RuntimeError: a process has died, or has not come within the timeout of its process group.
         """
+        self._raised = None
         if self._broken:
             raise RuntimeError("an earlier reduction of this process has failed: end the program and start it anew")
         with uninterrupted():  # the others have made it too
             try:
                 dist.all_reduce(frame, op, group=self._own)
             except Exception as error:
-                self._told = self._broken = True
+                self._broken = True
                 raise RuntimeError(
                     "a reduction with the other processes has failed: one of them has died, or did not come within the "
                     "timeout of the process group. The step was refused, and nothing has moved here"
@@ -229,14 +233,15 @@ class Processes:
         try:
             yield
         except BaseException as error:
-            if self.several and self._length and not self._told and not self._broken:
+            if error is not self._raised and self._length and self.several and not self._broken:
                 with uninterrupted():
                     self._tell(error)
             raise
+        finally:
+            self._raised = None  # its frames hold tensors
 
     def _tell(self, error: BaseException) -> None:
         """Join the reduction that the others come to next, without waiting for its result."""
-        self._told = True
         frame = torch.zeros(self._length, dtype=torch.float64)
         frame[: len(SIGNALS)] = torch.tensor(_signals(error, dist.get_rank(self._own), fatal=True), dtype=torch.float64)
         try:

@@ -260,7 +260,7 @@ class Engine:
             if searched:
                 schedule_next_search(group, self.settings.every)
         resting = {unit.name for unit in self.partition.units if not float(unit.rules["lr"])}
-        self.reports.add(report, forwards, resting)
+        self.reports.add(report, forwards, resting, self.processes.counts())
 
     def make_state(self) -> None:
         """Make the state of all parameters and move nothing."""

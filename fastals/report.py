@@ -38,6 +38,8 @@ class StepReport:
     ``loss_after`` is the loss at the new weights under the same dropout masks. It is NaN if no trial was made there:
     a unit kept its remembered step, or moved along a momentum direction that was not tested. ``factor`` is the
     common factor of the steps that the joint test has accepted: 1 without such a test, 0 if it has put all units back.
+    With several processes, ``collectives`` is the number of reductions that the step has made besides those of the
+    closure and its backward, and ``reduced_bytes`` what this process has put into them; 0 after a graphed step.
     """
 
     loss_before: float
@@ -45,6 +47,8 @@ class StepReport:
     units: list[UnitReport] = field(default_factory=list)
     joint_trials: int = 0
     factor: float = 1.0
+    collectives: int = 0
+    reduced_bytes: int = 0
 
     @property
     def trials(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import NamedTuple
 
 from fastals.report import StepReport
@@ -11,14 +12,19 @@ KEPT_REPORTS = 64
 
 
 class Unread(NamedTuple):
-    """The report of a step, or a function that reads it from the device, and the units whose ``lr`` was 0."""
+    """The report of a step, or a function that reads it from the device, and what the host knows besides.
+
+    ``resting`` are the units whose ``lr`` was 0, ``reduced`` the number of reductions and their bytes.
+    """
 
     report: StepReport | Callable[[], StepReport]
     resting: Collection[str]
+    reduced: tuple[int, int]
 
     def read(self) -> StepReport:
         """The report; waits for the device if it lies there."""
-        return self.report() if callable(self.report) else self.report
+        report, (collectives, reduced_bytes) = self.report() if callable(self.report) else self.report, self.reduced
+        return replace(report, collectives=collectives, reduced_bytes=reduced_bytes) if collectives else report
 
 
 class Reports:
@@ -35,10 +41,14 @@ class Reports:
         self._standstill = Standstill()
 
     def add(
-        self, report: StepReport | Callable[[], StepReport], forwards: float, resting: Collection[str] = ()
+        self,
+        report: StepReport | Callable[[], StepReport],
+        forwards: float,
+        resting: Collection[str] = (),
+        reduced: tuple[int, int] = (0, 0),
     ) -> None:
         """Append a step's report, or a function that reads it from the device later."""
-        self._unread.append(Unread(report, resting))
+        self._unread.append(Unread(report, resting, reduced))
         self.forwards = forwards
 
     def look(self) -> None:
