@@ -9,6 +9,7 @@ reduction that the others come to next. So every reduction has the same length, 
 communicator of their own: those of the closure may be left halfway by a process that fails.
 """
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,7 @@ class Processes:
         collectives, reduced_bytes: number of reductions in the step under way, and bytes that this process has put into
             them.
         heard: the notes of all processes at the last evaluation.
+        unheard: whether this process has failed where the others do not hear of it yet, so that it must not go on.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -71,7 +73,7 @@ class Processes:
         self._own: Any = None  # the communicator
         self._world: Any = None  # for which it was made
         self._device, self._length, self._step = torch.device("cpu"), 0, 0
-        self._broken = False
+        self._broken = self.unheard = False
         self._raised: BaseException | None = None  # the error of the last reduction, which all processes have
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
@@ -185,7 +187,12 @@ class Processes:
         frame = torch.tensor(said + [0.0] * (self._length - len(said)), dtype=torch.float64).to(self._device)
         if loss is not None:
             frame[LOSS] = local(loss.detach())
-        self._all_reduce(frame)
+        if error is not None and _signal(error) == "failed":
+            if not self._posted(frame):
+                self.unheard = True
+                raise self._common(error)
+        else:
+            self._all_reduce(frame)
         found = frame.tolist()
         self._heed(dict(zip(SIGNALS, found, strict=False)), error)
         if found[TAG] != self.size * tag:
@@ -238,21 +245,32 @@ class Processes:
                     self._tell(error)
             raise
         finally:
-            self._raised = None  # its frames hold tensors
+            self._raised, self.unheard = None, False  # its frames hold tensors
 
     def _tell(self, error: BaseException) -> None:
-        """Join the reduction that the others come to next, without waiting for its result."""
-        frame = torch.zeros(self._length, dtype=torch.float64)
-        frame[: len(SIGNALS)] = torch.tensor(_signals(error, dist.get_rank(self._own), fatal=True), dtype=torch.float64)
-        try:
-            work = dist.all_reduce(frame.to(self._device), group=self._own, async_op=True)
-            until = time.monotonic() + PATIENCE
-            while not work.is_completed() and time.monotonic() < until:  # they may be stuck where this one is missing
-                time.sleep(0.005)
-        except Exception:
-            self._broken = True  # they have died
+        """Join the reduction that the others come to next."""
+        said = _signals(error, dist.get_rank(self._own), fatal=True)
+        frame = torch.tensor(said + [0.0] * (self._length - len(said)), dtype=torch.float64)
+        self._posted(frame.to(self._device))
+
+    def _posted(self, frame: Tensor) -> bool:
+        """Join a reduction, and wait a little for the others, who may be stuck where this process is missing.
+
+        They hear of it even if they come later.
+        """
         self.collectives += 1
         self.reduced_bytes += frame.nbytes
+        try:
+            work = dist.all_reduce(frame, group=self._own, async_op=True)
+            until = time.monotonic() + PATIENCE
+            while not work.is_completed() and time.monotonic() < until:
+                time.sleep(0.002)
+            if work.is_completed():
+                work.wait()
+                return True
+        except Exception:  # they have died
+            self._broken = True
+        return False
 
     def share(self, p: Tensor) -> float:
         """One over the number of processes that hold the very numbers which this one holds of ``p``."""
@@ -292,12 +310,16 @@ class Processes:
             )
 
     def _differ(self, params: Sequence[Tensor], group: Any) -> bool:
+        """Whether the norm is another one than the mean over the group."""
         norms = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float64) for p in params if p.grad is not None]
         norm = torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64, device=self._device)
-        both = torch.stack([norm, -norm]).to(self._device)
-        dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
-        most, least = both.tolist()
-        return most + least > ROUNDING * abs(most)
+        if group is self._own:
+            mean = self.total([float(norm)], "gradients")[0] / self.size
+        else:
+            whole = norm.to(self._device).reshape(1).clone()
+            dist.all_reduce(whole, group=group)
+            mean = float(whole) / dist.get_world_size(group)
+        return math.isfinite(mean) and abs(float(norm) - mean) > ROUNDING * mean
 
 
 def _signals(error: BaseException | None, rank: int, *, fatal: bool = False) -> list[float]:

@@ -133,7 +133,7 @@ class Evaluations:
         try:
             return self._evaluated(running(), torch.no_grad())
         except RuntimeError as error:
-            if not is_about_gradients(error):
+            if not is_about_gradients(error) or self.processes.unheard:
                 raise
             failed = error
         self.rewind()
@@ -235,6 +235,8 @@ class Evaluations:
         except StaleRecordError:
             return self.run(note_outputs=note_outputs)
         except Exception as error:
+            if self.processes.unheard:
+                raise
             self.run()
             try:
                 self.run(comparison)

@@ -70,6 +70,8 @@ def _error(batch: Batch, moves: Mapping[str, Sequence[Tensor]], share: float) ->
     try:
         _compare(batch, moves, share)
     except Exception as error:
+        if batch.losses.processes.unheard:
+            raise
         batch.rewind()
         return error
     return None

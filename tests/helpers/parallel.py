@@ -1,9 +1,6 @@
 """Small models under every parallelism of torch, and the same training in one process."""
 
 import torch
-import torch.distributed as dist
-from helpers.hf import tiny_bert
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -46,7 +43,8 @@ def parallel(kind, model):
     if kind.startswith("ddp"):
         return DistributedDataParallel(model)
     parts, shared = KINDS[kind]
-    mesh = init_device_mesh("cpu", (2, 2) if kind in ("hsdp", "fsdp_tp") else (parts * shared,), mesh_dim_names=("a", "b")[: 2 if kind in ("hsdp", "fsdp_tp") else 1])
+    shape = (2, 2) if kind in ("hsdp", "fsdp_tp") else (parts * shared,)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("a", "b")[: len(shape)])
     if kind in ("tp", "fsdp_tp"):
         across = mesh["b"] if kind == "fsdp_tp" else mesh
         plan = {f"self_attn.{n}_proj": ColwiseParallel() for n in "qkv"} | {"self_attn.o_proj": RowwiseParallel()}
@@ -72,13 +70,15 @@ def whole(model):
 
 
 def decisions(report):
-    return [(u.name, u.trials, u.outcome, u.step_size) for u in report.units], report.joint_trials, report.factor, report.loss_before, report.loss_after
+    """What a step has decided, and by which losses."""
+    units = [(u.name, u.trials, u.outcome, u.step_size) for u in report.units]
+    return units, report.joint_trials, report.factor, report.loss_before, report.loss_after
 
 
-def train(rank, kind, steps, options, uneven=False, make=tiny_llama, by=None):
+def train(rank, kind, steps, options, uneven=False, dtype=torch.float32):
     """Train under a parallelism; decisions and weights."""
     parts, shared = KINDS[kind]
-    model = parallel(kind, make())
+    model = parallel(kind, tiny_llama().to(dtype))
     opt = fastals.ALS(model, **options)
     part = rank // shared
     found = []
@@ -89,10 +89,10 @@ def train(rank, kind, steps, options, uneven=False, make=tiny_llama, by=None):
     return found, whole(model)
 
 
-def train_alone(kind, steps, options, uneven=False, make=tiny_llama):
+def train_alone(kind, steps, options, uneven=False, dtype=torch.float32):
     """The same in one process that has the data of all."""
     parts, _ = KINDS[kind]
-    model = make()
+    model = tiny_llama().to(dtype)
     opt = fastals.ALS(model, **options)
     found = []
     for step in range(steps):

@@ -1,12 +1,15 @@
 """Run a function in several processes that torch.distributed connects by gloo."""
 
 import datetime
+import importlib.util
 import io
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
+from pathlib import Path
 
 import torch
 
@@ -31,7 +34,8 @@ def together(size, function, *args, limit=60.0, patience=PATIENCE, dying=()):
         pipes, running = [], []
         for rank in range(size):
             receiving, sending = context.Pipe(duplex=False)
-            named = (rank, size, f"{folder}/store", patience, sending, function, args)
+            where = function.__code__.co_filename, function.__name__  # pytest may know its module by another name
+            named = (rank, size, f"{folder}/store", patience, sending, where, args)
             process = context.Process(target=_serve, args=named, daemon=True)
             process.start()
             sending.close()
@@ -57,7 +61,14 @@ def _result(rank, pipe, until, dying):
     return result
 
 
-def _serve(rank, size, store, patience, pipe, function, args):
+def _function(path, name):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def _serve(rank, size, store, patience, pipe, where, args):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     try:
@@ -65,7 +76,7 @@ def _serve(rank, size, store, patience, pipe, function, args):
             "gloo", init_method=f"file://{store}", rank=rank, world_size=size,
             timeout=datetime.timedelta(seconds=patience),
         )  # fmt: skip
-        result = True, function(rank, *args)
+        result = True, _function(*where)(rank, *args)
     except BaseException:
         result = False, traceback.format_exc()
     file = io.BytesIO()
