@@ -41,6 +41,7 @@ class ActivationCache:
         fresh: those of the last evaluation, if they were kept.
         replays: whether the last evaluation replayed calls.
         outputs: what :func:`digest` says of the output of every call in the last evaluation, if asked for.
+        comparison: compares arguments in the last evaluation; None if it replayed nothing.
         missed: the first call that was computed although it was recorded, and why.
         unlike: whether such a call gave another output in an evaluation at w_t.
     """
@@ -63,7 +64,7 @@ class ActivationCache:
         self.fresh: dict[Key, Call] | None = None
         self.replays = False
         self._first: dict[int, int] = {}
-        self._comparison: Comparison | None = None
+        self.comparison: Comparison | None = None
         self.outputs: dict[Key, list[Tensor]] | None = None
         self.missed, self.unlike, self._inside = "", False, False
 
@@ -81,7 +82,7 @@ class ActivationCache:
     def clear(self) -> None:
         """Drop everything that belongs to the step."""
         self.forget()
-        self._comparison = self.outputs = None
+        self.comparison = self.outputs = None
         self._first.clear()
         self.stamps.clear()
 
@@ -125,7 +126,7 @@ class ActivationCache:
     @property
     def guessed_wrong(self) -> bool:
         """Whether the last evaluation took values for equal that were not; waits for the device."""
-        differs = self._comparison.differs if self._comparison is not None else None
+        differs = self.comparison.differs if self.comparison is not None else None
         return differs is not None and bool(differs)
 
     @property
@@ -157,7 +158,7 @@ class ActivationCache:
     @contextmanager
     def _running(self, comparison: Comparison | None, record: bool, note_outputs: bool) -> Iterator[None]:
         self.replays = comparison is not None
-        self._comparison, self.fresh, self._aliases = comparison, {} if record else None, Aliases(self.stamps)
+        self.comparison, self.fresh, self._aliases = comparison, {} if record else None, Aliases(self.stamps)
         self.outputs = {} if note_outputs else None
         self.missed, self.unlike, self._inside = "", False, False
         self._calls: Counter[int] = Counter()
@@ -176,14 +177,14 @@ class ActivationCache:
         key = id(module), self._calls[id(module)]
         self._calls[id(module)] += 1
         arguments = Arguments(args, kwargs)
-        known = self.records.get(key) if self._comparison is not None else None
+        known = self.records.get(key) if self.comparison is not None else None
         call: Call | None = known
         if known is not None and self._is_recorded(known, arguments):
             output = self._replay(known)
             self._skipped.setdefault(id(module), []).extend(arguments.opaque)
         else:
             output, call = self._compute(key, module, forward, args, kwargs, arguments)
-            if known is not None and self._comparison is not None and self._comparison.at_start:
+            if known is not None and self.comparison is not None and self.comparison.at_start:
                 self.unlike |= known.gave_another(output, self.stamps)
         if self.fresh is not None and call is not None:
             self.fresh[key] = call
@@ -199,14 +200,14 @@ class ActivationCache:
 
     def _difference(self, call: Call, arguments: Arguments) -> str:
         """Why the call is not the recorded one; empty if it is."""
-        assert self._comparison is not None
+        assert self.comparison is not None
         if call.obstacle:
             return call.obstacle
         if torch.is_grad_enabled() and call.tracked:
             return "its gradient is needed"
         if not call.reads_the_same(self.stamps):
             return "its parameters, its buffers or its output have been written"
-        if not self._comparison.same(call, arguments, self.stamps):
+        if not self.comparison.same(call, arguments, self.stamps):
             return "its arguments are others"
         if self.generators.moved(call.before):
             return "random numbers were drawn before it that were not drawn the first time"

@@ -33,6 +33,7 @@ class Comparison:
 
     Attributes:
         differs: 0-d bool on the device, whether a guess was wrong; None if no guess was made.
+        agreed: whether one was in any process, once it is known.
     """
 
     def __init__(
@@ -49,10 +50,13 @@ class Comparison:
         self.name, self.guesses, self.device, self.wait, self.at_start = name, guesses, device, wait, at_start
         self._compared: dict[tuple[int, int, Stamp], tuple[object, bool]] = {}
         self._unequal: list[Tensor] = []
+        self.agreed: Tensor | None = None
 
     @property
     def differs(self) -> Tensor | None:
         """Whether values differed that were taken for equal."""
+        if self.agreed is not None:
+            return self.agreed
         return reduce(torch.logical_or, self._unequal) if self._unequal else None
 
     def same(self, call: Call, arguments: Arguments, stamps: Stamps) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastals.buffers import Flat, Gradients, Unit, layout, unit_groups
+from fastals.distributed import Processes
 from fastals.errors import OutdatedError, non_finite
 from fastals.interrupt import uninterrupted
 from fastals.kernels import all_units, armijo, relay
@@ -28,7 +29,7 @@ from fastals.report import ACCEPTED, EXHAUSTED, NOT_DESCENT, StepReport, UnitRep
 from fastals.schedule import Schedule, is_first, keep_all
 from fastals.search import INITIALS, REFERENCES, uniform
 from fastals.settings import Settings
-from fastals.shards import local
+from fastals.shards import is_sharded, local
 from fastals.verify import inspect
 
 Action = Callable[[], object]
@@ -43,7 +44,7 @@ class DeviceUnits:
 
     fused = True
 
-    def __init__(self, groups: Sequence[dict], settings: Settings, state: dict) -> None:
+    def __init__(self, groups: Sequence[dict], settings: Settings, state: dict, processes: Processes) -> None:
         self.groups, self.settings = groups, settings
         members = unit_groups(groups)
         rows = {id(g): i for i, g in enumerate(groups)}
@@ -55,9 +56,14 @@ class DeviceUnits:
         self.units = []
         for row, unit in enumerate(members):
             flat = self._flat(row, slice(starts[row], starts[row + 1]))
-            self.units.append(Unit(unit, state, adam=adam, averages=averages, flat=flat))
+            self.units.append(Unit(unit, state, adam=adam, averages=averages, flat=flat, share=processes.share))
             self.units[-1].row = row
         self._fill_arena()
+        self.parts = {
+            id(p): e.param for (p, _), e in zip(_all_members(members), entries, strict=True) if e.param is not p
+        }
+        shares = [unit.shares[0] for unit in self.units]
+        self.shares = self.arena.sums.new_tensor(shares).unsqueeze(1) if set(shares) != {1.0} else None
         self.shown: dict[int, list[int]] = {}  # by row, the parameters of the unit that the optimizer's state shows
 
     def _flat(self, row: int, where: slice) -> Flat:
@@ -93,10 +99,12 @@ class DeviceUnits:
 
     def refresh_table(self, gradients: Gradients) -> None:
         """Bring the addresses of parameters and gradients up to date."""
-        if self.table.moved(gradients.params, gradients.held):
+        params = [self.parts.get(id(p), p) for p in gradients.params]
+        held = [local(g) for g in gradients.held]
+        if self.table.moved(params, held):
             for unit in self.units:
                 unit.check()
-            self.table.rebuild(gradients.params, gradients.held)
+            self.table.rebuild(params, held)
 
     def show(self, units: list[Unit], state: dict) -> None:
         """Show parameters in the optimizer's state from their first gradient on."""
@@ -217,7 +225,10 @@ class DeviceBatch:
         device.refresh_table(self.gradients)
         limit = device.settings.max_grad_norm
         if limit is not None and self.gradients.held:
-            self.do(partial(_write_clipping, self.gradients.held, limit, self.arena.grad_scale[0]))
+            shares = [unit.shares[i] for unit in units for i in unit.active]
+            self.do(
+                partial(_write_clipping, self.gradients.held, shares, limit, self.arena.grad_scale[0], losses.processes)
+            )
         self.do(partial(all_units.begin, self.arena, start))
         self.relative = device.settings.schedule == "relay"
         self.alone = self.relative and not is_first([unit.rules for unit in units])
@@ -241,6 +252,12 @@ class DeviceBatch:
     def _measure(self, unit: int | None = None, *, move: bool = False) -> None:
         with uninterrupted():  # a unit is held or not, whatever its dtypes
             survey(self.table, self.arena, averaged=self.tested, unit=unit, move=move)
+        if self.losses.processes.several:
+            rows = slice(None) if unit is None else slice(unit, unit + 1)
+            sums = self.arena.sums[rows]
+            if self.device.shares is not None:
+                sums.mul_(self.device.shares[rows])
+            self.losses.processes.add_up(sums)
 
     def check_replay(self, loss: Tensor) -> None:
         """Have the device compare recorded outputs with f(w_t) = ``loss``; the next read of a flag tells."""
@@ -384,9 +401,16 @@ class DeviceBatch:
         return partial(_read, self.arena.history, names, self.arena.steps - 1)
 
 
-def _write_clipping(grads: list[Tensor], max_norm: float, scale: Tensor) -> None:
+def _write_clipping(
+    grads: list[Tensor], shares: Sequence[float], max_norm: float, scale: Tensor, processes: Processes
+) -> None:
     """Write min(1, max_norm / ‖g‖), or 1 if the norm is not finite: units with such gradients do not move."""
-    norm = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).norm()
+    norms = torch._foreach_norm([local(g) for g in grads], 2, dtype=torch.float32)
+    norm = torch.stack(norms).norm()
+    if processes.several:
+        square = torch.stack([share * n.double().square() for share, n in zip(shares, norms, strict=True)]).sum(0, True)
+        processes.add_up(square)
+        norm = square[0].sqrt().float()
     clipped = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     torch.where(torch.isfinite(norm), clipped, torch.ones_like(clipped), out=scale)
 
@@ -408,12 +432,16 @@ def _unit_report(row: dict[str, float], name: str) -> UnitReport:
     return UnitReport(name, row["move"], row["slope"], int(row["trials"]), outcome)
 
 
+def _all_members(members: Sequence[list[dict]]) -> list[tuple[Tensor, dict]]:
+    return [(p, g) for groups in members for g in groups for p in g["params"]]
+
+
 def _entries(members: Sequence[list[dict]], rows: dict[int, int]) -> tuple[list[Entry], list[int]]:
     """The entry of every parameter, and the first element of every unit, followed by the size of the buffers."""
     entries, starts = [], [0]
     for unit, groups in enumerate(members):
-        params = [(p, g) for g in groups for p in g["params"]]
-        offsets, _, size = layout([local(p.detach()).numel() for p, _ in params])
+        params = [(local(p.detach()) if is_sharded(p) else p, g) for g in groups for p in g["params"]]
+        offsets, _, size = layout([p.numel() for p, _ in params])
         entries += [Entry(p, starts[unit] + o, unit, rows[id(g)]) for (p, g), o in zip(params, offsets, strict=True)]
         starts.append(starts[unit] + size)
     return entries, starts

@@ -9,6 +9,7 @@ reduction that the others come to next. So every reduction has the same length, 
 communicator of their own: those of the closure may be left halfway by a process that fails.
 """
 
+import copy
 import math
 import time
 import zlib
@@ -27,7 +28,7 @@ from fastals.shards import is_sharded, local
 from fastals.surroundings import FirstWriteError
 
 PATIENCE = 5.0  # seconds that a process that has failed waits for the others to hear of it
-SUMS = 5  # numbers of a unit in a reduction, see fastals.passes.Sums
+SUMS = 7  # numbers of a unit in a reduction, see fastals.kernels.arena.SUMS; the host needs fewer
 #: What a process says in a reduction besides its number: the sum of (rank + 1) over those that have failed, how many
 #: have, and how many have to do something over again.
 SIGNALS = ("ranks", "failed", "traced", "wrote", "needs_gradients", "stale")
@@ -41,6 +42,10 @@ UNLIKE = (
     "differ. Build the same model and the same optimizer in each, step the schedulers alike, and load a checkpoint "
     "everywhere. Stages of a pipeline (torch.distributed.pipelining) cannot be trained by a line search: use "
     "fully_shard or tensor parallelism. For one training in each process, pass process_group= with that process alone"
+)
+OUT_OF_STEP = (
+    "the processes are out of step: they reduce different things. The closure, and the code around opt.step, must take "
+    "the same path in every process"
 )
 ROUNDING = 1e-3  # of a norm, by which replicas may differ that compute their gradients themselves
 
@@ -63,6 +68,7 @@ class Processes:
         collectives, reduced_bytes: number of reductions in the step under way, and bytes that this process has put into
             them.
         heard: the notes of all processes at the last evaluation.
+        waits: whether the host waits for the outcome of every reduction; not while a step is recorded.
         unheard: whether this process has failed where the others do not hear of it yet, so that it must not go on.
     """
 
@@ -73,7 +79,8 @@ class Processes:
         self._own: Any = None  # the communicator
         self._world: Any = None  # for which it was made
         self._device, self._length, self._step = torch.device("cpu"), 0, 0
-        self._broken = self.unheard = False
+        self._broken = self.unheard = self._watching = False
+        self.waits = True
         self._raised: BaseException | None = None  # the error of the last reduction, which all processes have
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
@@ -154,6 +161,35 @@ class Processes:
             return list(numbers)
         return self._reduced(kind, numbers)[LOSS : LOSS + len(numbers)]
 
+    def add_up(self, numbers: Tensor) -> None:
+        """Sum a tensor over all processes, where it lies."""
+        if not self.several:
+            return
+        if not self.waits:
+            self._submit(numbers)
+            return
+        frame = self._frame("sums", [])
+        frame[LOSS : LOSS + numbers.numel()] = numbers.reshape(-1)
+        tag = frame[TAG].clone()
+        self._all_reduce(frame)
+        self._check(frame.tolist(), tag)
+        numbers.copy_(frame[LOSS : LOSS + numbers.numel()].view_as(numbers))
+
+    def recorded_mean(self, loss: Tensor, doubt: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mean of the losses, and whether any process doubts it, without a wait of the host."""
+        both = torch.zeros(2, dtype=torch.float64, device=self._device)
+        both[0] = loss.detach()
+        if doubt is not None:
+            both[1] = doubt
+        self._submit(both)
+        return (both[0] / self.size).to(loss.dtype), both[1] > 0
+
+    def recording(self) -> "Processes":
+        """The same processes while a step is recorded, and in its replays."""
+        other = copy.copy(self)
+        other.waits = False
+        return other
+
     def any(self, *facts: bool) -> tuple[bool, ...]:
         """For every fact, whether it holds in any process."""
         return tuple(bool(found) for found in self.total([float(fact) for fact in facts], "facts"))
@@ -182,9 +218,8 @@ class Processes:
         error: BaseException | None = None,
         notes: Sequence[bool] = (False,) * len(NOTES),
     ) -> list[float]:
-        tag = float(zlib.crc32(f"{kind}{self._step}".encode()) >> 8)
-        said = [*_signals(error, dist.get_rank(self._own)), *notes, tag, *numbers]
-        frame = torch.tensor(said + [0.0] * (self._length - len(said)), dtype=torch.float64).to(self._device)
+        frame = self._frame(kind, numbers, error, notes)
+        tag = frame[TAG].clone()
         if loss is not None:
             frame[LOSS] = local(loss.detach())
         if error is not None and _signal(error) == "failed":
@@ -194,13 +229,26 @@ class Processes:
         else:
             self._all_reduce(frame)
         found = frame.tolist()
-        self._heed(dict(zip(SIGNALS, found, strict=False)), error)
-        if found[TAG] != self.size * tag:
-            raise RuntimeError(
-                "the processes are out of step: they reduce different things. The closure, or the code around "
-                "opt.step, must take the same path in every process"
-            )
+        self._check(found, tag, error)
         return found
+
+    def _frame(
+        self,
+        kind: str,
+        numbers: Sequence[float],
+        error: BaseException | None = None,
+        notes: Sequence[bool] = (False,) * len(NOTES),
+    ) -> Tensor:
+        """What this process puts into a reduction."""
+        tag = float(zlib.crc32(f"{kind}{self._step}".encode()) >> 8)
+        said = [*_signals(error, dist.get_rank(self._own)), *notes, tag, *numbers]
+        return torch.tensor(said + [0.0] * (self._length - len(said)), dtype=torch.float64).to(self._device)
+
+    def _check(self, found: Sequence[float], tag: Tensor, error: BaseException | None = None) -> None:
+        """Heed the signals of the others, and see whether they have reduced the same."""
+        self._heed(dict(zip(SIGNALS, found, strict=False)), error)
+        if found[TAG] != self.size * float(tag):
+            raise RuntimeError(OUT_OF_STEP)
 
     def _heed(self, heard: dict[str, float], error: BaseException | None) -> None:
         """Raise what all processes raise after these signals, the first one that any of them has given."""
@@ -224,19 +272,26 @@ class Processes:
             raise RuntimeError("an earlier reduction of this process has failed: end the program and start it anew")
         with uninterrupted():  # the others have made it too
             try:
-                dist.all_reduce(frame, op, group=self._own)
+                self._submit(frame, op)
             except Exception as error:
                 self._broken = True
                 raise RuntimeError(
                     "a reduction with the other processes has failed: one of them has died, or did not come within the "
                     "timeout of the process group. The step was refused, and nothing has moved here"
                 ) from error
+
+    def _submit(self, numbers: Tensor, op: Any = dist.ReduceOp.SUM, *, wait: bool = True) -> Any:
         self.collectives += 1
-        self.reduced_bytes += frame.nbytes
+        self.reduced_bytes += numbers.nbytes
+        return dist.all_reduce(numbers, op, group=self._own, async_op=not wait)
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """If an error leaves the ``with`` block that the others have not heard of, tell them."""
+        if self._watching:
+            yield
+            return
+        self._watching = True
         try:
             yield
         except BaseException as error:
@@ -245,7 +300,7 @@ class Processes:
                     self._tell(error)
             raise
         finally:
-            self._raised, self.unheard = None, False  # its frames hold tensors
+            self._raised, self.unheard, self._watching = None, False, False  # its frames hold tensors
 
     def _tell(self, error: BaseException) -> None:
         """Join the reduction that the others come to next."""
@@ -258,10 +313,8 @@ class Processes:
 
         They hear of it even if they come later.
         """
-        self.collectives += 1
-        self.reduced_bytes += frame.nbytes
         try:
-            work = dist.all_reduce(frame, group=self._own, async_op=True)
+            work = self._submit(frame, wait=False)
             until = time.monotonic() + PATIENCE
             while not work.is_completed() and time.monotonic() < until:
                 time.sleep(0.002)

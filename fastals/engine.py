@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastals import kernels, rng
 from fastals.anatomy import Anatomy, anatomy, distinct_modules
-from fastals.buffers import Unit
+from fastals.buffers import Unit, unit_groups
 from fastals.cache import ActivationCache
 from fastals.callers import FreshGradients
 from fastals.compiler import TracedError, is_compiled
@@ -34,7 +34,7 @@ from fastals.reports import Reports
 from fastals.schedule import BETWEEN, SCHEDULES, Batch, is_due, keep_all, note_turn
 from fastals.search import MEMORY, plain_memory, schedule_next_search
 from fastals.settings import Settings, refuse_replaced, refuse_resized
-from fastals.shards import refuse_unsupported, reshard
+from fastals.shards import is_sharded, local, refuse_unsupported, reshard
 from fastals.surroundings import FirstWriteError
 from fastals.verify import SPOT_CHECKS, inspect
 
@@ -125,7 +125,7 @@ class Engine:
         return self._step(closure, loss)
 
     def _step(self, closure: MicroBatches, loss: Tensor | float | None) -> Tensor:
-        self._meet()
+        self.meet()
         losses = self._losses(closure)
         with torch.cuda.device_of(losses.params[0]), undone_on_error() as undo:  # Triton launches on the current device
             undo += losses.undoing()
@@ -158,7 +158,7 @@ class Engine:
             refuse_scaled(losses)
         return start
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
         """Make sure that all processes train alike, and that weights of FSDP2 are the shards."""
         self.modules = self.find_modules()
         refuse_unsupported(self.modules)
@@ -300,7 +300,7 @@ class Engine:
             return HostUnits(self.groups, self.settings, self.state, self.processes)
         from fastals.device import DeviceUnits  # needs Triton
 
-        return DeviceUnits(self.groups, self.settings, self.state)
+        return DeviceUnits(self.groups, self.settings, self.state, self.processes)
 
     @property
     def fused(self) -> bool:
@@ -314,12 +314,24 @@ class Engine:
         params, wanted = self.params(), self.settings.fused
         if wanted is False or (wanted == "auto" and any(p.device.type != "cuda" for p in params)):
             return False
-        reason = kernels.why_not_fused(params)
+        reason = kernels.why_not_fused([local(p.detach()) for p in params]) or self._why_not_shared()
         if reason and wanted is True:
             raise ValueError(
                 f"fused=True is not possible here: {reason}. With fused='auto' the plain path runs instead"
             )
         return not reason
+
+    def _why_not_shared(self) -> str:
+        """Why the kernels cannot sum over the processes; empty if they can."""
+        shares = [{self.processes.share(p) for g in groups for p in g["params"]} for groups in unit_groups(self.groups)]
+        if all(len(found) == 1 for found in shares):
+            return ""
+        return "tensor parallelism shards some parameters of a unit and replicates others, and the kernels weigh a unit"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds parts of parameters."""
+        return any(map(is_sharded, self.params()))
 
     def new_cache(self) -> ActivationCache | None:
         """A cache of the modules as they are now, or None."""

@@ -182,6 +182,8 @@ class Evaluations:
             StaleRecordError: a call was replayed in some process that should have been computed.
             PeerError: it has failed in another process.
         """
+        if not self.processes.waits:
+            return self._recorded(self._call(running, gradients, closure or self.closure))
         own, failure = torch.tensor(math.nan), None
         try:
             own = self._call(running, gradients, closure or self.closure)
@@ -192,6 +194,16 @@ class Evaluations:
         except StaleRecordError:
             self.look_again |= self.processes.several
             raise
+
+    def _recorded(self, own: Tensor) -> Evaluated:
+        """The loss of an evaluation that is recorded, as all processes see it."""
+        if not self.processes.several:
+            return Evaluated(own, own)
+        comparison = self.cache.comparison if self.cache is not None else None
+        mean, doubt = self.processes.recorded_mean(own, comparison.differs if comparison is not None else None)
+        if comparison is not None:
+            comparison.agreed = doubt
+        return Evaluated(own, mean)
 
     def _notes(self) -> tuple[bool, bool, bool]:
         """See :data:`fastals.distributed.NOTES`."""
@@ -209,7 +221,7 @@ class Evaluations:
         drawn = self.learned.drawn
         if self.cache is None:
             return loss
-        if self.processes.several and self.cache.guessed_wrong:
+        if self.processes.several and self.processes.waits and self.cache.guessed_wrong:
             raise StaleRecordError
         if drawn is None:
             return loss

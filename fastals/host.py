@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastals.buffers import Gradients, Unit, unit_groups
-from fastals.distributed import SUMS, Processes
+from fastals.distributed import Processes
 from fastals.learned import ALL_UNITS
 from fastals.losses import Losses
 from fastals.passes import Passes, Scratch, Sums
@@ -178,7 +178,7 @@ class HostBatch:
             own = [number for unit in moves for number in self.measured[unit].squared()]
             total = processes.total(own, f"sums of {[unit.name for unit in moves]}")
             for i, unit in enumerate(moves):
-                self.measured[unit] = Sums.of_squared(total[i * SUMS : (i + 1) * SUMS])
+                self.measured[unit] = Sums.of_squared(total[i * len(Sums._fields) : (i + 1) * len(Sums._fields)])
 
     def _aim(self, unit: Unit) -> Aim:
         """The bounds of the unit's step by its sums."""

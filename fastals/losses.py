@@ -158,7 +158,8 @@ class Losses(Evaluations):
             return self._checked_trial(unit, record)
         comparison = self.comparison(unit)
         loss = self._cached(comparison, record)
-        if comparison.differs is None:
+        looked = self.processes.several and self.processes.waits  # at the guesses of all processes
+        if looked or comparison.differs is None:
             return loss
         self._doubt = comparison.differs if self._doubt is None else self._doubt | comparison.differs
         return torch.where(comparison.differs, torch.full_like(loss, math.nan), loss)

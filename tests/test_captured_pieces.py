@@ -327,7 +327,7 @@ class Traced:
         self.opt = fastals.ALS(fastals.units(model), model=model, fused=True, **options)
         with torch.no_grad():
             units = self.opt.engine.partition.units
-        self.opt.engine._meet()
+        self.opt.engine.meet()
         self.opt.engine.refresh()
         self.opt.engine.learned.trusted.update(dict.fromkeys([*(u.name for u in units), "all units"], True))
         learned = self.opt.engine.learned

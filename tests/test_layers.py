@@ -20,13 +20,13 @@ FLOORS = (  # from the top; modules of one folder may use each other
     ("losses", "search", "passes"),
     ("evaluation", "blocks", "callers"),
     ("learned", "microbatches"),
-    ("buffers", "cache"),
+    ("buffers", "cache", "distributed"),
     ("compare",),
     ("calls",),
     ("reports",),
     ("standstill",),
     ("surroundings", "stamps", "partition", "presets", "report", "rng", "interrupt", "intercept", "anatomy", "errors"),
-    ("compiler",),
+    ("compiler", "shards"),
     ("kernels",),
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}

@@ -1,6 +1,5 @@
 """Several processes take the steps that one process takes with the data of all."""
 
-
 import pytest
 import torch
 from helpers.parallel import KINDS, batch, parallel, tiny_llama, train, train_alone

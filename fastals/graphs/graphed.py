@@ -4,6 +4,7 @@ import gc
 import math
 import time
 import warnings
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -110,7 +111,7 @@ class GraphedStep:
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
         self._programs: OrderedDict[Hashable, Captured] = OrderedDict()
         self._identity: Hashable = None
-        self._draws = False
+        self._draws = self._captures = False
         self._give_up = why_not_graphed(self.engine) if backend is None else why_not_recorded(self.engine)
         if self._give_up:
             self.mode = GraphMode("eager", self._give_up)
@@ -126,6 +127,10 @@ class GraphedStep:
 
     def __call__(self, batch: Inputs) -> Tensor:
         """Make one step; returns f(w_t) before it, on the device."""
+        with self.engine.processes.failing_together():
+            return self._step(batch)
+
+    def _step(self, batch: Inputs) -> Tensor:
         if isinstance(batch, Mapping) and tree_is_leaf(batch):
             batch = dict(batch)
         if self.pad_to_multiple_of is not None:
@@ -136,10 +141,13 @@ class GraphedStep:
             return self._eagerly(batch)
         leaves, spec = tree_flatten(batch)
         modules = self.engine.find_modules()
+        signature: Hashable = None
         try:
             signature = _signature(leaves, spec, modules)
         except TypeError as error:
             self._abandon_graphs(f"the batch holds more than tensors and constants: {error}")
+        signature = self._joint(signature, modules)
+        if self._give_up:
             return self._eagerly(batch)
         if self._forget_if_changed(modules) or self._seen.get(signature, 0) < WARMUP:
             return self._warm_up(signature, batch)
@@ -147,6 +155,7 @@ class GraphedStep:
             captured = self._captured(signature, leaves, spec)
             search = self.engine.is_due(captured.program.units)
             tail = self._tail(captured.program, search)
+            self._agree()
         except Exception as error:
             self._drop_captures()
             loss = self._eagerly(batch)  # an error of the loss itself is raised here as in any eager step
@@ -159,6 +168,34 @@ class GraphedStep:
         except OutdatedError:
             self._start_over("a trial that was replayed should have been computed")
             return self._warm_up(signature, batch)
+
+    def _joint(self, signature: Hashable, modules: list[torch.nn.Module]) -> Hashable:
+        """The signature with those of the other processes, so that all hold a program, or none does.
+
+        If one has given graphs up, or has to start over, all do.
+        """
+        processes = self.engine.processes
+        if not processes.several:
+            return signature
+        self.engine.meet()
+        own = zlib.crc32(repr((torch.distributed.get_rank(), signature)).encode())
+        anew = self._standing(modules) != self._identity
+        total, given_up, changed = processes.total([own, bool(self._give_up), anew], "signatures")
+        if given_up and not self._give_up:
+            self._abandon_graphs("another process has given graphs up")
+        if changed:
+            self._identity = None
+        return signature, total
+
+    def _agree(self) -> None:
+        """Wait until all processes have captured this step, if this one had to.
+
+        Raises:
+            PeerError: the capture has failed in another process.
+        """
+        if self._captures:
+            self._captures = False
+            self.engine.processes.agree()
 
     @property
     def pool_bytes(self) -> int:
@@ -234,6 +271,7 @@ class GraphedStep:
     def _capture(self, leaves: list[Any], spec: TreeSpec) -> Captured:
         inputs = [leaf.to(self._device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         batch = tree_unflatten(inputs, spec)
+        self._captures = True
         backend = self._make_backend(self._device, self._stream, draws=self._draws)
         with self._timed(), self._on_stream():
             program = Program(self.engine, lambda: self.loss_fn(batch), backend)
@@ -244,6 +282,7 @@ class GraphedStep:
         turn = turn_of([unit.rules for unit in program.units]) if self.engine.settings.takes_turns else 0
         key = turn if search else "keep"
         if key not in program.tails:
+            self._captures = True
             with self._timed(), self._on_stream():
                 program.capture_tail(key, partial(self.engine.move, search=search), self.engine.seed)
             self._identity = self._standing(
@@ -349,6 +388,8 @@ def why_not_recorded(engine: Engine) -> str:
         return "order='random' draws another sequence of searches in every step"
     if settings.merge_below is not None:
         return "merge_below looks at the step sizes after every step"
+    if engine.is_sharded:
+        return "the collectives of FSDP2 and DTensors run between the kernels of a step, under the host's control"
     return "" if engine.fused else "the optimizer does not run its fused kernels (fused=True says why)"
 
 

@@ -204,7 +204,7 @@ class Program:
             engine.modules,
             cache,
             _settled(engine.learned, [u.name for u in units]),
-            engine.processes,
+            engine.processes.recording(),
             lazy=True,
         )
         self.generators = rng.get_state(self.losses.generators.devices)
@@ -240,6 +240,8 @@ class Program:
         batch.learn()
         operations, whole = recorder.finish(), not self.backend.draws
         linked = [Run(self.head), *operations] if whole else operations
+        if self.losses.processes.several:
+            return Tail(operations, batch, None, False, "several processes: a loop on the device takes no collectives")
         try:
             return Tail(operations, batch, self.backend.link(linked, self.device.arena.flags), whole, "")
         except Exception as error:  # the bindings raise errors of any class

@@ -48,7 +48,11 @@ def parallel(kind, model):
     if kind in ("tp", "fsdp_tp"):
         across = mesh["b"] if kind == "fsdp_tp" else mesh
         plan = {f"self_attn.{n}_proj": ColwiseParallel() for n in "qkv"} | {"self_attn.o_proj": RowwiseParallel()}
-        plan |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+        plan |= {
+            "mlp.gate_proj": ColwiseParallel(),
+            "mlp.up_proj": ColwiseParallel(),
+            "mlp.down_proj": RowwiseParallel(),
+        }
         for block in blocks:
             parallelize_module(block, across, plan)
     if kind != "tp":
@@ -84,7 +88,7 @@ def train(rank, kind, steps, options, uneven=False, dtype=torch.float32):
     found = []
     for step in range(steps):
         data = batch(step, part, sizes(parts, uneven=uneven)[part])
-        opt.step(lambda: model(**data).loss)
+        opt.step(lambda data=data: model(**data).loss)
         found.append(decisions(opt.report))
     return found, whole(model)
 

@@ -13,11 +13,18 @@ from pathlib import Path
 
 import torch
 
-PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "transformers", "fastals", "pytest"]
+PRELOADED = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "transformers",
+    "fastals",
+    "pytest",
+]
 PATIENCE = 20.0  # seconds after which a collective gives up; a test that hangs takes longer
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """What a process has raised, as text."""
 
 
@@ -25,7 +32,7 @@ def together(size, function, *args, limit=60.0, patience=PATIENCE, dying=()):
     """Call ``function(rank, *args)`` in ``size`` processes; their results by rank.
 
     Raises:
-        Failed: a process has raised an error.
+        FailedError: a process has raised an error.
         AssertionError: they have not ended within ``limit`` seconds, or one has died that is not among ``dying``.
     """
     context = multiprocessing.get_context("forkserver")
@@ -57,7 +64,7 @@ def _result(rank, pipe, until, dying):
         assert dying, f"rank {rank} has died"
         return None
     if not good:
-        raise Failed(f"rank {rank}: {result}")
+        raise FailedError(f"rank {rank}: {result}")
     return result
 
 

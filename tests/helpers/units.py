@@ -5,6 +5,7 @@ import inspect
 import fastals
 from fastals.blocks import Scratch
 from fastals.device import DeviceUnits
+from fastals.distributed import Processes
 from fastals.passes import Passes
 from fastals.settings import sort_arguments
 
@@ -19,7 +20,7 @@ def device_units(groups, kind, averages, state, *, several=False):
     """The groups as one unit of the fused kernels, or as a unit each."""
     for i, group in enumerate(groups):
         group["unit"] = i if several else 0
-    return DeviceUnits(groups, settings(direction=kind, momentum="after" if averages else "none"), state)
+    return DeviceUnits(groups, settings(direction=kind, momentum="after" if averages else "none"), state, Processes())
 
 
 def passes(unit):
