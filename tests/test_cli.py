@@ -9,30 +9,18 @@ import time
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from helpers.films import arguments, lines, save_model, save_table, weights
+from transformers import BertForSequenceClassification
 
 from fastals.cli.data import load_texts
 from fastals.cli.main import main
-
-WORDS = ["good", "bad", "film", "plot", "actor", "very", "not", "the", "a", "and"]
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A folder with a two-block BERT and a word-level tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("model")
-    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32,
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder)
+    save_model(folder)
     return folder
 
 
@@ -40,26 +28,14 @@ def model(tmp_path_factory):
 def table(tmp_path):
     """A csv file with two separable classes."""
     path = tmp_path / "films.csv"
-    rows = [f"the film and the {WORDS[i % 7]} very {'good' if i % 2 else 'bad'},{i % 2}" for i in range(60)]
-    path.write_text("\n".join(["text,label", *rows]) + "\n")
+    save_table(path)
     return path
-
-
-def arguments(model, table, tmp_path, *more):
-    return [
-        "finetune", "--model", str(model), "--dataset", str(table), "--batch-size", "4", "--max-length", "8",
-        "--output", str(tmp_path / "runs"), "--name", "one", "--device", "cpu", *more,
-    ]  # fmt: skip
 
 
 def start(command):
     """The command line in a process of its own: two runs are equal bit by bit only with the same threads."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-m", "fastals.cli.main", *command], env=environment)
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_writes_metrics_summary_pictures_and_model(model, table, tmp_path, capsys):
@@ -112,8 +88,8 @@ def test_an_interrupted_run_resumes_with_the_same_trajectory(model, table, tmp_p
     assert start(["finetune", "--resume", str(folder)]).wait(120) == 0
     whole = tmp_path / "straight" / "runs" / "one"
     assert lines(folder) == lines(whole)
-    weights = [BertForSequenceClassification.from_pretrained(f / "model").state_dict() for f in (folder, whole)]
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    resumed, uninterrupted = weights(folder), weights(whole)
+    assert all(torch.equal(resumed[k], uninterrupted[k]) for k in resumed)
 
 
 def test_report_draws_finished_runs_together(model, table, tmp_path, capsys):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastals.cli import ranks
 from fastals.cli.data import LabelledTexts, batch_rows, encode, load_texts
 from fastals.cli.errors import UserError, needs_extra
 from fastals.cli.runs import Config
@@ -22,6 +23,7 @@ class Experiment:
     """Data, tokenizer and settings of a configuration; wrong ones are refused before anything is written."""
 
     def __init__(self, config: Config) -> None:
+        _check_processes(config)
         self.config, self.device = config, _device(config.device)
         self.texts: LabelledTexts = load_texts(config.dataset, config.text_column, config.label_column)
         self.model_path = _model_path(config.model)
@@ -30,7 +32,10 @@ class Experiment:
         self.options = als_options(config)
 
     def build_model(self) -> nn.Module:
-        """The pretrained model with a fresh classifier, the same for every optimizer."""
+        """The pretrained model with a fresh classifier, the same for every optimizer and in every process.
+
+        Then every process draws dropout masks of its own; the first one those of a run in one process.
+        """
         from transformers import AutoModelForSequenceClassification
 
         torch.manual_seed(self.config.seed)
@@ -46,23 +51,25 @@ class Experiment:
             ) from error
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
+        if ranks.rank():
+            torch.manual_seed(self.config.seed + ranks.rank())
         return model.to(self.device).train()
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Mini-batch ``step``."""
+        """Mini-batch ``step``, or the part of it that this process takes."""
         rows = batch_rows(len(self.texts.train), self.config.batch_size, self.config.seed, step)
-        return self._encode([self.texts.train[i] for i in rows])
+        return self._encode([self.texts.train[i] for i in ranks.part(rows)])
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
-        """Held-out accuracy, dropout off."""
+        """Held-out accuracy, dropout off. Every process counts in its part of the texts."""
         model.eval()
         right, held_out = 0, self.texts.held_out
-        for i in range(0, len(held_out), 32):
+        for i in range(32 * ranks.rank(), len(held_out), 32 * ranks.size()):
             batch = self._encode(held_out[i : i + 32])
             with self.autocast():
                 right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
-        return right / len(held_out)
+        return ranks.total(right) / len(held_out)
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass: bfloat16 autocast with ``--precision bf16``."""
@@ -70,6 +77,21 @@ class Experiment:
 
     def _encode(self, examples: list) -> dict[str, Tensor]:
         return {k: v.to(self.device) for k, v in encode(self.tokenizer, examples, self.config.max_length).items()}
+
+
+def _check_processes(config: Config) -> None:
+    """Refuse what several processes cannot do together."""
+    if not ranks.several():
+        return
+    if config.compare or config.optimizer == "eager":
+        raise UserError(
+            f"the optimizer eager is the reference in one process, and here are {ranks.size()}: "
+            "leave out --compare, and use --optimizer als or adamw"
+        )
+    if config.batch_size % ranks.size():
+        raise UserError(
+            f"--batch-size {config.batch_size} cannot be cut into {ranks.size()} equal parts, one for each process"
+        )
 
 
 def als_options(config: Config) -> dict[str, Any]:
@@ -146,8 +168,8 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: use --device cpu, or auto")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return ranks.device(name)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastals.cli import ranks
 from fastals.cli.bench import bench_compare, bench_report
 from fastals.cli.errors import UserError, needs_extra
 from fastals.cli.experiment import DEFAULT_STEPS, OPTIMIZERS, Experiment, als_options, build_optimizer
@@ -34,31 +35,41 @@ ALS_OPTIONS: dict[str, dict[str, Any]] = {
     "merge-below": {"type": float, "help": "merge units whose step size falls below this"},
 }
 
+PROCESSES = (
+    "On several GPUs: torchrun --nproc-per-node 2 --no-python fastals finetune ... Each process takes an equal part of "
+    "every mini-batch, and all take the steps of one process with the whole mini-batch, up to rounding and dropout "
+    "masks. The first process writes the run's folder. Resumed with as many processes, a run goes on as if it had not "
+    "been interrupted; with fewer or more, it goes on with other dropout masks."
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parsed = _parser().parse_args(arguments)
     try:
-        return parsed.command(parsed)
+        code = parsed.command(parsed)
     except UserError as error:
-        print(f"fastals: {error}", file=sys.stderr)
-        return 2
+        ranks.say(f"fastals: {error}", error=True)
+        code = 2
+    ranks.leave()
+    return code
 
 
 def finetune(arguments: argparse.Namespace) -> int:
     """Train one optimizer, or all of them in turn on the same batches."""
-    folder, config = _resumed(arguments) if "resume" in arguments else _new(arguments)
-    experiment = Experiment(config)
+    ranks.join()
+    folder, config = ranks.shared(lambda: _resumed(arguments) if "resume" in arguments else _new(arguments))
     runs = {config.optimizer: RunFolder(folder)}
     if config.compare:
         runs |= {name: RunFolder(folder / name) for name in OPTIMIZERS if name != config.optimizer}
-    for name in runs:
-        build_optimizer(name, experiment.build_model(), experiment)  # refuse before anything is written
+    experiment = ranks.agreed(lambda: _prepared(config, list(runs)))
     if not _train_all(experiment, runs):
-        print(f"interrupted; go on with: fastals finetune --resume {shlex.quote(str(folder))}", file=sys.stderr)
+        launcher = f"torchrun --nproc-per-node {ranks.size()} --no-python " if ranks.several() else ""
+        again = f"{launcher}fastals finetune --resume {shlex.quote(str(folder))}"
+        ranks.say(f"interrupted; go on with: {again}", error=True)
         return 130
     _show(runs, folder, ("loss.png", "step_sizes.png"))
-    print(f"metrics, pictures and the model are in {folder}/")
+    ranks.say(f"metrics, pictures and the model are in {folder}/")
     return 0
 
 
@@ -90,10 +101,18 @@ def _new(arguments: argparse.Namespace) -> tuple[Path, Config]:
     return folder, config
 
 
+def _prepared(config: Config, optimizers: list[str]) -> Experiment:
+    """The experiment, after all that can be wrong was tried: nothing is written before."""
+    experiment = Experiment(config)
+    for name in optimizers:
+        build_optimizer(name, experiment.build_model(), experiment)
+    return experiment
+
+
 def _train_all(experiment: Experiment, runs: dict[str, RunFolder]) -> bool:
     """Train every optimizer whose run is not finished; False if the user stopped one."""
     for name, run in runs.items():
-        if run.read_summary() is None:
+        if ranks.shared(run.read_summary) is None:
             run.create(replace(experiment.config, optimizer=name))
             if not _train(experiment, name, run):
                 return False
@@ -110,7 +129,7 @@ def _train(experiment: Experiment, name: str, run: RunFolder) -> bool:
         TextColumn("{task.description:>6}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}  {task.fields[trials]} trials"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns) as progress:
+    with Progress(*columns, disable=ranks.rank() > 0) as progress:
         bar = progress.add_task(name, total=None, loss=float("nan"), trials=0)
 
         def show(step: int, steps: int, loss: float, trials: int) -> None:
@@ -123,6 +142,7 @@ def _train(experiment: Experiment, name: str, run: RunFolder) -> bool:
     return True
 
 
+@ranks.by_first
 def _show(runs: dict[str, RunFolder], folder: Path, pictures: tuple[str, str]) -> None:
     """Draw the runs and print their table."""
     from rich.console import Console
@@ -164,7 +184,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_finetune(
         commands.add_parser(
-            "finetune", help="fine-tune a text classifier", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            "finetune",
+            help="fine-tune a text classifier",
+            epilog=PROCESSES,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     )
     _add_report(commands.add_parser("report", help="compare finished runs"))

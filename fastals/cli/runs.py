@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastals.cli.errors import UserError
+from fastals.cli.ranks import by_first
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,17 @@ class Config:
 
 
 class RunFolder:
-    """The files of one optimizer's run. :meth:`create` makes the folder; nothing is written before."""
+    """The files of one optimizer's run. :meth:`create` makes the folder; nothing is written before.
+
+    Of several processes, the first one writes.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.metrics, self.checkpoint = folder / "metrics.jsonl", folder / "checkpoint.pt"
         self.configuration, self.summary = folder / "config.json", folder / "summary.json"
 
+    @by_first
     def create(self, config: Config) -> None:
         """Make the folder and write the configuration."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +68,7 @@ class RunFolder:
         known = {f.name for f in fields(Config)}
         return Config(**{k: v for k, v in values.items() if k in known})
 
+    @by_first
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add the line of one step; NaN becomes null."""
         with self.metrics.open("a") as file:
@@ -74,6 +80,7 @@ class RunFolder:
             raise UserError(f"{self.folder} is no run: it has no {self.metrics.name}")
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
+    @by_first
     def truncate_metrics(self, steps: int) -> None:
         """Keep the lines of the first ``steps`` steps."""
         lines = self.metrics.read_text().splitlines()[:steps] if self.metrics.is_file() else []
@@ -83,17 +90,19 @@ class RunFolder:
         with replacing(self.metrics) as path:
             path.write_text("".join(f"{line}\n" for line in lines))
 
+    @by_first
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write a checkpoint; a crash meanwhile leaves the previous one."""
         with replacing(self.checkpoint) as path:
             torch.save(state, path)
 
-    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
-        """The last checkpoint; None if there is none yet."""
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint, on the CPU; None if there is none yet."""
         if not self.checkpoint.is_file():
             return None
-        return torch.load(self.checkpoint, map_location=device, weights_only=True)
+        return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
 
+    @by_first
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, which marks the run as finished, and remove the checkpoint."""
         with replacing(self.summary) as path:
