@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,6 @@ import transformers as hf
 from rivals import Rival, als
 from shapes import CLASSES
 from stamp import stamp
-from tasks import TASKS, Task
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -42,6 +41,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastals.distributed import LOSS, SUMS
+
+if TYPE_CHECKING:
+    from tasks import Task
 
 TOTAL, EACH = 16, 4
 SIZES = (1, 2, 4)
@@ -94,7 +96,16 @@ def spread(model: nn.Module, parallel: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def mini_batches(task: Task | Tiny, case: Case, rank: int) -> Iterator[dict[str, Tensor]]:
+def task_of(name: str) -> "Task | Tiny":
+    """The task of this name."""
+    if name == "tiny":
+        return Tiny()
+    from tasks import TASKS
+
+    return TASKS[name]("cpu")
+
+
+def mini_batches(task: "Task | Tiny", case: Case, rank: int) -> Iterator[dict[str, Tensor]]:
     """Mini-batches of one process; those of a step are the same texts however many processes divide them."""
     for step in range(case.first + case.rounds + case.counted):
         first = (step * case.processes + rank) * case.texts
@@ -130,7 +141,7 @@ def _bytes(argument: Any) -> int:
 
 def measure(rank: int, case: Case) -> dict[str, Any]:
     """Seconds, reductions, trials and collectives of this process, which torch.distributed has connected."""
-    task = Tiny() if case.task == "tiny" else TASKS[case.task]("cpu")
+    task = task_of(case.task)
     rivals = {name: make(spread(task.model(0), case.parallel)) for name, make in (("als", als), ("adamw", adamw))}
     batches = iter(list(mini_batches(task, case, rank)))
     for _ in range(case.first):
@@ -221,7 +232,7 @@ def scaling_table(records: Iterable[dict[str, Any]]) -> str:
     """The table of measured cases."""
     head = [
         "model", "processes", "texts each", "ALS / AdamW (lowest - highest)", "by forward passes", "trials",
-        "own reductions, bytes", "collectives of the model", "of AdamW's",
+        "own reductions, bytes", "model's collectives", "model's with AdamW",
     ]  # fmt: skip
     return _table(head, map(_row, records))
 
@@ -248,6 +259,8 @@ def scaling_kinds(processes: int, texts: int) -> str:
 
 def _calls(collectives: dict[str, float]) -> str:
     calls = {k: v for k, v in collectives.items() if k != "MB"}
+    if not calls:
+        return "none"
     return ", ".join(f"{n:g} {name}" for name, n in calls.items()) + f"; {collectives['MB']:.1f} MB"
 
 
@@ -262,12 +275,13 @@ NODE = 8  # GPUs of a node
 SLOWER = 3.0  # a poor network by NCCL's estimate: 75.4 µs measured for 4 KiB on 16 H100 where NCCL expects 25.9 µs
 GPUS = (8, 64, 256, 1024)
 BLOCKS, PARAMETERS = 32, 8.03e9  # Llama 3 8B
+ROOT = 2 * 128256 * 4096 / PARAMETERS  # share of its embeddings and head, which are in no block
 STEP = 8192 / 2904  # seconds of its step: tokens of a GPU in a step by tokens a second, torchtitan on 64 A100
 JOINT, OF_UNITS, SEARCHED = 1.07, 1.26, 0.5  # trials and searches a step, stored convergence runs of 240 steps
 
 
 def reductions(trials: float, searched: float) -> float:
-    """Reductions of a step: f(w_t), one for each trial, the sums of all units and of those searched, the commit."""
+    """Reductions of a step: f(w_t), its replay, each trial, the sums of the units in one or two parts, the commit."""
     return 4 + trials + searched
 
 
@@ -304,11 +318,15 @@ def paper_tables() -> str:
             for n, t, share in ((n, latency(n), made * latency(n) / 1e6 / STEP) for n in GPUS)
         ],
     )
-    middle = (BLOCKS + 1) / (2 * BLOCKS)  # share of the blocks that a cached trial of a unit runs, on average
+    of_unit = ROOT + (1 - ROOT) * (BLOCKS + 1) / (2 * BLOCKS)  # the root, and the blocks from the unit's on
     kinds = {
-        "forward and backward, as AdamW": 2.0, "a joint trial": 1.0, "a trial of a unit, cached": middle,
-        "the same, not cached": 1.0, "what a step of the relay adds": JOINT + OF_UNITS * middle,
-    }  # fmt: skip
+        "forward and backward, as AdamW": 2 - ROOT,  # the root stays gathered between them
+        "a joint trial": 1.0,
+        "a trial of a unit, cached, on average": of_unit,
+        "the same, not cached": 1.0,
+        "f(w_t) replayed, once a step": ROOT,
+        "all that a step of the relay adds": JOINT + OF_UNITS * of_unit + ROOT,
+    }
     large = _table(
         ["gathered for", "of all weights", *(f"{n} GPUs" for n in GPUS)],
         [[name, f"{f:.2f}x", *(f"{gathered_gb(n, f):.1f} GB" for n in GPUS)] for name, f in kinds.items()],
