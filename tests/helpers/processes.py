@@ -10,7 +10,10 @@ import traceback
 
 import torch
 
-PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "transformers", "fastals", "pytest"]
+PRELOADED = [
+    "torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "transformers", "transformers.trainer",
+    "lightning", "fastals", "pytest",
+]  # fmt: skip
 PATIENCE = 20.0  # seconds after which a collective gives up; a test that hangs takes longer
 
 
