@@ -60,7 +60,25 @@ class Comparison:
         return reduce(torch.logical_or, self._unequal) if self._unequal else None
 
     def same(self, call: Call, arguments: Arguments, stamps: Stamps) -> bool:
-        """Whether the arguments are those of the recorded call."""
+        """Whether the arguments are those of the recorded call, in all processes.
+
+        These agree on a call as a whole: a mask may be compared in one of them, and be left out in another one whose
+        mini-batch has no padding.
+        """
+        if self.agree is None:
+            return self._same_here(call, arguments, stamps)
+        guess = self.name, *call.key
+        if self.wait:
+            same = self.agree(self._same_here(call, arguments, stamps))
+            self.guesses[guess] = same and self.guesses.get(guess, True)
+            return same
+        if not self.guesses.get(guess, self.at_start):
+            return False
+        if not self._same_here(call, arguments, stamps):
+            self._unequal.append(torch.ones((), dtype=torch.bool, device=self.device))
+        return True
+
+    def _same_here(self, call: Call, arguments: Arguments, stamps: Stamps) -> bool:
         if len(arguments.leaves) != len(call.inputs) or arguments.shape != call.shape:
             return False
         leaves = zip(arguments.leaves, call.inputs, call.input_stamps, strict=True)
@@ -105,10 +123,10 @@ class Comparison:
         leaf, kept = local(leaf), local(kept)
         if self.wait or (leaf.device != self.device and self.agree is None):
             equal = torch.equal(leaf, kept) or (kept.numel() <= SMALL and _equal_but_for_nan(leaf, kept))
-            equal = equal if self.agree is None else self.agree(equal)
-            self.guesses[key] = equal and self.guesses.get(key, True)
+            if self.agree is None:
+                self.guesses[key] = equal and self.guesses.get(key, True)
             return equal
-        if not self.guesses.get(key, self.at_start):
+        if self.agree is None and not self.guesses.get(key, self.at_start):
             return False
         self._unequal.append((leaf != kept).any().to(self.device))
         return True

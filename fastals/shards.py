@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -123,9 +125,20 @@ def refuse_unsupported(modules: Iterable[nn.Module]) -> None:
 
 @contextmanager
 def without_sync(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """No reduction of gradients by DistributedDataParallel inside the ``with`` block."""
+    """No reduction of gradients by DistributedDataParallel inside the ``with`` block.
+
+    Frameworks put it around the model after the optimizer was made from that, so it is found where it is called: here,
+    or around the code that makes the step, as Lightning calls ``training_step``.
+    """
     with ExitStack() as stack:
-        for module in modules:
+
+        def hold(module: object, *_: object) -> None:
             if isinstance(module, DistributedDataParallel):
                 stack.enter_context(module.no_sync())
+
+        for module in modules:
+            hold(module)
+        if dist.is_available() and dist.is_initialized():
+            hold(getattr(DistributedDataParallel, "_active_ddp_module", None))
+            stack.callback(register_module_forward_pre_hook(hold).remove)
         yield

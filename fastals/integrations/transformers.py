@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastals.optimizer import ALS
 from fastals.partition import units
 from fastals.settings import sort_arguments
+from fastals.shards import is_sharded
 
 try:
     from transformers import Trainer, TrainingArguments
@@ -52,7 +53,8 @@ class LineSearch(_Base):
     ``gradient_accumulation_steps`` are collected, and each has its own forward and backward; the call of
     ``optimizer.step()`` in the Trainer's loop finds the step made. So ``on_pre_optimizer_step`` sees the weights after
     the step, and the gradients before it. A loss that is not finite moves nothing, and training goes on with the next
-    mini-batch.
+    mini-batch. Processes that torchrun has started make one step together, from the mean of their losses, with the
+    model whole in each of them or sharded (``fsdp=True``).
 
     Of the training arguments the optimizer takes ``adam_beta1``, ``adam_beta2``, ``adam_epsilon``, ``weight_decay``
     (not on biases and norms, as in the Trainer), ``max_grad_norm`` (clips the direction) and ``seed``;
@@ -66,7 +68,7 @@ class LineSearch(_Base):
     Raises:
         TypeError: ``als`` is no dict or has an argument that ALS does not have, or the mixin does not come first.
         ValueError: one of them is out of its range, another optimizer is asked for, or training that a line search does
-            not support (``fp16``, whose gradients are scaled, DeepSpeed, DataParallel).
+            not support (``fp16``, whose gradients are scaled, DeepSpeed, FSDP1, DataParallel).
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -165,7 +167,8 @@ class LineSearch(_Base):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """The norm for the logs; ALS has clipped the direction."""
-        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return norm.full_tensor() if is_sharded(norm) else norm
 
 
 class ALSTrainer(LineSearch, Trainer):
@@ -261,10 +264,19 @@ def _refuse_unsupported(trainer: Any) -> None:
     if trainer.args.fp16:
         raise ValueError("fp16=True scales the gradients, which a line search cannot use: set bf16=True, or neither")
     if trainer.is_deepspeed_enabled:
-        raise ValueError("DeepSpeed makes the steps itself, without a closure: train without it")
+        raise ValueError(
+            "DeepSpeed makes the steps itself, without a closure: leave out deepspeed=, and set fsdp=True, which "
+            "shards weights, gradients and moments as well"
+        )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError(
+            "FSDP1 holds its weights in flat parameters, which units cannot be cut from: set "
+            "fsdp_config={'version': 2}, or `accelerate launch --fsdp_version 2`"
+        )
     if trainer.args.n_gpu > 1:
         raise ValueError(
-            f"{trainer.args.n_gpu} GPUs in one process (DataParallel) are not supported: set CUDA_VISIBLE_DEVICES=0"
+            f"{trainer.args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process for each by "
+            "torchrun, or set CUDA_VISIBLE_DEVICES=0"
         )
 
 

@@ -14,13 +14,9 @@ from pathlib import Path
 import torch
 
 PRELOADED = [
-    "torch",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "transformers",
-    "fastals",
-    "pytest",
-]
+    "torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "transformers.modeling_utils",
+    "transformers.trainer", "lightning", "fastals", "pytest",
+]  # fmt: skip
 PATIENCE = 20.0  # seconds after which a collective gives up; a test that hangs takes longer
 
 
