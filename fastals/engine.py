@@ -34,7 +34,7 @@ from fastals.reports import Reports
 from fastals.schedule import BETWEEN, SCHEDULES, Batch, is_due, keep_all, note_turn
 from fastals.search import MEMORY, plain_memory, schedule_next_search
 from fastals.settings import Settings, refuse_replaced, refuse_resized
-from fastals.shards import is_sharded, local, refuse_unsupported, reshard
+from fastals.shards import has_collectives, is_sharded, local, refuse_unsupported, reshard
 from fastals.surroundings import FirstWriteError
 from fastals.verify import SPOT_CHECKS, inspect
 
@@ -356,7 +356,8 @@ class Engine:
             if len(self._known) >= MOST_ANATOMIES:
                 self._known.pop(next(iter(self._known)))
             parts = [p for m in self.modules for p in m._parameters.values() if p is not None]
-            self._known[now] = Known(Learned(), self.new_cache(), self.modules, parts)
+            collective = self.processes.several and has_collectives(self.modules)
+            self._known[now] = Known(Learned(collective), self.new_cache(), self.modules, parts)
         known = self._known[now]
         if known.learned is not self.learned:
             self.cache, self.learned = known.cache, known.learned

@@ -76,8 +76,7 @@ class Evaluations:
     ) -> None:
         self.closure, self.params, self.cache, self.learned = closure, params, cache, learned
         self.processes, self.modules = processes, modules
-        # what one process replays others must not compute: their forwards may have collectives
-        self.wait = not (lazy or processes.several) or not learned.watched
+        self.wait = not (lazy or learned.collective) or not learned.watched
         self.generators = rng.Generators(rng.cuda_devices(params)) if cache is None else cache.generators
         self.before = self.after = self.generators.save()
         self.around = Surroundings(modules, set(map(id, params)), learned.memory, watch=not learned.watched)
@@ -93,7 +92,7 @@ class Evaluations:
 
     def comparison(self, name: str, *, at_start: bool = False) -> Comparison:
         """Compares arguments in an evaluation of this name."""
-        agree = self.processes.all_hold if self.processes.several else None
+        agree = self.processes.all_hold if self.learned.collective else None
         return Comparison(
             name, self.learned.guesses, self.params[0].device, wait=self.wait, at_start=at_start, agree=agree
         )

@@ -13,6 +13,7 @@ class Learned:
     """Facts about the model that earlier steps have established; a changed model starts a new one.
 
     Attributes:
+        collective: whether the calls of modules have collectives inside, so that all processes must replay the same.
         replays: whether the closure gives f(w_t) from recorded outputs alone, by the last step.
         verdicts: by ``replays`` and by unit, whether a cached trial of the unit equals a full forward.
         watched: whether a step has looked at everything that the forward writes and draws.
@@ -28,6 +29,7 @@ class Learned:
         obstacles: reasons of which the user has been told why calls are never replayed.
     """
 
+    collective: bool = False
     replays: bool = True
     verdicts: dict[bool, dict[str, bool]] = field(default_factory=lambda: {True: {}, False: {}})
     watched: bool = False

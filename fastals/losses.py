@@ -15,7 +15,7 @@ from fastals.errors import CheckError, StaleRecordError, non_finite
 from fastals.evaluation import Evaluated, Evaluations, Outcome
 from fastals.learned import Learned
 from fastals.microbatches import Closure, MicroBatches, checked
-from fastals.shards import recover, reshard, settle_gradients, without_sync
+from fastals.shards import recover, reshard, settle_gradients, with_buffers, without_sync
 from fastals.surroundings import Kept
 
 
@@ -58,7 +58,8 @@ class Losses(Evaluations):
             p.grad = None
         self.closure.scales.clear()  # of an attempt that has failed
         parts: list[Tensor] = []
-        last = self.evaluate(self.recording(), torch.enable_grad(), partial(self._all_but_last, parts))
+        with with_buffers(self.modules):
+            last = self.evaluate(self.recording(), torch.enable_grad(), partial(self._all_but_last, parts))
         self._note_drawn()
         self.unseen = self.processes.heard.unseen
         parts.append(self._differentiated(last))
@@ -222,9 +223,10 @@ class Losses(Evaluations):
         """Actions that put generators, gradients, buffers and untrained parameters back; each stands for itself."""
         grads = [partial(setattr, p, "grad", grad) for p, grad in self.grads]
         forget = [self.cache.clear] if self.cache is not None else []
-        outside = [self._uncover, self.around.undo, torch.clear_autocast_cache, partial(recover, self.modules)]
+        outside: list[Callable[[], object]] = [self._uncover, self.around.undo, torch.clear_autocast_cache]
         own = [kept.put_back for kept in self._own]
-        return [*forget, *own, *grads, *outside, partial(self.generators.restore, self.before)]
+        shards = partial(recover, self.modules)
+        return [*forget, *own, *grads, *outside, shards, partial(self.generators.restore, self.before)]
 
     def _uncover(self) -> None:
         """Put the gradients of untrained parameters back."""

@@ -116,8 +116,8 @@ class Passes:
                 self._put(block, tensors, move)
         self._weigh()
         found = _read(sums)
-        slope, norm, moving = sum(found[::3]), math.hypot(*found[1::3]), sum(found[2::3])
-        return Sums(slope, norm, moving, self.weight_norm, self.unit.elements)
+        slope, length, entries = sum(found[::3]), math.hypot(*found[1::3]), sum(found[2::3])
+        return Sums(slope, length, entries, self.weight_norm, self.unit.elements)
 
     def trial(self, eta: float) -> None:
         """Put w − η d into the parameters; η = 0 restores them bitwise, as far as they are held."""

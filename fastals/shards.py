@@ -4,8 +4,8 @@ Everything that fastals computes, it computes on the parts that lie here, as pla
 """
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -123,22 +123,46 @@ def refuse_unsupported(modules: Iterable[nn.Module]) -> None:
             )
 
 
-@contextmanager
-def without_sync(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """No reduction of gradients by DistributedDataParallel inside the ``with`` block.
+def has_collectives(modules: Iterable[nn.Module]) -> bool:
+    """Whether calls of the modules have collectives inside: those of FSDP2, of DTensors, of SyncBatchNorm."""
+    return any(
+        is_fsdp(m) or isinstance(m, nn.SyncBatchNorm) or any(map(is_sharded, m._parameters.values())) for m in modules
+    )
 
-    Frameworks put it around the model after the optimizer was made from that, so it is found where it is called: here,
+
+def without_sync(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """No reduction of gradients by DistributedDataParallel inside the ``with`` block."""
+    return _replicas(modules, lambda replica, stack: stack.enter_context(replica.no_sync()))
+
+
+def with_buffers(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """Broadcasts of buffers by DistributedDataParallel inside the ``with`` block, which forwards of trials put off."""
+
+    def sync(replica: DistributedDataParallel, _: ExitStack) -> None:
+        replica.require_forward_param_sync = True
+
+    return _replicas(modules, sync)
+
+
+@contextmanager
+def _replicas(
+    modules: Iterable[nn.Module], act: Callable[[DistributedDataParallel, ExitStack], object]
+) -> Iterator[None]:
+    """Act on every DistributedDataParallel before it is called inside the ``with`` block.
+
+    Frameworks put it around the model after the optimizer was made from that: then it is found where it is called, here
     or around the code that makes the step, as Lightning calls ``training_step``.
     """
     with ExitStack() as stack:
 
-        def hold(module: object, *_: object) -> None:
+        def look(module: object, *_: object) -> None:
             if isinstance(module, DistributedDataParallel):
-                stack.enter_context(module.no_sync())
+                act(module, stack)
 
-        for module in modules:
-            hold(module)
-        if dist.is_available() and dist.is_initialized():
-            hold(getattr(DistributedDataParallel, "_active_ddp_module", None))
-            stack.callback(register_module_forward_pre_hook(hold).remove)
+        known = [module for module in modules if isinstance(module, DistributedDataParallel)]
+        for module in known:
+            look(module)
+        if not known and dist.is_available() and dist.is_initialized():
+            look(getattr(DistributedDataParallel, "_active_ddp_module", None))
+            stack.callback(register_module_forward_pre_hook(look).remove)
         yield

@@ -1,8 +1,7 @@
 """Fused and recorded steps in several processes: those of the plain path, and of one process."""
 
 import pytest
-import torch
-from helpers.parallel import KINDS, batch, decisions, parallel, tiny_llama, train_alone, whole
+from helpers.parallel import batch, decisions, parallel, tiny_llama, whole
 from helpers.processes import together
 from helpers.recording import interpreted, recorded
 from helpers.tiny import assert_same
