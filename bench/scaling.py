@@ -40,7 +40,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastals.distributed import LOSS, SUMS
+from fastals.distributed import LOSS
+from fastals.engine import SUMS_ON_HOST
 
 if TYPE_CHECKING:
     from tasks import Task
@@ -146,16 +147,16 @@ def measure(rank: int, case: Case) -> dict[str, Any]:
     batches = iter(list(mini_batches(task, case, rank)))
     for _ in range(case.first):
         _one_round(rivals, next(batches))
-    before = _so_far(rivals)
+    before = [rival.work() for rival in rivals.values()]
     rounds = [_one_round(rivals, next(batches)) for _ in range(case.rounds)]
-    work = [after - b for after, b in zip(_so_far(rivals), before, strict=True)]
+    forwards = [rival.work() - b for rival, b in zip(rivals.values(), before, strict=True)]
     reports = rivals["als"].optimizer.reports[-case.rounds :]
     return {
         "seconds": {name: [seconds[name] for seconds in rounds] for name in rivals},
         "trials": sum(report.trials for report in reports) / case.rounds,
-        "reductions": work[0] / case.rounds,
-        "reduced_bytes": work[1] / case.rounds,
-        "by_forwards": work[2] / work[3],
+        "reductions": sum(report.collectives for report in reports) / case.rounds,
+        "reduced_bytes": sum(report.reduced_bytes for report in reports) / case.rounds,
+        "by_forwards": forwards[0] / forwards[1],
         "collectives": count(rivals, [next(batches) for _ in range(case.counted)]),
     }
 
@@ -176,21 +177,16 @@ def _one_round(rivals: dict[str, Rival], batch: dict[str, Tensor]) -> dict[str, 
     return seconds
 
 
-def _so_far(rivals: dict[str, Rival]) -> list[float]:
-    """Reductions and bytes of ALS so far, and the forward passes of both."""
-    return [*rivals["als"].optimizer._processes.counts, *(rival.work() for rival in rivals.values())]
-
-
 def count(rivals: dict[str, Rival], batches: list[dict[str, Tensor]]) -> dict[str, dict[str, float]]:
     """The collectives of the model in one step of each, averaged over the mini-batches."""
     found = {}
     for name, rival in rivals.items():
-        before = _so_far(rivals)[:2]
         with Collectives() as seen:
             for batch in batches:
                 rival.step(batch)
-        own = [int(after - b) for after, b in zip(_so_far(rivals)[:2], before, strict=True)]
-        found[name] = seen.per_step(len(batches), (own[0], own[1]))
+        reports = rival.optimizer.reports[-len(batches) :] if name == "als" else []
+        own = sum(report.collectives for report in reports), sum(report.reduced_bytes for report in reports)
+        found[name] = seen.per_step(len(batches), own)
     return found
 
 
@@ -287,7 +283,7 @@ def reductions(trials: float, searched: float) -> float:
 
 def frame_bytes(units: int) -> int:
     """Bytes of one reduction."""
-    return 8 * (LOSS + SUMS * units)
+    return 8 * (LOSS + SUMS_ON_HOST * units)
 
 
 def latency(gpus: int) -> float:

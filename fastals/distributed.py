@@ -28,7 +28,6 @@ from fastals.shards import is_sharded, local
 from fastals.surroundings import FirstWriteError
 
 PATIENCE = 5.0  # seconds that a process that has failed waits for the others to hear of it
-SUMS = 7  # numbers of a unit in a reduction, see fastals.kernels.arena.SUMS; the host needs fewer
 #: What a process says in a reduction besides its number: the sum of (rank + 1) over those that have failed, how many
 #: have, and how many have to do something over again.
 SIGNALS = ("ranks", "failed", "traced", "wrote", "needs_gradients", "stale")
@@ -105,8 +104,8 @@ class Processes:
         """Reductions of the step under way, and bytes."""
         return self.collectives, self.reduced_bytes
 
-    def meet(self, device: torch.device, groups: int, digest: Callable[[], int]) -> None:
-        """Begin a step: every process has this number of parameter groups, and the same digest of all that decides.
+    def meet(self, device: torch.device, numbers: int, digest: Callable[[], int]) -> None:
+        """Begin a step: every process reduces this many numbers at most, and has the same digest of all that decides.
 
         Digests are compared in the first step, and in every step if torch's debug level asks for it
         (``TORCH_DISTRIBUTED_DEBUG=INFO``).
@@ -117,8 +116,8 @@ class Processes:
         self._step, self.collectives, self.reduced_bytes = self._step + 1, 0, 0
         if self._own is None or self._world is not dist.group.WORLD:
             self._open(device)
-        if self._length != LOSS + SUMS * groups:
-            self._length = LOSS + SUMS * groups
+        if self._length != LOSS + max(numbers, 3):
+            self._length = LOSS + max(numbers, 3)
             self._compare(digest())
         elif dist.get_debug_level() != dist.DebugLevel.OFF:
             self._compare(digest())

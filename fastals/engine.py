@@ -38,6 +38,7 @@ from fastals.shards import has_collectives, is_sharded, local, refuse_unsupporte
 from fastals.surroundings import FirstWriteError
 from fastals.verify import SPOT_CHECKS, inspect
 
+SUMS_ON_HOST, SUMS_ON_DEVICE = 5, 7  # numbers of a unit: those of passes.Sums, those of kernels.arena.SUMS
 MOST_ANATOMIES = 8  # states of the modules (training and evaluation mode) whose facts are kept
 
 
@@ -164,14 +165,15 @@ class Engine:
         refuse_unsupported(self.modules)
         reshard(self.modules)
         if self.processes.several:
-            self.processes.meet(self.params()[0].device, len(self.groups), self._digest)
+            numbers = SUMS_ON_DEVICE if self.fused else SUMS_ON_HOST
+            self.processes.meet(self.params()[0].device, numbers * len(self.groups), self._digest)
 
     def _digest(self) -> int:
         """A number that differs if the processes would decide otherwise."""
         names = [g.get("param_names", g["name"]) for g in self.groups]
         constants = [[v for k, v in sorted(g.items()) if not isinstance(v, list | Tensor)] for g in self.groups]
         shapes = [tuple(p.shape) for p in self.params()]
-        return zlib.crc32(repr((names, constants, shapes, self.settings)).encode())
+        return zlib.crc32(repr((names, constants, shapes, self.settings, self.fused)).encode())
 
     def _watch_again(self, found: FirstWriteError) -> None:
         """Have the next attempt keep what was lost in this one: values that the forward had never written before."""

@@ -112,7 +112,7 @@ def checked(loss: object) -> Tensor:
         raise TypeError(f"the closure returned a {type(loss).__name__}, not a tensor: return the loss (outputs.loss)")
     if is_sharded(loss):  # as with loss_parallel
         placed: Any = loss
-        return placed.full_tensor().reshape(())
+        return checked(placed.full_tensor())
     if loss.numel() != 1:
         raise ValueError(f"the closure returned a loss of shape {tuple(loss.shape)}: reduce it to a scalar")
     return loss.reshape(())
