@@ -16,7 +16,7 @@ from fastals.distributed import Processes
 from fastals.errors import BackwardError, StaleRecordError, is_about_gradients
 from fastals.learned import Learned
 from fastals.microbatches import MicroBatches, checked
-from fastals.shards import reshard
+from fastals.shards import reshard, with_buffers
 from fastals.surroundings import Surroundings
 
 
@@ -215,7 +215,7 @@ class Evaluations:
         self, running: AbstractContextManager, gradients: AbstractContextManager, closure: Callable[[], Tensor]
     ) -> Tensor:
         torch.clear_autocast_cache()  # casts of the weights before this evaluation are stale
-        with _no_fast_path(), self.around.evaluation(), running, gradients:
+        with _no_fast_path(), self.around.evaluation(), with_buffers(self.modules), running, gradients:
             loss = checked(closure())
         drawn = self.learned.drawn
         if self.cache is None:

@@ -15,7 +15,7 @@ from fastals.errors import CheckError, StaleRecordError, non_finite
 from fastals.evaluation import Evaluated, Evaluations, Outcome
 from fastals.learned import Learned
 from fastals.microbatches import Closure, MicroBatches, checked
-from fastals.shards import recover, reshard, settle_gradients, with_buffers, without_sync
+from fastals.shards import recover, reshard, settle_gradients, without_sync
 from fastals.surroundings import Kept
 
 
@@ -58,8 +58,7 @@ class Losses(Evaluations):
             p.grad = None
         self.closure.scales.clear()  # of an attempt that has failed
         parts: list[Tensor] = []
-        with with_buffers(self.modules):
-            last = self.evaluate(self.recording(), torch.enable_grad(), partial(self._all_but_last, parts))
+        last = self.evaluate(self.recording(), torch.enable_grad(), partial(self._all_but_last, parts))
         self._note_drawn()
         self.unseen = self.processes.heard.unseen
         parts.append(self._differentiated(last))

@@ -136,7 +136,7 @@ def without_sync(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
 
 
 def with_buffers(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Broadcasts of buffers by DistributedDataParallel inside the ``with`` block, which forwards of trials put off."""
+    """Broadcasts of buffers by DistributedDataParallel inside the ``with`` block, which it makes in training only."""
 
     def sync(replica: DistributedDataParallel, _: ExitStack) -> None:
         replica.require_forward_param_sync = True

@@ -21,7 +21,7 @@ def test_two_processes_count_what_a_step_reduces(parallel):
     als, adamw = record["collectives"]["als"], record["collectives"]["adamw"]
     if parallel == "ddp":
         assert als["allreduce"] == adamw["allreduce"] == 1  # of the gradients; every trial is without
-        assert als["MB"] == pytest.approx(adamw["MB"], rel=1e-3)
+        assert als["broadcast"] > adamw["broadcast"] == 1  # of buffers, in every evaluation
     else:
         assert (adamw["allgather_base"], adamw["reduce_scatter_base"]) == (5, 3)  # the root stays gathered
         assert als["reduce_scatter_base"] == 3
