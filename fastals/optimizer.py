@@ -20,6 +20,7 @@ from fastals.report import StepReport
 from fastals.reports import Reports
 from fastals.search import MEMORY, plain_memory
 from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_decay_groups, warn_of_small_lr
+from fastals.shards import refuse_unsupported
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -99,8 +100,8 @@ class ALS(torch.optim.Optimizer):
             of the blocks that it ran. NaN after a graphed step.
 
     Raises:
-        ValueError: an argument out of its range, parameters twice, complex ones to be trained, or units that do not
-            fit the model.
+        ValueError: an argument out of its range, parameters twice, complex ones to be trained, units that do not fit
+            the model, or modules of FSDP1 or DeepSpeed.
 
     References: arXiv 2403.18506 (per-layer search, Adam direction), 2407.20650 (SaLSA), 2306.12747 (PoNoS),
     1905.09997 (SLS).
@@ -148,6 +149,8 @@ class ALS(torch.optim.Optimizer):
         cut_from = getattr(params, "model", None) if model is None else model
         self.model = params if isinstance(params, nn.Module) else cut_from
         self.modules = list(modules)
+        for module in filter(None, [self.model, *modules]):
+            refuse_unsupported(module.modules())
         self._reports = Reports()
         self._graphed: GraphedStep | None = None
         self._engine: Engine | None = None
