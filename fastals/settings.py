@@ -168,19 +168,6 @@ def check_real(group: dict, model: nn.Module | None) -> None:
             )
 
 
-def warn_of_processes() -> None:
-    """Warn if there are several processes: each would decide by its own loss."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        processes = torch.distributed.get_world_size()
-        if processes > 1:
-            warnings.warn(
-                f"fastals: {processes} processes are running, and each decides by the loss of its own closure: weights "
-                "drift apart unless the closure averages the loss over the processes, and the gradients are averaged "
-                "too (loss.backward(), then opt.step(closure, loss=loss))",
-                stacklevel=9,
-            )
-
-
 def _require(name: str, value: object, allowed: Range) -> None:
     try:
         holds = allowed.holds(value)

@@ -279,17 +279,6 @@ def test_betas_are_a_pair(betas):
         fastals.ALS(TinyTransformer(depth=1), betas=betas)
 
 
-def test_several_processes_are_warned_of_once(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    model, batch = TinyTransformer(depth=1), next(tiny_batches(1))
-    opt = fastals.ALS(model)
-    with pytest.warns(UserWarning, match="2 processes are running") as caught:
-        opt.step(lambda: model(**batch))
-    opt.step(lambda: model(**batch))
-    assert len(caught) == 1
-
-
 def test_a_state_without_the_moments_of_this_momentum_is_refused_when_it_is_loaded():
     model, batch = TinyTransformer(depth=1), next(tiny_batches(1))
     opt = fastals.ALS(model)
