@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +117,22 @@ def test_checkpointing_and_adapters(kind, what):
         assert [[u[:3] for u in d[0]] for d in found] == [[u[:3] for u in d[0]] for d in expected]
         assert near(weights, whole(model))
         assert all(trusted.values())
+
+
+def readme(rank):
+    """The loop of the README."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    loop = next(b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "DistributedDataParallel(model)" in b)
+    names = {"fastals": fastals, "DistributedDataParallel": DistributedDataParallel, "model": tiny_llama()}
+    names["loader"] = [batch(step, rank, 2) for step in range(8)]
+    exec(loop, names)
+    return [report.loss_before for report in names["opt"].reports]
+
+
+def test_the_loop_of_the_readme_trains():
+    losses, same = together(2, readme)
+    assert losses == same
+    assert losses[-1] < losses[0]
 
 
 class Counting(nn.Module):
