@@ -77,8 +77,8 @@ class Processes:
         self.heard = Notes()
         self._own: Any = None  # the communicator
         self._world: Any = None  # for which it was made
-        self._device, self._length, self._step = torch.device("cpu"), 0, 0
-        self._broken = self.unheard = self._watching = False
+        self._device, self._length = torch.device("cpu"), 0
+        self._broken = self.unheard = self._watching = self._made = False
         self.waits = True
         self._raised: BaseException | None = None  # the error of the last reduction, which all processes have
 
@@ -113,7 +113,7 @@ class Processes:
         Raises:
             RuntimeError: the processes differ in it.
         """
-        self._step, self.collectives, self.reduced_bytes = self._step + 1, 0, 0
+        self.collectives, self.reduced_bytes, self._made = 0, 0, False
         if self._own is None or self._world is not dist.group.WORLD:
             self._open(device)
         if self._length != LOSS + max(numbers, 3):
@@ -170,8 +170,9 @@ class Processes:
         frame = self._frame("sums", [])
         frame[LOSS : LOSS + numbers.numel()] = numbers.reshape(-1)
         tag = frame[TAG].clone()
-        self._all_reduce(frame)
-        self._check(frame.tolist(), tag)
+        with uninterrupted():
+            self._all_reduce(frame)
+            self._check(frame.tolist(), tag)
         numbers.copy_(frame[LOSS : LOSS + numbers.numel()].view_as(numbers))
 
     def recorded_mean(self, loss: Tensor, doubt: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -209,6 +210,10 @@ class Processes:
         """
         self.total([], "commit")
 
+    def note_made(self) -> None:
+        """The step is made here as in all processes: an interrupt that was held back comes after it."""
+        self._made = True
+
     def _reduced(
         self,
         kind: str,
@@ -221,14 +226,15 @@ class Processes:
         tag = frame[TAG].clone()
         if loss is not None:
             frame[LOSS] = local(loss.detach())
-        if error is not None and _signal(error) == "failed":
-            if not self._posted(frame):
-                self.unheard = True
-                raise self._common(error)
-        else:
-            self._all_reduce(frame)
-        found = frame.tolist()
-        self._check(found, tag, error)
+        with uninterrupted():  # the others have made it too, and what it tells must be known before a Ctrl-C is
+            if error is not None and _signal(error) == "failed":
+                if not self._posted(frame):
+                    self.unheard = True
+                    raise self._common(error)
+            else:
+                self._all_reduce(frame)
+            found = frame.tolist()
+            self._check(found, tag, error)
         return found
 
     def _frame(
@@ -239,7 +245,7 @@ class Processes:
         notes: Sequence[bool] = (False,) * len(NOTES),
     ) -> Tensor:
         """What this process puts into a reduction."""
-        tag = float(zlib.crc32(f"{kind}{self._step}".encode()) >> 8)
+        tag = float(zlib.crc32(kind.encode()) >> 8)
         said = [*_signals(error, dist.get_rank(self._own)), *notes, tag, *numbers]
         return torch.tensor(said + [0.0] * (self._length - len(said)), dtype=torch.float64).to(self._device)
 
@@ -269,15 +275,14 @@ class Processes:
         self._raised = None
         if self._broken:
             raise RuntimeError("an earlier reduction of this process has failed: end the program and start it anew")
-        with uninterrupted():  # the others have made it too
-            try:
-                self._submit(frame, op)
-            except Exception as error:
-                self._broken = True
-                raise RuntimeError(
-                    "a reduction with the other processes has failed: one of them has died, or did not come within the "
-                    "timeout of the process group. The step was refused, and nothing has moved here"
-                ) from error
+        try:
+            self._submit(frame, op)
+        except Exception as error:
+            self._broken = True
+            raise RuntimeError(
+                "a reduction with the other processes has failed: one of them has died, or did not come within the "
+                "timeout of the process group. The step was refused, and nothing has moved here"
+            ) from error
 
     def _submit(self, numbers: Tensor, op: Any = dist.ReduceOp.SUM, *, wait: bool = True) -> Any:
         self.collectives += 1
@@ -294,7 +299,7 @@ class Processes:
         try:
             yield
         except BaseException as error:
-            if error is not self._raised and self._length and self.several and not self._broken:
+            if error is not self._raised and not self._made and self._length and self.several and not self._broken:
                 with uninterrupted():
                     self._tell(error)
             raise

@@ -142,6 +142,7 @@ class Engine:
                 self.processes.agree()
                 self._commit(batch, searched=search)
                 undo.clear()  # the step is made, so nothing is undone
+                self.processes.note_made()
         self.reports.look()
         return start
 
