@@ -45,10 +45,11 @@ class OutdatedError(Exception):
     """A flag of the device says that what is known of the activation cache no longer holds."""
 
 
-def non_finite(loss: float) -> FloatingPointError:
-    """The error for a loss that is not finite at the start of a step."""
+def non_finite(loss: float, processes: int = 1) -> FloatingPointError:
+    """The error for a loss that is not finite at the start of a step; that of a mean if there are several processes."""
+    mean = f", the mean over {processes} processes," if processes > 1 else ""
     return FloatingPointError(
-        f"the loss at the current weights is {loss}: the step was refused and nothing moved. Look at "
+        f"the loss at the current weights{mean} is {loss}: the step was refused and nothing moved. Look at "
         "this mini-batch and at the weights (a padded row without labels, an overflow in half precision)"
     )
 

@@ -259,7 +259,7 @@ class Losses(Evaluations):
 
     def _refuse_non_finite(self, loss: Tensor) -> None:
         if not self.lazy and not bool(torch.isfinite(loss)):
-            raise non_finite(float(loss))
+            raise non_finite(float(loss), self.processes.size)
 
 
 def _version(grad: Tensor | None) -> int:
