@@ -24,7 +24,7 @@ from torch import Tensor
 from fastals.compiler import TracedError
 from fastals.errors import GRADIENTS_ELSEWHERE, PeerError, StaleRecordError, is_about_gradients
 from fastals.interrupt import uninterrupted
-from fastals.shards import is_sharded, local
+from fastals.shards import connected, is_sharded, local
 from fastals.surroundings import FirstWriteError
 
 PATIENCE = 5.0  # seconds that a process that has failed waits for the others to hear of it
@@ -91,9 +91,7 @@ class Processes:
     @property
     def size(self) -> int:
         """Number of processes, 1 without torch.distributed."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return 1
-        return dist.get_world_size(self.given)
+        return dist.get_world_size(self.given) if connected() else 1
 
     @property
     def several(self) -> bool:

@@ -34,7 +34,7 @@ from fastals.reports import Reports
 from fastals.schedule import BETWEEN, SCHEDULES, Batch, is_due, keep_all, note_turn
 from fastals.search import MEMORY, plain_memory, schedule_next_search
 from fastals.settings import Settings, refuse_replaced, refuse_resized
-from fastals.shards import has_collectives, is_sharded, local, refuse_unsupported, reshard
+from fastals.shards import connected, has_collectives, is_sharded, local, refuse_unsupported, reshard
 from fastals.surroundings import FirstWriteError
 from fastals.verify import SPOT_CHECKS, inspect
 
@@ -163,8 +163,9 @@ class Engine:
     def meet(self) -> None:
         """Make sure that all processes train alike, and that weights of FSDP2 are the shards."""
         self.modules = self.find_modules()
-        refuse_unsupported(self.modules)
-        reshard(self.modules)
+        if connected():
+            refuse_unsupported(self.modules)
+            reshard(self.modules)
         if self.processes.several:
             numbers = SUMS_ON_DEVICE if self.fused else SUMS_ON_HOST
             self.processes.meet(self.params()[0].device, numbers * len(self.groups), self._digest)

@@ -14,6 +14,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 
+def connected() -> bool:
+    """Whether torch.distributed connects this process to others, as FSDP2 and DistributedDataParallel need it."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def is_sharded(t: object) -> bool:
     """Whether it is a DTensor; one made by this program has imported its package."""
     package: Any = sys.modules.get("torch.distributed.tensor")
@@ -75,15 +80,14 @@ def reshard(modules: Iterable[nn.Module]) -> None:
 
     FSDP2 keeps those of its root, and of all modules with ``reshard_after_forward=False``, until the next backward.
     """
-    for module in modules:
-        if is_fsdp(module):
-            module.reshard()  # type: ignore[operator]
+    for module in filter(is_fsdp, modules if connected() else ()):
+        module.reshard()  # type: ignore[operator]
 
 
 def recover(modules: Iterable[nn.Module]) -> None:
     """Bring FSDP2 back to the start of an iteration after an error amid one, which it can from torch 2.13 on."""
-    for module in modules:
-        if is_fsdp(module) and hasattr(module, "reset_iter_state"):
+    for module in filter(is_fsdp, modules if connected() else ()):
+        if hasattr(module, "reset_iter_state"):
             try:
                 module.reset_iter_state()  # type: ignore[operator]
             except RuntimeError:  # it is not the root, whose iteration it is
@@ -153,6 +157,9 @@ def _replicas(
     Frameworks put it around the model after the optimizer was made from that: then it is found where it is called, here
     or around the code that makes the step, as Lightning calls ``training_step``.
     """
+    if not connected():
+        yield
+        return
     with ExitStack() as stack:
 
         def look(module: object, *_: object) -> None:
@@ -162,7 +169,7 @@ def _replicas(
         known = [module for module in modules if isinstance(module, DistributedDataParallel)]
         for module in known:
             look(module)
-        if not known and dist.is_available() and dist.is_initialized():
+        if not known:
             look(getattr(DistributedDataParallel, "_active_ddp_module", None))
             stack.callback(register_module_forward_pre_hook(look).remove)
         yield
