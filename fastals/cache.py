@@ -21,7 +21,7 @@ from fastals.errors import StaleRecordError
 from fastals.intercept import intercepted
 from fastals.partition import blocks, boundaries
 from fastals.rng import Generators
-from fastals.shards import is_sharded, unwrapped
+from fastals.shards import has_collectives, is_sharded, unwrapped
 from fastals.stamps import Stamps
 
 Key = tuple[int, int]  # a module's id, and the number of its call in the evaluation
@@ -64,6 +64,7 @@ class ActivationCache:
         self.fresh: dict[Key, Call] | None = None
         self.replays = False
         self._first: dict[int, int] = {}
+        self._collective: dict[int, bool] = {}
         self.comparison: Comparison | None = None
         self.outputs: dict[Key, list[Tensor]] | None = None
         self.missed, self.unlike, self._inside = "", False, False
@@ -126,8 +127,9 @@ class ActivationCache:
     @property
     def guessed_wrong(self) -> bool:
         """Whether the last evaluation took values for equal that were not; waits for the device."""
-        differs = self.comparison.differs if self.comparison is not None else None
-        return differs is not None and bool(differs)
+        if self.comparison is None:
+            return False
+        return self.comparison.doubtful or (self.comparison.differs is not None and bool(self.comparison.differs))
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -179,7 +181,7 @@ class ActivationCache:
         arguments = Arguments(args, kwargs)
         known = self.records.get(key) if self.comparison is not None else None
         call: Call | None = known
-        if known is not None and self._is_recorded(known, arguments):
+        if self.comparison is not None and self._is_recorded(key, module, known, arguments) and known is not None:
             output = self._replay(known)
             self._skipped.setdefault(id(module), []).extend(arguments.opaque)
         else:
@@ -192,11 +194,20 @@ class ActivationCache:
             self.outputs[key] = digest(output)
         return output
 
-    def _is_recorded(self, call: Call, arguments: Arguments) -> bool:
-        why = self._difference(call, arguments)
-        if why and not self.missed:
-            self.missed = f"{self.names[id(call.module)]!r}: {why}"
+    def _is_recorded(self, key: Key, module: nn.Module, call: Call | None, arguments: Arguments) -> bool:
+        assert self.comparison is not None
+        why = self._difference(call, arguments) if call is not None else "it was not recorded"
+        if self.comparison.agree is not None and self._is_collective(module):
+            why = self.comparison.of_all(key, why)
+        if why and call is not None and not self.missed:
+            self.missed = f"{self.names[id(module)]!r}: {why}"
         return not why
+
+    def _is_collective(self, module: nn.Module) -> bool:
+        """Whether its calls have collectives inside; the weights of a gathered parent are whole by now."""
+        if id(module) not in self._collective:
+            self._collective[id(module)] = has_collectives(module.modules())
+        return self._collective[id(module)]
 
     def _difference(self, call: Call, arguments: Arguments) -> str:
         """Why the call is not the recorded one; empty if it is."""

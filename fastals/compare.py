@@ -29,11 +29,13 @@ class Comparison:
         device: that of the trained parameters.
         wait: whether the host may wait for the device.
         at_start: whether the weights stand at w_t, so that all is expected to be equal.
-        agree: whether something holds in all processes; waits for them.
+        agree: whether something holds in all processes, where all have to replay the same calls.
+        learning: whether they ask each other.
 
     Attributes:
         differs: 0-d bool on the device, whether a guess was wrong; None if no guess was made.
         agreed: whether one was in any process, once it is known.
+        doubtful: whether a call was replayed because the other processes did, which should have been computed.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class Comparison:
         wait: bool,
         at_start: bool = False,
         agree: Callable[[bool], bool] | None = None,
+        learning: bool = False,
     ) -> None:
-        self.agree = agree
+        self.agree, self.learning, self.doubtful = agree, learning, False
         self.name, self.guesses, self.device, self.wait, self.at_start = name, guesses, device, wait, at_start
         self._compared: dict[tuple[int, int, Stamp], tuple[object, bool]] = {}
         self._unequal: list[Tensor] = []
@@ -60,31 +63,29 @@ class Comparison:
         return reduce(torch.logical_or, self._unequal) if self._unequal else None
 
     def same(self, call: Call, arguments: Arguments, stamps: Stamps) -> bool:
-        """Whether the arguments are those of the recorded call, in all processes.
-
-        These agree on a call as a whole: a mask may be compared in one of them, and be left out in another one whose
-        mini-batch has no padding.
-        """
-        if self.agree is None:
-            return self._same_here(call, arguments, stamps)
-        guess = self.name, *call.key
-        if self.wait:
-            same = self.agree(self._same_here(call, arguments, stamps))
-            self.guesses[guess] = same and self.guesses.get(guess, True)
-            return same
-        if not self.guesses.get(guess, self.at_start):
-            return False
-        if not self._same_here(call, arguments, stamps):
-            self._unequal.append(torch.ones((), dtype=torch.bool, device=self.device))
-        return True
-
-    def _same_here(self, call: Call, arguments: Arguments, stamps: Stamps) -> bool:
+        """Whether the arguments are those of the recorded call."""
         if len(arguments.leaves) != len(call.inputs) or arguments.shape != call.shape:
             return False
         leaves = zip(arguments.leaves, call.inputs, call.input_stamps, strict=True)
         return all(
             self._same(leaf, kept, stamp, stamps, (*call.key, i)) for i, (leaf, kept, stamp) in enumerate(leaves)
         )
+
+    def of_all(self, key: tuple[int, int], why: str) -> str:
+        """Why the processes compute a call that has collectives inside; empty if all of them replay it.
+
+        They ask each other while they learn, and go by what they have learned afterwards. A process for which that is
+        wrong does as the others do, and doubts the evaluation.
+        """
+        assert self.agree is not None
+        guess = self.name, *key
+        if self.learning:
+            replay = self.agree(not why)
+            self.guesses[guess] = replay and self.guesses.get(guess, True)
+        else:
+            replay = self.guesses.get(guess, self.at_start)
+            self.doubtful |= replay and bool(why)
+        return "" if replay else why or "another process computes it"
 
     def _same(self, leaf: object, kept: object, stamp: Stamp, stamps: Stamps, place: tuple) -> bool:
         if isinstance(kept, Tensor):
@@ -121,14 +122,13 @@ class Comparison:
 
     def _same_values(self, leaf: Tensor, kept: Tensor, key: tuple) -> bool:
         leaf, kept = local(leaf), local(kept)
-        if self.wait or (leaf.device != self.device and self.agree is None):
+        if self.wait or leaf.device != self.device:
             equal = torch.equal(leaf, kept) or (kept.numel() <= SMALL and _equal_but_for_nan(leaf, kept))
-            if self.agree is None:
-                self.guesses[key] = equal and self.guesses.get(key, True)
+            self.guesses[key] = equal and self.guesses.get(key, True)
             return equal
-        if self.agree is None and not self.guesses.get(key, self.at_start):
+        if not self.guesses.get(key, self.at_start):
             return False
-        self._unequal.append((leaf != kept).any().to(self.device))
+        self._unequal.append((leaf != kept).any())
         return True
 
 

@@ -22,15 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastals.compiler import TracedError
-from fastals.errors import GRADIENTS_ELSEWHERE, PeerError, StaleRecordError, is_about_gradients
+from fastals.errors import GRADIENTS_ELSEWHERE, ChangedError, PeerError, StaleRecordError, is_about_gradients
 from fastals.interrupt import uninterrupted
 from fastals.shards import connected, is_sharded, local
 from fastals.surroundings import FirstWriteError
 
 PATIENCE = 5.0  # seconds that a process that has failed waits for the others to hear of it
 #: What a process says in a reduction besides its number: the sum of (rank + 1) over those that have failed, how many
-#: have, and how many have to do something over again.
-SIGNALS = ("ranks", "failed", "traced", "wrote", "needs_gradients", "stale")
+#: have, how many of them have left the step, and how many have to do something over again.
+SIGNALS = ("ranks", "failed", "left", "traced", "wrote", "changed", "needs_gradients", "stale")
 #: What else it says of its evaluation: whether a call that ran again at w_t gave another output, whether the sequence
 #: of its calls is new, and whether torch.compile has compiled something.
 NOTES = ("unlike", "unseen", "recompiled")
@@ -42,9 +42,16 @@ UNLIKE = (
     "everywhere. Stages of a pipeline (torch.distributed.pipelining) cannot be trained by a line search: use "
     "fully_shard or tensor parallelism. For one training in each process, pass process_group= with that process alone"
 )
+DIFFERENT = (
+    "gradients differ between the processes, or weights do, and the same weights would be moved in different ways: the "
+    "closure must call the model that DistributedDataParallel or fully_shard has made (in Lightning, pass "
+    "backward=self.manual_backward), or average the gradients and pass loss=. A backward under no_sync leaves them "
+    "unaveraged. For one training in each process, pass process_group= with that process alone"
+)
 OUT_OF_STEP = (
     "the processes are out of step: they reduce different things. The closure, and the code around opt.step, must take "
-    "the same path in every process"
+    "the same path in every process: as many steps and micro-batches, losses of one dtype, a checkpoint loaded or a "
+    "layer added in all of them. TORCH_DISTRIBUTED_DEBUG=INFO compares the optimizers in every step"
 )
 ROUNDING = 1e-3  # of a norm, by which replicas may differ that compute their gradients themselves
 
@@ -68,7 +75,7 @@ class Processes:
             them.
         heard: the notes of all processes at the last evaluation.
         waits: whether the host waits for the outcome of every reduction; not while a step is recorded.
-        unheard: whether this process has failed where the others do not hear of it yet, so that it must not go on.
+        over: whether a process has left the step, so that nothing of it can be tried again.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -78,7 +85,7 @@ class Processes:
         self._own: Any = None  # the communicator
         self._world: Any = None  # for which it was made
         self._device, self._length = torch.device("cpu"), 0
-        self._broken = self.unheard = self._watching = self._made = False
+        self._broken = self.over = self._watching = self._made = False
         self.waits = True
         self._raised: BaseException | None = None  # the error of the last reduction, which all processes have
 
@@ -112,13 +119,14 @@ class Processes:
             RuntimeError: the processes differ in it.
         """
         self.collectives, self.reduced_bytes, self._made = 0, 0, False
+        length = LOSS + max(numbers, 3)
         if self._own is None or self._world is not dist.group.WORLD:
             self._open(device)
-        if self._length != LOSS + max(numbers, 3):
-            self._length = LOSS + max(numbers, 3)
+        if not self._length:
             self._compare(digest())
-        elif dist.get_debug_level() != dist.DebugLevel.OFF:
-            self._compare(digest())
+        elif (self._length != length or dist.get_debug_level() != dist.DebugLevel.OFF) and not self.same(digest()):
+            raise self._common(RuntimeError(UNLIKE))
+        self._length = length
 
     def _open(self, device: torch.device) -> None:
         """Make the communicator; all processes come here in their first step."""
@@ -135,9 +143,15 @@ class Processes:
             raise self._common(RuntimeError(UNLIKE))
 
     def mean(
-        self, loss: Tensor, error: BaseException | None = None, notes: Sequence[bool] = (False,) * len(NOTES)
+        self,
+        loss: Tensor,
+        error: BaseException | None = None,
+        notes: Sequence[bool] = (False,) * len(NOTES),
+        kind: str = "",
     ) -> Tensor:
         """The mean of the processes' losses, as all of them see it; ``error`` is why this one has none.
+
+        ``kind`` says what is evaluated, which must be the same in all.
 
         Raises:
             PeerError: another process has failed. ``error`` is raised itself, and errors by which an evaluation is to
@@ -148,7 +162,7 @@ class Processes:
         if not self.several:
             self.heard = Notes(*notes)
             return loss.detach()
-        found = self._reduced("loss", [], loss, error, notes)
+        found = self._reduced(f"loss {kind} {loss.dtype}" if error is None else "", [], loss, error, notes)
         self.heard = Notes(*map(bool, found[len(SIGNALS) : TAG]))
         return torch.tensor(found[LOSS] / self.size, dtype=torch.float64, device=loss.device).to(loss.dtype)
 
@@ -227,7 +241,7 @@ class Processes:
         with uninterrupted():  # the others have made it too, and what it tells must be known before a Ctrl-C is
             if error is not None and _signal(error) == "failed":
                 if not self._posted(frame):
-                    self.unheard = True
+                    self.over = True
                     raise self._common(error)
             else:
                 self._all_reduce(frame)
@@ -244,7 +258,7 @@ class Processes:
     ) -> Tensor:
         """What this process puts into a reduction."""
         tag = float(zlib.crc32(kind.encode()) >> 8)
-        said = [*_signals(error, dist.get_rank(self._own)), *notes, tag, *numbers]
+        said = [*_signals(error, dist.get_rank()), *notes, tag, *numbers]
         return torch.tensor(said + [0.0] * (self._length - len(said)), dtype=torch.float64).to(self._device)
 
     def _check(self, found: Sequence[float], tag: Tensor, error: BaseException | None = None) -> None:
@@ -256,6 +270,7 @@ class Processes:
     def _heed(self, heard: dict[str, float], error: BaseException | None) -> None:
         """Raise what all processes raise after these signals, the first one that any of them has given."""
         name = next((signal for signal in SIGNALS[1:] if heard[signal]), "")
+        self.over |= heard["left"] > 0 or 0 < heard["failed"] < self.size
         if name:
             raise self._common(error if error is not None and _signal(error) == name else _heard(name, heard))
 
@@ -287,6 +302,10 @@ class Processes:
         self.reduced_bytes += numbers.nbytes
         return dist.all_reduce(numbers, op, group=self._own, async_op=not wait)
 
+    def leaves(self, error: BaseException) -> bool:
+        """Whether an error has to leave the step: some process has left it, or does not know of the error."""
+        return self.several and (self.over or error is not self._raised)
+
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """If an error leaves the ``with`` block that the others have not heard of, tell them."""
@@ -302,11 +321,11 @@ class Processes:
                     self._tell(error)
             raise
         finally:
-            self._raised, self.unheard, self._watching = None, False, False  # its frames hold tensors
+            self._raised, self.over, self._watching = None, False, False  # its frames hold tensors
 
     def _tell(self, error: BaseException) -> None:
         """Join the reduction that the others come to next."""
-        said = _signals(error, dist.get_rank(self._own), fatal=True)
+        said = _signals(error, dist.get_rank(), fatal=True)
         frame = torch.tensor(said + [0.0] * (self._length - len(said)), dtype=torch.float64)
         self._posted(frame.to(self._device))
 
@@ -339,6 +358,18 @@ class Processes:
                 parts *= placed.device_mesh.size(i)
         return parts / self.size
 
+    def refuse_drift(self, unit: str, shares: Sequence[float], own: Sequence[float], total: Sequence[float]) -> None:
+        """Compare ‖d‖² and ‖w‖² of a unit that every process holds as a whole with their means.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        if all(share == 1 / self.size for share in shares) and any(
+            math.isfinite(mean) and abs(self.size * part - mean) > ROUNDING * mean
+            for part, mean in zip(own, total, strict=True)
+        ):
+            raise RuntimeError(f"unit {unit!r}: {DIFFERENT}")
+
     def refuse_different_gradients(self, params: Sequence[Tensor]) -> None:
         """Compare the gradients of replicas, by their norms.
 
@@ -357,12 +388,7 @@ class Processes:
         for (mesh, i), replicated in by_mesh.items():
             differ |= self._differ(replicated, mesh.get_group(i))
         if self.any(differ)[0]:
-            raise RuntimeError(
-                "gradients differ between the processes, and the same weights would be moved in different ways: the "
-                "closure must call the model that DistributedDataParallel or fully_shard has made (in Lightning, pass "
-                "backward=self.manual_backward), or average the gradients and pass loss=. A backward under no_sync "
-                "leaves them unaveraged. For one training in each process, pass process_group= with that process alone"
-            )
+            raise RuntimeError(DIFFERENT)
 
     def _differ(self, params: Sequence[Tensor], group: Any) -> bool:
         """Whether the norm is another one than the mean over the group."""
@@ -378,15 +404,16 @@ class Processes:
 
 
 def _signals(error: BaseException | None, rank: int, *, fatal: bool = False) -> list[float]:
-    name = "failed" if fatal else _signal(error)
-    return [float(rank + 1) if name == "failed" else 0.0, *(float(name == signal) for signal in SIGNALS[1:])]
+    names = ("failed", "left") if fatal else (_signal(error),)
+    return [float(rank + 1) if "failed" in names else 0.0, *(float(signal in names) for signal in SIGNALS[1:])]
 
 
 def _signal(error: BaseException | None) -> str:
     """The signal that stands for an error of an evaluation; empty if there is none."""
     if error is None:
         return ""
-    for kind, name in ((TracedError, "traced"), (FirstWriteError, "wrote"), (StaleRecordError, "stale")):
+    kinds = {TracedError: "traced", FirstWriteError: "wrote", ChangedError: "changed", StaleRecordError: "stale"}
+    for kind, name in kinds.items():
         if isinstance(error, kind):
             return name
     return "needs_gradients" if is_about_gradients(error) else "failed"
@@ -400,6 +427,8 @@ def _heard(name: str, heard: dict[str, float]) -> BaseException:
         return TracedError()
     if name == "wrote":
         return FirstWriteError(["a buffer in another process"], set())
+    if name == "changed":
+        return ChangedError()
     return StaleRecordError() if name == "stale" else RuntimeError(GRADIENTS_ELSEWHERE)
 
 

@@ -21,6 +21,7 @@ from fastals.cache import ActivationCache
 from fastals.callers import FreshGradients
 from fastals.compiler import TracedError, is_compiled
 from fastals.distributed import Processes
+from fastals.errors import ChangedError
 from fastals.given import refuse_scaled
 from fastals.host import HostUnits
 from fastals.interrupt import uninterrupted
@@ -101,7 +102,7 @@ class Engine:
         self._known: dict[Anatomy, Known] = {}
         self._partition: Partition | None = None
         self._frozen: list[Tensor] = []
-        self._repeatable = self._compiled = False
+        self._repeatable = self._compiled = self._anew = False
         self._fresh = FreshGradients()
         self._orders: dict[tuple[str, ...], dict[str, float]] = {}
 
@@ -115,6 +116,8 @@ class Engine:
                 return self._attempt(closure, loss)
             except FirstWriteError as found:
                 self._watch_again(found)
+            except ChangedError:
+                self._known.clear()
             return self._attempt(closure, loss)
 
     def _attempt(self, closure: MicroBatches, loss: Tensor | float | None) -> Tensor:
@@ -206,7 +209,9 @@ class Engine:
             self.learned.watched = False  # a forward may have begun to write what it did not write before
         refuse_resized(self.groups)
         facts = self.cache, self.learned, self.processes
-        return Losses(closure, params, self.modules, *facts, lazy=self.fused, check=check)
+        losses = Losses(closure, params, self.modules, *facts, lazy=self.fused, check=check)
+        losses.anew = self._anew and self.processes.several
+        return losses
 
     def _begin(self, losses: Losses, start: Tensor) -> Batch:
         """Start the mini-batch with the units that have gradients, in forward order."""
@@ -233,7 +238,9 @@ class Engine:
             check_repeatable(batch.losses, start)
             self._repeatable = True
         check_recompiled(batch.losses, start)
-        if search or not any(self.learned.verdicts.values()):  # a captured search relies on a verdict
+        if (
+            search or batch.losses.unseen or not any(self.learned.verdicts.values())
+        ):  # a captured search relies on a verdict
             inspect(batch)
 
     def is_due(self, units: Sequence[Unit]) -> bool:
@@ -355,6 +362,7 @@ class Engine:
     def refresh(self) -> None:
         """If the modules have changed, start a new cache, and go by what is known of modules like these."""
         now = anatomy(self.modules)
+        self._anew = now not in self._known and bool(self._known)
         if now not in self._known:
             refuse_replaced(self.groups, self.model)
             if len(self._known) >= MOST_ANATOMIES:

@@ -18,6 +18,10 @@ class StaleRecordError(BaseException):
     """The evaluation has replayed what it should have computed; no closure catches it."""
 
 
+class ChangedError(BaseException):
+    """What is known of the modules no longer holds in some process, and all begin the step again."""
+
+
 class BackwardError(RuntimeError):
     """The closure called backward in a trial."""
 

@@ -13,7 +13,7 @@ from fastals.cache import ActivationCache, Key
 from fastals.compare import Comparison, same_loss, same_outputs
 from fastals.compiler import compilations
 from fastals.distributed import Processes
-from fastals.errors import BackwardError, StaleRecordError, is_about_gradients
+from fastals.errors import BackwardError, ChangedError, StaleRecordError, is_about_gradients
 from fastals.learned import Learned
 from fastals.microbatches import MicroBatches, checked
 from fastals.shards import reshard, with_buffers
@@ -61,6 +61,8 @@ class Evaluations:
         forwards: full forwards so far, the first one included; a cached trial is a part of one.
         wait: whether comparisons of values may wait for the device.
         look_again: whether the next step has to find everything out once more.
+        anew: whether the modules are others than the processes know, which the first evaluation tells them.
+        learning: whether processes ask each other which calls they replay.
     """
 
     def __init__(
@@ -76,11 +78,12 @@ class Evaluations:
     ) -> None:
         self.closure, self.params, self.cache, self.learned = closure, params, cache, learned
         self.processes, self.modules = processes, modules
-        self.wait = not (lazy or learned.collective) or not learned.watched
+        self.learning = not learned.watched
+        self.wait = not lazy or self.learning
         self.generators = rng.Generators(rng.cuda_devices(params)) if cache is None else cache.generators
         self.before = self.after = self.generators.save()
         self.around = Surroundings(modules, set(map(id, params)), learned.memory, watch=not learned.watched)
-        self.forwards, self.look_again = 1.0, False
+        self.forwards, self.look_again, self.anew = 1.0, False, False
         if cache is not None:
             cache.drawn, cache.changing = learned.drawn, self.around.kept
             cache.stamps.at_start([*params, *self.around.changing])
@@ -92,9 +95,15 @@ class Evaluations:
 
     def comparison(self, name: str, *, at_start: bool = False) -> Comparison:
         """Compares arguments in an evaluation of this name."""
-        agree = self.processes.all_hold if self.learned.collective else None
+        together = self.learned.collective and self.processes.waits
         return Comparison(
-            name, self.learned.guesses, self.params[0].device, wait=self.wait, at_start=at_start, agree=agree
+            name,
+            self.learned.guesses,
+            self.params[0].device,
+            wait=self.wait or together,
+            at_start=at_start,
+            agree=self.processes.all_hold if together else None,
+            learning=self.learning,
         )
 
     def run(self, comparison: Comparison | None = None, *, record: bool = False, note_outputs: bool = False) -> Tensor:
@@ -132,7 +141,7 @@ class Evaluations:
         try:
             return self._evaluated(running(), torch.no_grad())
         except RuntimeError as error:
-            if not is_about_gradients(error) or self.processes.unheard:
+            if not is_about_gradients(error) or self.processes.leaves(error):
                 raise
             failed = error
         self.rewind()
@@ -183,13 +192,15 @@ class Evaluations:
         """
         if not self.processes.waits:
             return self._recorded(self._call(running, gradients, closure or self.closure))
-        own, failure = torch.tensor(math.nan), None
+        own, failure = torch.tensor(math.nan), None  # type: Tensor, BaseException | None
         try:
             own = self._call(running, gradients, closure or self.closure)
+            failure = ChangedError() if self.anew else None
         except BaseException as error:
             failure = error
+        micro_batches = f"of {len(self.closure.closures)} micro-batches"
         try:
-            return Evaluated(own, self.processes.mean(own, failure, self._notes()))
+            return Evaluated(own, self.processes.mean(own, failure, self._notes(), micro_batches))
         except StaleRecordError:
             self.look_again |= self.processes.several
             raise
@@ -225,6 +236,8 @@ class Evaluations:
         if drawn is None:
             return loss
         if moved := self.generators.moved({n: s for n, s in self.before.items() if n not in drawn}):
+            if self.processes.several:
+                raise ChangedError
             drawn |= moved
             self.cache.forget()
             if self.cache.replays:
@@ -246,7 +259,7 @@ class Evaluations:
         except StaleRecordError:
             return self.run(note_outputs=note_outputs)
         except Exception as error:
-            if self.processes.unheard:
+            if self.processes.leaves(error):
                 raise
             self.run()
             try:
@@ -268,11 +281,11 @@ class Evaluations:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Comparisons of values may wait for the device inside the ``with`` block."""
-        waited, self.wait = self.wait, True
+        waited, self.wait, self.learning = (self.wait, self.learning), True, True
         try:
             yield
         finally:
-            self.wait = waited
+            self.wait, self.learning = waited
 
 
 @contextmanager

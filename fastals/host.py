@@ -178,7 +178,9 @@ class HostBatch:
             own = [number for unit in moves for number in self.measured[unit].squared()]
             total = processes.total(own, f"sums of {[unit.name for unit in moves]}")
             for i, unit in enumerate(moves):
-                self.measured[unit] = Sums.of_squared(total[i * len(Sums._fields) : (i + 1) * len(Sums._fields)])
+                mine, all_sums = self.measured[unit], total[i * len(Sums._fields) : (i + 1) * len(Sums._fields)]
+                self.measured[unit] = Sums.of_squared(all_sums)
+                processes.refuse_drift(unit.name, unit.shares, mine.squared()[1::2], all_sums[1::2])
 
     def _aim(self, unit: Unit) -> Aim:
         """The bounds of the unit's step by its sums."""

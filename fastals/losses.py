@@ -81,14 +81,15 @@ class Losses(Evaluations):
             with without_sync(self.modules):
                 loss = checked(self._without_backward(closure))
                 with self.cache.paused() if self.cache is not None else nullcontext():  # checkpoints call modules again
-                    parts.append(self._differentiated(Evaluated(loss, self.processes.mean(loss))))
+                    mean = self.processes.mean(loss, kind=f"{len(parts) + 1} of {len(others) + 1}")
+                    parts.append(self._differentiated(Evaluated(loss, mean)))
         return checked(self._without_backward(last))
 
     def _without_backward(self, closure: Closure) -> Tensor:
         """The closure's loss.
 
         Raises:
-            RuntimeError: the closure has changed gradients.
+            RuntimeError: the closure has changed gradients, or its loss has none.
         """
         before = [(p.grad, _version(p.grad)) for p in self.params]
         loss = closure()
@@ -97,17 +98,16 @@ class Losses(Evaluations):
                 "the closure called backward itself: let it return the loss only, or call loss.backward() before "
                 "opt.step(closure, loss=loss)"
             )
+        if isinstance(loss, Tensor) and not loss.requires_grad:
+            raise RuntimeError("the closure's loss has no gradient: evaluate it without no_grad and without .detach()")
         return loss
 
     def _differentiated(self, loss: Evaluated) -> Tensor:
         """This process' part of f(w_t) in a micro-batch, with its gradients added to those in place.
 
         Raises:
-            RuntimeError: the loss has no gradient.
-            FloatingPointError: it is not finite in some process.
+            FloatingPointError: the loss is not finite in some process.
         """
-        if not loss.own.requires_grad:
-            raise RuntimeError("the closure's loss has no gradient: evaluate it without no_grad and without .detach()")
         self._refuse_non_finite(loss.mean.detach())
         return self.closure.differentiate(loss.own)
 
@@ -117,14 +117,16 @@ class Losses(Evaluations):
         The caller's forward has drawn and has written buffers already, so the step leaves both as they are.
         """
         start = self.quietly(self.recording)
+        settle_gradients(self.params)
         self._note_drawn()
         self.unseen = self.processes.heard.unseen
         self._refuse_non_finite(start)
         drew = bool(self.generators.moved(self.before)) or bool(self.generators.devices)
-        if self.lazy or drew:
+        if self.lazy:
             return start
-        there = float(self.processes.mean(torch.as_tensor(loss).detach().to(start)))
-        if abs(there - float(start)) > 1e-2 * (1 + abs(float(start))):
+        there, drew_somewhere = self.processes.total([float(loss), float(drew)], "loss=")
+        there /= self.processes.size
+        if not drew_somewhere and abs(there - float(start)) > 1e-2 * (1 + abs(float(start))):
             raise ValueError(
                 f"loss={there:.6g} is not what the closure returns ({float(start):.6g}): the closure must "
                 "evaluate the very loss whose gradients are in place (same batch, same scaling over micro-batches)"

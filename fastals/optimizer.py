@@ -203,10 +203,11 @@ class ALS(torch.optim.Optimizer):
             return torch.zeros(())
         if loss is not None and backward is not None:
             raise TypeError("backward= computes the gradients, and loss= says that they are there: pass one of them")
-        own, ready = unwrapped(closure)
-        if loss is None:
-            refuse_lost_micro_batches(own, backward, self.model)
-        return self.engine.step(MicroBatches(own, backward, ready), loss)
+        with self._processes.failing_together():
+            own, ready = unwrapped(closure)
+            if loss is None:
+                refuse_lost_micro_batches(own, backward, self.model)
+            return self.engine.step(MicroBatches(own, backward, ready), loss)
 
     def graphed(
         self, loss_fn: Callable[[Any], Tensor], *, pad_to_multiple_of: int | None = None, max_signatures: int = 8

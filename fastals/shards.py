@@ -78,10 +78,19 @@ def is_fsdp(module: nn.Module) -> bool:
 def reshard(modules: Iterable[nn.Module]) -> None:
     """Drop gathered weights, which are not those of the shards once these have moved.
 
-    FSDP2 keeps those of its root, and of all modules with ``reshard_after_forward=False``, until the next backward.
+    FSDP2 keeps those of its root, and of all modules with ``reshard_after_forward=False``, until the next backward; and
+    those that it was told to prefetch, until the module is called.
     """
     for module in filter(is_fsdp, modules if connected() else ()):
+        if _has_prefetched(module):
+            module.unshard()  # type: ignore[operator]  # waits for them
         module.reshard()  # type: ignore[operator]
+
+
+def _has_prefetched(module: Any) -> bool:
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return any(getattr(group, "_all_gather_result", None) is not None for group in groups)
 
 
 def recover(modules: Iterable[nn.Module]) -> None:

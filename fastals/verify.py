@@ -70,7 +70,7 @@ def _error(batch: Batch, moves: Mapping[str, Sequence[Tensor]], share: float) ->
     try:
         _compare(batch, moves, share)
     except Exception as error:
-        if batch.losses.processes.unheard:
+        if batch.losses.processes.leaves(error):
             raise
         batch.rewind()
         return error
