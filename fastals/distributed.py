@@ -75,7 +75,9 @@ class Processes:
             them.
         heard: the notes of all processes at the last evaluation.
         waits: whether the host waits for the outcome of every reduction; not while a step is recorded.
-        over: whether a process has left the step, so that nothing of it can be tried again.
+        over: whether a process fails where others do not, so that nothing of the step can be tried again.
+        left: whether one has left the step between two reductions.
+        apart: whether an error has found the processes in different places since this was set to False.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -85,8 +87,8 @@ class Processes:
         self._own: Any = None  # the communicator
         self._world: Any = None  # for which it was made
         self._device, self._length = torch.device("cpu"), 0
-        self._broken = self.over = self._watching = self._made = False
-        self.waits = True
+        self._broken = self.over = self.left = self._watching = self._made = False
+        self.waits, self.apart = True, False
         self._raised: BaseException | None = None  # the error of the last reduction, which all processes have
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
@@ -270,7 +272,8 @@ class Processes:
     def _heed(self, heard: dict[str, float], error: BaseException | None) -> None:
         """Raise what all processes raise after these signals, the first one that any of them has given."""
         name = next((signal for signal in SIGNALS[1:] if heard[signal]), "")
-        self.over |= heard["left"] > 0 or 0 < heard["failed"] < self.size
+        self.left = heard["left"] > 0
+        self.over |= self.left or 0 < heard["failed"] < self.size
         if name:
             raise self._common(error if error is not None and _signal(error) == name else _heard(name, heard))
 
@@ -312,16 +315,18 @@ class Processes:
         if self._watching:
             yield
             return
-        self._watching = True
+        self._watching, self._made = True, False
         try:
             yield
         except BaseException as error:
+            known = error is self._raised or isinstance(error, FloatingPointError)
+            self.apart |= self.several and (self.left or not known)
             if error is not self._raised and not self._made and self._length and self.several and not self._broken:
                 with uninterrupted():
                     self._tell(error)
             raise
         finally:
-            self._raised, self.over, self._watching = None, False, False  # its frames hold tensors
+            self._raised, self.over, self.left, self._watching = None, False, False, False  # its frames hold tensors
 
     def _tell(self, error: BaseException) -> None:
         """Join the reduction that the others come to next."""

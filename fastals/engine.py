@@ -166,6 +166,9 @@ class Engine:
     def meet(self) -> None:
         """Make sure that all processes train alike, and that weights of FSDP2 are the shards."""
         self.modules = self.find_modules()
+        if self.processes.apart:  # some have found out what others have not
+            self._known.clear()
+            self._repeatable = self.processes.apart = False
         if connected():
             refuse_unsupported(self.modules)
             reshard(self.modules)

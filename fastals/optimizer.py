@@ -149,8 +149,8 @@ class ALS(torch.optim.Optimizer):
         cut_from = getattr(params, "model", None) if model is None else model
         self.model = params if isinstance(params, nn.Module) else cut_from
         self.modules = list(modules)
-        for module in filter(None, [self.model, *modules]):
-            refuse_unsupported(module.modules())
+        for module in (self.model, *modules):
+            refuse_unsupported(module.modules() if module is not None else ())
         self._reports = Reports()
         self._graphed: GraphedStep | None = None
         self._engine: Engine | None = None

@@ -123,7 +123,8 @@ def test_survey_trial_and_advance_do_what_the_plain_versions_do(partition, kind,
         twin.begin()
         twin.grad_scale = 0.7
         for averaged in (False, True) if averages else (False,):
-            slope, length = twin.survey(averaged)
+            own = twin.survey(averaged)
+            slope, length = own.slope, own.length
             names = ("averaged_slope", "averaged_direction") if averaged else ("slope", "direction")
             g = torch.cat([p.grad.double().flatten() for p in unit.active_params()])
             moving = max(int((g != 0).sum()), 1)

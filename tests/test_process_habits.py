@@ -275,6 +275,70 @@ def make_mistake(rank, mistake, net, loss):
         opt.step(lambda: loss(model))
 
 
+def prefetch(rank):
+    """FSDP2 is told to prefetch a block that trials replay; reported losses and true ones."""
+    model = parallel("fsdp", double())
+    model.set_modules_to_forward_prefetch([model.model.layers[0]])
+    opt, found = fastals.ALS(model, **SMOOTH), []
+    for step in range(4):
+        data = batch(step, rank, 2)
+        opt.step(lambda data=data: model(**data).loss)
+        with torch.no_grad():
+            for module in (model, *model.model.layers):
+                module.reshard()
+            true = model(**data).loss.detach()
+        dist.all_reduce(true)
+        found.append((opt.report.loss_after, float(true) / 2))
+    return found
+
+
+def test_prefetched_weights_are_not_used_in_trials():
+    for after, true in together(2, prefetch)[0]:
+        assert after == pytest.approx(true, rel=1e-12)
+
+
+def one_is_different(rank, what):
+    """One process does something that the other does not; what each step has ended in."""
+    torch.manual_seed(0)
+    net = TinyTransformer(depth=2, dropout=0.1)
+    model = DistributedDataParallel(net)
+    opt, ended = fastals.ALS(model), []
+    tokens = torch.randint(32, (4, 6), generator=torch.Generator().manual_seed(rank))
+    for step in range(6):
+        closures = [lambda: model(tokens, tokens[:, 0] % 4)]
+        if rank and step == 3:
+            if what == "hook":
+                net.blocks[0].register_forward_hook(lambda *_: None)
+            elif what == "draws":
+                closures = [lambda plain=closures[0]: plain() + 0 * random.random()]
+            elif what == "micro-batches":
+                closures *= 2
+            elif what == "no closure":
+                closures = []
+            elif what == "no gradient":
+                closures = [lambda plain=closures[0]: plain().detach()]
+        try:
+            opt.step(closures)
+            ended.append("made")
+        except (RuntimeError, TypeError) as error:
+            ended.append(type(error).__name__)
+    return ended, whole(model)
+
+
+@pytest.mark.parametrize(
+    ("what", "ends"),
+    [
+        ("hook", ("made", "made")), ("draws", ("made", "made")), ("micro-batches", ("RuntimeError", "RuntimeError")),
+        ("no closure", ("PeerError", "TypeError")), ("no gradient", ("RuntimeError", "RuntimeError")),
+    ],
+)  # fmt: skip
+def test_a_process_that_does_something_else_for_once(what, ends):
+    found = together(2, one_is_different, what)
+    for (ended, weights), end in zip(found, ends, strict=True):
+        assert ended == ["made", "made", "made", end, "made", "made"]
+        assert_same(weights, found[0][1])
+
+
 MISTAKES = {
     "not wrapped": "gradients differ .* DistributedDataParallel or fully_shard",
     "other arguments": "do not train alike", "stages": "do not train alike.*pipeline",
