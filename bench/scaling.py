@@ -40,8 +40,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastals.distributed import LOSS
 from fastals.engine import SUMS_ON_HOST
+from fastals.signals import LOSS
 
 if TYPE_CHECKING:
     from tasks import Task

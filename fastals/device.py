@@ -25,6 +25,7 @@ from fastals.kernels.trial import trial
 from fastals.learned import ALL_UNITS
 from fastals.losses import Losses
 from fastals.repeatable import reconsider, replay_outdated
+from fastals.replicas import share
 from fastals.report import ACCEPTED, EXHAUSTED, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import Schedule, is_first, keep_all
 from fastals.search import INITIALS, REFERENCES, uniform
@@ -56,7 +57,11 @@ class DeviceUnits:
         self.units = []
         for row, unit in enumerate(members):
             flat = self._flat(row, slice(starts[row], starts[row + 1]))
-            self.units.append(Unit(unit, state, adam=adam, averages=averages, flat=flat, share=processes.share))
+            self.units.append(
+                Unit(
+                    unit, state, adam=adam, averages=averages, flat=flat, share=partial(share, processes=processes.size)
+                )
+            )
             self.units[-1].row = row
         self._fill_arena()
         self.parts = {

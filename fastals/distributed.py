@@ -10,58 +10,32 @@ communicator of their own: those of the closure may be left halfway by a process
 """
 
 import copy
-import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastals.compiler import TracedError
-from fastals.errors import GRADIENTS_ELSEWHERE, ChangedError, PeerError, StaleRecordError, is_about_gradients
 from fastals.interrupt import uninterrupted
-from fastals.shards import connected, is_sharded, local
-from fastals.surroundings import FirstWriteError
+from fastals.shards import connected, local
+from fastals.signals import LOSS, NOTES, SIGNALS, TAG, Notes, heard_as, said, signal_of
 
 PATIENCE = 5.0  # seconds that a process that has failed waits for the others to hear of it
-#: What a process says in a reduction besides its number: the sum of (rank + 1) over those that have failed, how many
-#: have, how many of them have left the step, and how many have to do something over again.
-SIGNALS = ("ranks", "failed", "left", "traced", "wrote", "changed", "needs_gradients", "stale")
-#: What else it says of its evaluation: whether a call that ran again at w_t gave another output, whether the sequence
-#: of its calls is new, and whether torch.compile has compiled something.
-NOTES = ("unlike", "unseen", "recompiled")
-TAG = len(SIGNALS) + len(NOTES)  # tells whether all reduce the same
-LOSS = TAG + 1
 UNLIKE = (
     "the processes do not train alike: their units, their arguments of ALS, or what they remember of earlier steps "
     "differ. Build the same model and the same optimizer in each, step the schedulers alike, and load a checkpoint "
     "everywhere. Stages of a pipeline (torch.distributed.pipelining) cannot be trained by a line search: use "
     "fully_shard or tensor parallelism. For one training in each process, pass process_group= with that process alone"
 )
-DIFFERENT = (
-    "gradients differ between the processes, or weights do, and the same weights would be moved in different ways: the "
-    "closure must call the model that DistributedDataParallel or fully_shard has made (in Lightning, pass "
-    "backward=self.manual_backward), or average the gradients and pass loss=. A backward under no_sync leaves them "
-    "unaveraged. For one training in each process, pass process_group= with that process alone"
-)
 OUT_OF_STEP = (
     "the processes are out of step: they reduce different things. The closure, and the code around opt.step, must take "
     "the same path in every process: as many steps and micro-batches, losses of one dtype, a checkpoint loaded or a "
     "layer added in all of them. TORCH_DISTRIBUTED_DEBUG=INFO compares the optimizers in every step"
 )
-ROUNDING = 1e-3  # of a norm, by which replicas may differ that compute their gradients themselves
-
-
-class Notes(NamedTuple):
-    """For each of :data:`NOTES`, whether any process has said so at the last evaluation."""
-
-    unlike: bool = False
-    unseen: bool = False
-    recompiled: bool = False
 
 
 class Processes:
@@ -241,7 +215,7 @@ class Processes:
         if loss is not None:
             frame[LOSS] = local(loss.detach())
         with uninterrupted():  # the others have made it too, and what it tells must be known before a Ctrl-C is
-            if error is not None and _signal(error) == "failed":
+            if error is not None and signal_of(error) == "failed":
                 if not self._posted(frame):
                     self.over = True
                     raise self._common(error)
@@ -260,8 +234,8 @@ class Processes:
     ) -> Tensor:
         """What this process puts into a reduction."""
         tag = float(zlib.crc32(kind.encode()) >> 8)
-        said = [*_signals(error, dist.get_rank()), *notes, tag, *numbers]
-        return torch.tensor(said + [0.0] * (self._length - len(said)), dtype=torch.float64).to(self._device)
+        frame = [*said(error, dist.get_rank()), *notes, tag, *numbers]
+        return torch.tensor(frame + [0.0] * (self._length - len(frame)), dtype=torch.float64).to(self._device)
 
     def _check(self, found: Sequence[float], tag: Tensor, error: BaseException | None = None) -> None:
         """Heed the signals of the others, and see whether they have reduced the same."""
@@ -275,7 +249,7 @@ class Processes:
         self.left = heard["left"] > 0
         self.over |= self.left or 0 < heard["failed"] < self.size
         if name:
-            raise self._common(error if error is not None and _signal(error) == name else _heard(name, heard))
+            raise self._common(error if error is not None and signal_of(error) == name else heard_as(name, heard))
 
     def _common(self, error: BaseException) -> BaseException:
         """The error, noted as one that all processes have."""
@@ -330,8 +304,8 @@ class Processes:
 
     def _tell(self, error: BaseException) -> None:
         """Join the reduction that the others come to next."""
-        said = _signals(error, dist.get_rank(), fatal=True)
-        frame = torch.tensor(said + [0.0] * (self._length - len(said)), dtype=torch.float64)
+        signals = said(error, dist.get_rank(), fatal=True)
+        frame = torch.tensor(signals + [0.0] * (self._length - len(signals)), dtype=torch.float64)
         self._posted(frame.to(self._device))
 
     def _posted(self, frame: Tensor) -> bool:
@@ -350,91 +324,6 @@ class Processes:
         except Exception:  # they have died
             self._broken = True
         return False
-
-    def share(self, p: Tensor) -> float:
-        """One over the number of processes that hold the very numbers which this one holds of ``p``."""
-        if not self.several:
-            return 1.0
-        parts = 1
-        if is_sharded(p):
-            placed: Any = p
-            sharded = (i for i, placement in enumerate(placed.placements) if not placement.is_replicate())
-            for i in sharded:
-                parts *= placed.device_mesh.size(i)
-        return parts / self.size
-
-    def refuse_drift(self, unit: str, shares: Sequence[float], own: Sequence[float], total: Sequence[float]) -> None:
-        """Compare ‖d‖² and ‖w‖² of a unit that every process holds as a whole with their means.
-
-        Raises:
-            RuntimeError: they differ.
-        """
-        if all(share == 1 / self.size for share in shares) and any(
-            math.isfinite(mean) and abs(self.size * part - mean) > ROUNDING * mean
-            for part, mean in zip(own, total, strict=True)
-        ):
-            raise RuntimeError(f"unit {unit!r}: {DIFFERENT}")
-
-    def refuse_different_gradients(self, params: Sequence[Tensor]) -> None:
-        """Compare the gradients of replicas, by their norms.
-
-        Raises:
-            RuntimeError: they differ.
-        """
-        if not self.several:
-            return
-        differ = self._differ([p for p in params if not is_sharded(p)], self._own)
-        by_mesh: dict[tuple[Any, int], list[Tensor]] = {}
-        for p in params:
-            placed: Any = p
-            for i, placement in enumerate(placed.placements if is_sharded(p) else ()):
-                if placement.is_replicate() and placed.device_mesh.size(i) > 1:
-                    by_mesh.setdefault((placed.device_mesh, i), []).append(p)
-        for (mesh, i), replicated in by_mesh.items():
-            differ |= self._differ(replicated, mesh.get_group(i))
-        if self.any(differ)[0]:
-            raise RuntimeError(DIFFERENT)
-
-    def _differ(self, params: Sequence[Tensor], group: Any) -> bool:
-        """Whether the norm is another one than the mean over the group."""
-        norms = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float64) for p in params if p.grad is not None]
-        norm = torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64, device=self._device)
-        if group is self._own:
-            mean = self.total([float(norm)], "gradients")[0] / self.size
-        else:
-            whole = norm.to(self._device).reshape(1).clone()
-            dist.all_reduce(whole, group=group)
-            mean = float(whole) / dist.get_world_size(group)
-        return math.isfinite(mean) and abs(float(norm) - mean) > ROUNDING * mean
-
-
-def _signals(error: BaseException | None, rank: int, *, fatal: bool = False) -> list[float]:
-    names = ("failed", "left") if fatal else (_signal(error),)
-    return [float(rank + 1) if "failed" in names else 0.0, *(float(signal in names) for signal in SIGNALS[1:])]
-
-
-def _signal(error: BaseException | None) -> str:
-    """The signal that stands for an error of an evaluation; empty if there is none."""
-    if error is None:
-        return ""
-    kinds = {TracedError: "traced", FirstWriteError: "wrote", ChangedError: "changed", StaleRecordError: "stale"}
-    for kind, name in kinds.items():
-        if isinstance(error, kind):
-            return name
-    return "needs_gradients" if is_about_gradients(error) else "failed"
-
-
-def _heard(name: str, heard: dict[str, float]) -> BaseException:
-    """The error of this process where another one has given the signal."""
-    if name == "failed":
-        return PeerError(int(heard["ranks"]) - 1 if heard["failed"] == 1 else None)
-    if name == "traced":
-        return TracedError()
-    if name == "wrote":
-        return FirstWriteError(["a buffer in another process"], set())
-    if name == "changed":
-        return ChangedError()
-    return StaleRecordError() if name == "stale" else RuntimeError(GRADIENTS_ELSEWHERE)
 
 
 def _timeout(device: torch.device) -> Any:

@@ -30,6 +30,7 @@ from fastals.losses import Losses
 from fastals.microbatches import MicroBatches
 from fastals.partition import observed
 from fastals.repeatable import check_recompiled, check_repeatable
+from fastals.replicas import refuse_different_gradients, share
 from fastals.report import StepReport
 from fastals.reports import Reports
 from fastals.schedule import BETWEEN, SCHEDULES, Batch, is_due, keep_all, note_turn
@@ -237,7 +238,7 @@ class Engine:
         """Look whether the closure is repeatable, and before a search whether cached trials are right."""
         batch.check_replay(start)
         if not self._repeatable:
-            self.processes.refuse_different_gradients(batch.losses.params)
+            refuse_different_gradients(self.processes, batch.losses.params)
             check_repeatable(batch.losses, start)
             self._repeatable = True
         check_recompiled(batch.losses, start)
@@ -337,7 +338,9 @@ class Engine:
 
     def _why_not_shared(self) -> str:
         """Why the kernels cannot sum over the processes; empty if they can."""
-        shares = [{self.processes.share(p) for g in groups for p in g["params"]} for groups in unit_groups(self.groups)]
+        shares = [
+            {share(p, self.processes.size) for g in groups for p in g["params"]} for groups in unit_groups(self.groups)
+        ]
         if all(len(found) == 1 for found in shares):
             return ""
         return "tensor parallelism shards some parameters of a unit and replicates others, and the kernels weigh a unit"

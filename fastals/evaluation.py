@@ -192,7 +192,8 @@ class Evaluations:
         """
         if not self.processes.waits:
             return self._recorded(self._call(running, gradients, closure or self.closure))
-        own, failure = torch.tensor(math.nan), None  # type: Tensor, BaseException | None
+        own = torch.tensor(math.nan)
+        failure: BaseException | None
         try:
             own = self._call(running, gradients, closure or self.closure)
             failure = ChangedError() if self.anew else None
@@ -216,7 +217,7 @@ class Evaluations:
         return Evaluated(own, mean)
 
     def _notes(self) -> tuple[bool, bool, bool]:
-        """See :data:`fastals.distributed.NOTES`."""
+        """See :data:`fastals.signals.NOTES`."""
         cache = self.cache
         if cache is None:
             return False, False, compilations() != self.learned.compilations

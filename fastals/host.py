@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from fastals.relay import (
     warm_step,
 )
 from fastals.repeatable import reconsider, replay_outdated
+from fastals.replicas import refuse_drift, share
 from fastals.report import EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import Schedule, is_first
 from fastals.search import MEMORY, Search, initial_step, size_of_weights, uniform, visible
@@ -46,7 +47,8 @@ class HostUnits:
         adam, averages = settings.direction == "adam", settings.momentum != "none"
         self.settings = settings
         self.units = [
-            Unit(members, state, adam=adam, averages=averages, share=processes.share) for members in unit_groups(groups)
+            Unit(members, state, adam=adam, averages=averages, share=partial(share, processes=processes.size))
+            for members in unit_groups(groups)
         ]
         kinds = {(unit.dtype, unit.device) for unit in self.units}
         scratch = {kind: Scratch(*kind) for kind in kinds}
@@ -180,7 +182,7 @@ class HostBatch:
             for i, unit in enumerate(moves):
                 mine, all_sums = self.measured[unit], total[i * len(Sums._fields) : (i + 1) * len(Sums._fields)]
                 self.measured[unit] = Sums.of_squared(all_sums)
-                processes.refuse_drift(unit.name, unit.shares, mine.squared()[1::2], all_sums[1::2])
+                refuse_drift(processes, unit.name, unit.shares, mine.squared()[1::2], all_sums[1::2])
 
     def _aim(self, unit: Unit) -> Aim:
         """The bounds of the unit's step by its sums."""

@@ -51,7 +51,7 @@ def test_the_estimate_is_the_one_that_nccl_printed():
     assert scaling.latency(16) == pytest.approx(25.2, abs=0.05)
     assert scaling.latency(8) == pytest.approx(15.2)
     assert scaling.latency(1024) == pytest.approx(15.2 + 2 * 7 * 5.0)
-    assert scaling.frame_bytes(34) == 8 * (10 + 5 * 34)
+    assert scaling.frame_bytes(34) == 8 * (12 + 5 * 34)
     assert scaling.reductions(trials=1, searched=0) == 5
     assert scaling.gathered_gb(8, 1.0) == pytest.approx(2 * 8.03 * 7 / 8)
 

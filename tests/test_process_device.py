@@ -1,6 +1,7 @@
 """Fused and recorded steps in several processes: those of the plain path, and of one process."""
 
 import pytest
+from helpers import interpreter
 from helpers.parallel import batch, decisions, parallel, tiny_llama, whole
 from helpers.processes import together
 from helpers.recording import interpreted, recorded
@@ -20,6 +21,7 @@ def small():
     return tiny_llama(num_hidden_layers=1)
 
 
+@interpreter.faster()
 def train(rank, kind, options, steps):
     model = parallel(kind, small())
     opt, found = fastals.ALS(model, fused=True, **options), []
@@ -60,6 +62,7 @@ def alone(options, steps):
     return found, whole(model)
 
 
+@interpreter.faster()
 def train_recorded(rank, uneven):
     """The captured step beside the eager one, on batches whose shapes may differ between the processes."""
     model, twin = (parallel("ddp", small()) for _ in range(2))

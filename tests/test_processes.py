@@ -7,8 +7,8 @@ from helpers.processes import together
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastals
-from fastals.distributed import LOSS
 from fastals.passes import Sums
+from fastals.signals import LOSS
 
 FORCED = {"c": 0.9, "trust": 1.0}  # most first trials are rejected
 #: The eps of Adam's direction by which the rounding of gradients close to 0 does not decide the direction.
