@@ -21,8 +21,12 @@ def small():
     return tiny_llama(num_hidden_layers=1)
 
 
-@interpreter.faster()
 def train(rank, kind, options, steps):
+    with interpreter.faster():
+        return train_fused(rank, kind, options, steps)
+
+
+def train_fused(rank, kind, options, steps):
     model = parallel(kind, small())
     opt, found = fastals.ALS(model, fused=True, **options), []
     for step in range(steps):
@@ -62,8 +66,12 @@ def alone(options, steps):
     return found, whole(model)
 
 
-@interpreter.faster()
 def train_recorded(rank, uneven):
+    with interpreter.faster():
+        return train_beside(rank, uneven)
+
+
+def train_beside(rank, uneven):
     """The captured step beside the eager one, on batches whose shapes may differ between the processes."""
     model, twin = (parallel("ddp", small()) for _ in range(2))
     options = {"fused": True, "eps": 1e-4, "schedule": "sweep"}
