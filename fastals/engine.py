@@ -41,6 +41,7 @@ from fastals.surroundings import FirstWriteError
 from fastals.verify import SPOT_CHECKS, inspect
 
 SUMS_ON_HOST, SUMS_ON_DEVICE = 5, 7  # numbers of a unit: those of passes.Sums, those of kernels.arena.SUMS
+MOST_RESTARTS = 2  # of a step that has found out something new
 MOST_ANATOMIES = 8  # states of the modules (training and evaluation mode) whose facts are kept
 
 
@@ -113,13 +114,19 @@ class Engine:
         Arguments and errors are those of :meth:`fastals.ALS.step`.
         """
         with self.processes.failing_together():
-            try:
-                return self._attempt(closure, loss)
-            except FirstWriteError as found:
-                self._watch_again(found)
-            except ChangedError:
-                self._known.clear()
+            for _ in range(MOST_RESTARTS):
+                try:
+                    return self._attempt(closure, loss)
+                except FirstWriteError as found:
+                    self._watch_again(found)
+                except ChangedError:
+                    self._forget()
             return self._attempt(closure, loss)
+
+    def _forget(self) -> None:
+        """Forget what steps have found out about the modules, as all processes do."""
+        self._known.clear()
+        self._anew = False
 
     def _attempt(self, closure: MicroBatches, loss: Tensor | float | None) -> Tensor:
         """A step, made without the cache if it turns out that no calls can be intercepted."""
@@ -146,6 +153,7 @@ class Engine:
                 self.processes.agree()
                 self._commit(batch, searched=search)
                 undo.clear()  # the step is made, so nothing is undone
+                self._anew = False
                 self.processes.note_made()
         self.reports.look()
         return start
@@ -168,7 +176,7 @@ class Engine:
         """Make sure that all processes train alike, and that weights of FSDP2 are the shards."""
         self.modules = self.find_modules()
         if self.processes.apart:  # some have found out what others have not
-            self._known.clear()
+            self._forget()
             self._repeatable = self.processes.apart = False
         if connected():
             refuse_unsupported(self.modules)
@@ -242,9 +250,8 @@ class Engine:
             check_repeatable(batch.losses, start)
             self._repeatable = True
         check_recompiled(batch.losses, start)
-        if (
-            search or batch.losses.unseen or not any(self.learned.verdicts.values())
-        ):  # a captured search relies on a verdict
+        unseen = self.processes.several and batch.losses.unseen  # perhaps by a process that knows nothing yet
+        if search or unseen or not any(self.learned.verdicts.values()):  # a captured search relies on a verdict
             inspect(batch)
 
     def is_due(self, units: Sequence[Unit]) -> bool:
@@ -368,7 +375,7 @@ class Engine:
     def refresh(self) -> None:
         """If the modules have changed, start a new cache, and go by what is known of modules like these."""
         now = anatomy(self.modules)
-        self._anew = now not in self._known and bool(self._known)
+        self._anew |= now not in self._known and bool(self._known)
         if now not in self._known:
             refuse_replaced(self.groups, self.model)
             if len(self._known) >= MOST_ANATOMIES:

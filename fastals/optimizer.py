@@ -172,6 +172,8 @@ class ALS(torch.optim.Optimizer):
     ) -> Tensor:
         """One mini-batch: gradients, the searches of the schedule, the moments. Returns f(w_t).
 
+        With several processes f is the mean of their losses.
+
         Args:
             closure: evaluates the loss of this mini-batch and returns it; it must not call backward. A list of
                 closures, one for each micro-batch, stands for the sum of their losses: each has its own forward and
@@ -193,6 +195,8 @@ class ALS(torch.optim.Optimizer):
                 since construction.
             ValueError: a trainable parameter of the model is in no unit: it was unfrozen or put in place later.
             RuntimeError: with ``cache="check"``, a cached trial is not what a full forward gives.
+            RuntimeError: with several processes, another one has failed in this step, or their gradients, arguments or
+                closures differ.
 
         After any error, of the closure too, parameters, state and random generators are as before.
         """
