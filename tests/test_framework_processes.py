@@ -100,7 +100,7 @@ def test_padding_in_one_process_alone(kind):
 def test_data_that_end_in_one_process_end_the_training_in_all(tmp_path):
     first, second = in_two(frameworks.broken, tmp_path)
     assert second == "OSError: the disk is full of holes"
-    assert "has died" in first or "closed" in first, first
+    assert any(noticed in first for noticed in ("has died", "closed", "reset by peer")), first  # by torch or by us
 
 
 def test_fsdp1_is_refused(tmp_path):
