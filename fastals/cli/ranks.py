@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastals.cli.errors import UserError
+from fastals.shards import connected
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -27,7 +28,7 @@ def join() -> None:
     Raises:
         UserError: the launcher has not said where.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _joined():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or connected():
         return
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -47,12 +48,12 @@ def leave() -> None:
 
 def size() -> int:
     """Number of processes, 1 without a launcher."""
-    return dist.get_world_size() if _joined() else 1
+    return dist.get_world_size() if connected() else 1
 
 
 def rank() -> int:
     """The number of this process."""
-    return dist.get_rank() if _joined() else 0
+    return dist.get_rank() if connected() else 0
 
 
 def several() -> bool:
@@ -143,10 +144,6 @@ def device(kind: str) -> torch.device:
 def wrapped(model: nn.Module) -> nn.Module:
     """The model whose gradients are averaged over the processes; the same weights lie in it."""
     return DistributedDataParallel(model) if several() else model
-
-
-def _joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _attempt(function: Callable[[], Any]) -> tuple[Any, UserError | None]:
