@@ -190,13 +190,16 @@ class Processes:
         """Whether all processes have the same digest."""
         return not self.several or self.all_hold(self.total([digest], "digest")[0] == self.size * digest)
 
-    def agree(self) -> None:
-        """Wait until every process is ready to commit.
+    def agree(self, error: BaseException | None = None) -> None:
+        """Wait until every process is ready; ``error`` is why this one is not.
 
         Raises:
-            PeerError: one has failed.
+            PeerError: another one is not. ``error`` is raised itself.
         """
-        self.total([], "commit")
+        if error is not None and (error is self._raised or not self.several):
+            raise error
+        if self.several:
+            self._reduced("ready", [], error=error)
 
     def note_made(self) -> None:
         """The step is made here as in all processes: an interrupt that was held back comes after it."""

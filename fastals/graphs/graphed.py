@@ -151,11 +151,15 @@ class GraphedStep:
             return self._eagerly(batch)
         if self._forget_if_changed(modules) or self._seen.get(signature, 0) < WARMUP:
             return self._warm_up(signature, batch)
+        failure: Exception | None = None
         try:
             captured = self._captured(signature, leaves, spec)
             search = self.engine.is_due(captured.program.units)
             tail = self._tail(captured.program, search)
-            self._agree()
+        except Exception as error:
+            failure = error
+        try:
+            self._agree(failure)
         except Exception as error:
             self._drop_captures()
             loss = self._eagerly(batch)  # an error of the loss itself is raised here as in any eager step
@@ -187,15 +191,17 @@ class GraphedStep:
             self._identity = None
         return signature, total
 
-    def _agree(self) -> None:
-        """Wait until all processes have captured this step, if this one had to.
+    def _agree(self, failure: Exception | None) -> None:
+        """Wait until all processes have captured this step, if they had to; ``failure`` is why this one could not.
 
         Raises:
-            PeerError: the capture has failed in another process.
+            PeerError: the capture has failed in another process. ``failure`` is raised itself.
         """
         if self._captures:
             self._captures = False
-            self.engine.processes.agree()
+            self.engine.processes.agree(failure)
+        elif failure is not None:
+            raise failure
 
     @property
     def pool_bytes(self) -> int:
