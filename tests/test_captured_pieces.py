@@ -372,6 +372,7 @@ CASES = [
 ] + [(low_precision, {}), (normed, {}), (normed, {"schedule": "joint", "cache": False})]  # fmt: skip
 
 
+@pytest.mark.slow(keep=12)
 @pytest.mark.parametrize("linked", [False, True], ids=["host", "while"])
 @pytest.mark.parametrize(
     ("make", "options"), CASES, ids=["-".join([m.__name__, *map(str, o.values())]) for m, o in CASES]

@@ -87,6 +87,7 @@ def warned_once(how):
     assert sum(NO_CACHE in str(w.message) for w in caught) == 1
 
 
+@pytest.mark.slow(keep=7)
 @pytest.mark.parametrize("dropout", [0.1, 0.0])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("how", WHOLE)

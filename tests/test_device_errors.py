@@ -24,6 +24,7 @@ from fastals.kernels import all_units, moments
 pytestmark = pytest.mark.proves(claim="fused-optimizer")
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize(
     ("schedule", "steps", "at"),
     [("sweep", 0, 1), ("sweep", 0, 4), ("sweep", 2, 2), ("sweep", 2, 4), ("independent", 2, 1), ("independent", 2, 5),
@@ -191,6 +192,7 @@ def test_a_gradient_norm_without_gradients_is_no_error(kind):
     assert opt.report.units == []
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.filterwarnings("ignore:fastals")
 @pytest.mark.parametrize(("schedule", "missing"), [("sweep", "raises"), ("cycle", "is another loss")])
 @pytest.mark.parametrize("kind", ["fused", "plain"])

@@ -135,6 +135,7 @@ def test_a_unit_without_elements_does_not_descend(kind):
     assert opt.report.loss_after < opt.report.loss_before
 
 
+@pytest.mark.slow
 def test_reports_of_more_steps_than_the_ring_holds_are_of_the_last():
     weight = torch.nn.Parameter(torch.ones(8, device=CUDA))
     opt, losses = optimizer("fused", holding(weight)), []
@@ -173,6 +174,7 @@ def test_reports_of_the_last_steps_are_read_when_asked():
     assert all(a < b for a, b in zip(after, before, strict=True))
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("options", [{"momentum": "after"}, {"every": 2}], ids=str)
 def test_an_outer_autocast_region_sees_the_weights_behind_a_step(options):
     """Moved untested, kept, or put back after a failed step: casts of other weights are not used again."""

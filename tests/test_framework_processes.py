@@ -34,6 +34,7 @@ def assert_same_training(found, wanted):
         assert ours[2:] == pytest.approx(theirs[2:], rel=1e-6)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("model", "data", "options"),
     [
@@ -66,6 +67,7 @@ def test_the_loss_is_the_one_that_the_trainer_differentiates(tmp_path):
         assert ours["grad_norm"] != pytest.approx(own["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("options", [{}, {"fsdp": True}], ids=["ddp", "fsdp2"])
 def test_resuming_is_going_on(options, tmp_path):
     model, data = (language_model, padded) if options else (bert, labelled)

@@ -98,6 +98,7 @@ def near(got, wanted, rtol, *terms):
 RTOL = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @example([[(1, torch.bfloat16, True, 1)]], "adam", False, 0.1, 4935)  # the direction and the decay nearly cancel
 @given(partition=partitions, kind=kinds, averages=st.booleans(), decay=st.sampled_from([0.0, 0.1]), seed=seeds)
@@ -196,6 +197,7 @@ PRECISE = [(1000, t, kind, avg) for t in RTOL for kind in ("adam", "sgd") for av
 PRECISE += [(LARGE, torch.float32, "adam", False), (LARGE, torch.bfloat16, "adam", True)]
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize(("size", "dtype", "kind", "averages"), PRECISE, ids=lambda x: str(x).removeprefix("torch."))
 def test_survey_trial_and_advance_against_float64(size, dtype, kind, averages):
     """The third update of a parameter, with weight decay, along the averaged direction if there is one."""
@@ -281,6 +283,7 @@ searches = st.fixed_dictionaries(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(rules=searches, memory=memories, losses=st.lists(st.one_of(st.floats(0.5, 3), st.just(math.nan)), min_size=8, max_size=8), seed=seeds, start=st.floats(0.8, 2.5), dtype=dtypes, precision=st.sampled_from([torch.float32, torch.bfloat16]))  # fmt: skip  # noqa: E501
 def test_the_armijo_kernels_search_like_the_search_on_the_host(rules, memory, losses, seed, start, dtype, precision):

@@ -40,6 +40,7 @@ def test_an_error_of_the_loss_during_a_capture_is_raised_and_later_steps_are_cap
     assert step.mode.name == "host"
 
 
+@pytest.mark.slow(keep=1)
 @interpreted
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -85,6 +86,7 @@ def test_a_flag_that_never_says_stop_ends_a_replayed_step_in_an_error(monkeypatc
     assert step.mode.name == "host"
 
 
+@pytest.mark.slow(keep=1)
 @interpreted
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_launch_that_fails_at_once_leaves_the_weights_of_this_step(dropout):
@@ -105,6 +107,7 @@ def test_a_launch_that_fails_at_once_leaves_the_weights_of_this_step(dropout):
     assert opt.report.loss_after < opt.report.loss_before
 
 
+@pytest.mark.slow(keep=1)
 @interpreted
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("cache", [True, False])
@@ -141,6 +144,7 @@ def test_a_refused_step_is_said_although_its_program_has_gone():
         step(long)
 
 
+@pytest.mark.slow(keep=1)
 @interpreted
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_loss_that_is_not_finite_moves_nothing_and_is_said(linked):

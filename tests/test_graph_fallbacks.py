@@ -71,6 +71,7 @@ def move_a_buffer(model):
     model.norm.scale = model.norm.scale.clone()
 
 
+@pytest.mark.slow(keep=1)
 @interpreted
 @pytest.mark.parametrize(
     "change", [move_a_frozen_weight, freeze, replace_a_module, switch_a_module_to_evaluation, move_a_buffer]
@@ -144,6 +145,7 @@ def test_a_failed_capture_falls_back_with_one_warning_and_the_step_is_taken():
     step(batches[4])
 
 
+@pytest.mark.slow(keep=1)
 @interpreted
 @pytest.mark.parametrize(
     ("error", "reason"),

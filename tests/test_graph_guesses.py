@@ -12,6 +12,7 @@ from fastals.graphs.graphed import WARMUP
 pytestmark = [pytest.mark.proves(claim="captured-steps"), interpreted]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linked", [False, True], ids=["host", "while"])
 def test_a_replayed_trial_that_should_have_been_computed_is_never_accepted(linked):
     """The host makes the step again without graphs; a launch rejects such trials, and the next step says so."""

@@ -30,6 +30,7 @@ def same_report(a, b):
     assert a.loss_after == b.loss_after or (math.isnan(a.loss_after) and math.isnan(b.loss_after))
 
 
+@pytest.mark.slow(keep=2)
 @interpreted
 @pytest.mark.parametrize("linked", [False, True], ids=["host", "while"])
 @pytest.mark.parametrize("options", CAPTURED, ids=values)
@@ -72,6 +73,7 @@ def test_launches_and_looks():
             assert log.count("replay") == 1 + trials + units + 1  # head, trials, a line before every loop, the end
 
 
+@pytest.mark.slow
 @interpreted
 def test_launches_and_looks_of_a_relay():
     """A step that searches is as many launches as one between two searches; the host reads nothing in while mode."""
@@ -95,6 +97,7 @@ def test_launches_and_looks_of_a_relay():
         assert kinds == {True, False}
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize(
     ("first", "momentum", "linked"), [("keep", "none", True), (0, "after", True), (2, "none", False)]
@@ -154,6 +157,7 @@ def test_time_and_pieces_of_captures_are_told():
     assert step.pieces == (log.count("capture"), 7 * units) == (3 * units + 4, 7 * units)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("schedule", ["relay", "joint", "cycle", "sweep"])
 def test_a_resumed_optimizer_replays_with_its_cache(schedule):
@@ -174,6 +178,7 @@ def test_a_resumed_optimizer_replays_with_its_cache(schedule):
     assert not all(torch.equal(p, q) for p, q in zip(twin.parameters(), weights, strict=True))
 
 
+@pytest.mark.slow(keep=1)
 @interpreted
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_replayed_step_is_finished_and_counted_before_an_interrupt(linked):
@@ -194,6 +199,7 @@ def test_a_replayed_step_is_finished_and_counted_before_an_interrupt(linked):
     assert opt.param_groups[0]["count"] == int(opt.engine.partition.arena.step) == len(opt.reports) == len(batches)
 
 
+@pytest.mark.slow(keep=1)
 @interpreted
 @pytest.mark.parametrize("linked", [False, True])
 def test_an_outer_autocast_region_sees_the_weights_behind_a_replayed_step(linked):
@@ -208,6 +214,7 @@ def test_an_outer_autocast_region_sees_the_weights_behind_a_replayed_step(linked
     assert step.mode.name != "eager", step.mode
 
 
+@pytest.mark.slow
 @interpreted
 def test_schedules_differ_in_how_pieces_are_strung_together():
     shapes = {}
@@ -223,6 +230,7 @@ def test_schedules_differ_in_how_pieces_are_strung_together():
     assert shapes == {"sweep": "-o-o-o-", "independent": "-o-o-o-o-<>-", "cycle": "-o-", "joint": "-o-<-o-o-o->-"}
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("schedule", ["sweep", "relay"])
 def test_the_benchmarks_count_and_replay_what_a_captured_step_needs(schedule):
@@ -269,6 +277,7 @@ def test_the_floor_counts_the_passes_of_each_kernel():
     assert sum(kernel_calls(between, StepReport(1.0, 0.5, [between], 1, 1.0), True).values()) == 2
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_hugging_face_models_are_replayed(kind):

@@ -50,6 +50,7 @@ def pseudo_labels(model, x, y, noise):
     return loss + F.cross_entropy(model(x[kept] + noise[kept]), guess[kept]) if kept.any() else loss
 
 
+@pytest.mark.slow(keep=12)
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen front"])
 @pytest.mark.parametrize("select", [hard_examples, hardest_negatives, pseudo_labels])
 @checked_searches
@@ -66,6 +67,7 @@ def test_a_pass_over_what_another_pass_selects(select, search, frozen):
     Audit(model, trust=0.05, **search).train(losses(8))
 
 
+@pytest.mark.slow(keep=17)
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen front"])
 @pytest.mark.parametrize("gradient", [False, True], ids=["without gradient", "with gradient"])
 @checked_searches
@@ -110,6 +112,7 @@ def llama(**options):
     return hf.LlamaForCausalLM(hf.LlamaConfig(**small | options)).train()
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("fed", ["given tokens", "own tokens", "own expectation"])
 @searches
 def test_decoding_with_a_key_value_cache(fed, search):
@@ -159,6 +162,7 @@ class SharingNet(Net):
         return self.head(x)
 
 
+@pytest.mark.slow(keep=15)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("trained", ["all", "the adapter", "all but the front"])
 @pytest.mark.parametrize("use", ["always", "later"])
@@ -180,6 +184,7 @@ def test_blocks_that_share_a_module(dtype, trained, use, search):
     assert audit.moved
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("habit", ["hard examples", "hardest negatives", "shared module"])
 def test_the_fused_path_follows_too(habit):
     pytest.importorskip("triton")
@@ -303,6 +308,7 @@ def wav2vec2_with_layerdrop():
 DRAWING = [drop_path, drop_path_and_everything, musicgen, wav2vec2, wav2vec2_with_layerdrop]
 
 
+@pytest.mark.slow(keep=7)
 @pytest.mark.parametrize("make", DRAWING)
 @pytest.mark.parametrize("schedule", ["sweep", "independent", "joint", "relay"])
 def test_draws_from_numpy_and_python_are_held(make, schedule):

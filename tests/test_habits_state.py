@@ -199,6 +199,7 @@ quantization_is_moving = pytest.mark.filterwarnings(
 writing = pytest.mark.parametrize("make", WRITING.values(), ids=WRITING.keys())
 
 
+@pytest.mark.slow(keep=17)
 @quantization_is_moving
 @writing
 @schedules
@@ -208,6 +209,7 @@ def test_a_forward_that_writes_is_a_function_of_the_weights(make, schedule):
     Audit(model.train(), trust=0.05, schedule=schedule).train(batch() for _ in range(5))
 
 
+@pytest.mark.slow(keep=2)
 @quantization_is_moving
 @pytest.mark.parametrize("name", ["codebook replaced 0.9", "statistics replaced", "teacher 0.9", "observers"])
 def test_it_is_one_on_the_fused_path_too(name):
@@ -217,6 +219,7 @@ def test_it_is_one_on_the_fused_path_too(name):
     Audit(model.train(), fused=True, trust=0.05, max_trials=3).train(batch() for _ in range(3))
 
 
+@pytest.mark.slow(keep=10)
 @quantization_is_moving
 @writing
 @pytest.mark.parametrize("schedule", ["sweep", "relay"])

@@ -108,6 +108,7 @@ def told_to_the_next_block():
     return model, visible_loss
 
 
+@pytest.mark.slow(keep=11)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("make", [kept_by_hooks, left_in_attributes, noted_in_a_list, told_to_the_next_block])
 @pytest.mark.parametrize("search", STALE, ids=lambda s: "-".join(s.values()))

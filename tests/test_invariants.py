@@ -113,6 +113,7 @@ def fail_at(model, batch, index, error):
     return closure
 
 
+@pytest.mark.slow(keep=29)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("momentum", ["none", "after"])
@@ -320,6 +321,7 @@ def through_a_file(value):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.slow(keep=9)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 def test_exact_resume(options, dtype):
@@ -494,6 +496,7 @@ def test_saved_adapters_reload_bitwise(tmp_path):
 # 8. Nothing grows
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.filterwarnings("ignore:fastals. 20 steps in a row have not moved:UserWarning")  # all is learned by then
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_nothing_grows(schedule):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 import torch
 from helpers.random_models import (
     ALIASING,
@@ -343,6 +344,7 @@ def test_random_draws(case):
     check(case)
 
 
+@pytest.mark.slow
 @many(50)
 @given(cases(WRITING, closures=("one pass", "micro-batches", "second in eval")))
 def test_buffers_and_frozen_weights_that_the_forward_writes(case):
@@ -361,6 +363,7 @@ def test_weights_with_several_users(case):
     check(case)
 
 
+@pytest.mark.slow
 @many(60)
 @given(cases(HIDDEN, closures=("one pass", "micro-batches")))
 def test_side_effects(case):
@@ -391,6 +394,7 @@ def test_closures(case):
     check(case)
 
 
+@pytest.mark.slow
 @many(100)
 @given(cases(KINDS, glues=GLUES, closures=tuple(CLOSURES)))
 def test_everything_at_once(case):
@@ -435,6 +439,7 @@ FAILURE = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @many(60)
 @given(cases(KINDS, glues=GLUES, closures=tuple(CLOSURES)), st.lists(FAILURE, min_size=1, max_size=3))
 def test_an_error_leaves_everything_as_it_was(case, failures):

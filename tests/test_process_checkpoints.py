@@ -70,6 +70,7 @@ def alike(found, expected):
     assert max(float((weights[n] - others[n]).norm() / others[n].norm()) for n in others) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # by one process
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
 def test_a_checkpoint_is_resumed_bitwise_by_as_many_processes_and_alike_by_others(kind, tmp_path):

@@ -44,6 +44,7 @@ def close(ours, theirs):
         assert joint == pytest.approx(their_joint, rel=1e-4, nan_ok=True)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_fused_steps_are_those_of_one_process(kind):
     for steps, options in CASES.values():
@@ -88,6 +89,7 @@ def train_beside(rank, uneven):
     return modes, log.count("capture"), opt.report.as_dict() | {"collectives": 0, "reduced_bytes": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uneven", [False, True], ids=["alike", "uneven"])
 def test_recorded_steps_are_the_eager_ones_and_captured_by_all_at_once(uneven):
     (modes, captures, report), others = together(2, train_recorded, uneven, limit=120)

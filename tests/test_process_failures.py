@@ -83,6 +83,7 @@ def undisturbed(rank, kind, options):
     return opt.report.as_dict(), everything(opt, model)
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("options", [{}, SWEEP], ids=["relay", "sweep"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
 def test_an_error_at_any_evaluation_of_one_process_is_one_of_all(kind, options):
@@ -157,6 +158,7 @@ def die(rank, kind, options, at, how):
     raise AssertionError("the step was made with a process missing")
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_survivors_of_a_killed_process_lose_nothing(kind):
     evaluations, _ = together(2, count_evaluations, kind, {})

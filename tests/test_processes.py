@@ -40,6 +40,7 @@ def furthest(weights, others):
     return max(float((weights[n] - others[n]).norm() / others[n].norm()) for n in others)
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_thirty_steps_are_those_of_one_process_with_all_data(kind):
     options = FORCED | SMOOTH
@@ -56,6 +57,7 @@ def train_all(rank, kind, dtype):
     return [train(rank, kind, 4, options, True, dtype) for options in CASES.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
 def test_every_schedule_momentum_and_reference(kind):
     found = together(2, train_all, kind, torch.float64)

@@ -16,6 +16,7 @@ from fastals.search import MEMORY
 SCHEDULES = ["sweep", "independent", "cycle", "joint", "relay"]
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.proves(claim="same-answers-for-each-schedule")
 @pytest.mark.parametrize("momentum", ["none", "after", "tested"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -27,6 +28,7 @@ def test_same_answers_for_each_schedule_and_momentum(schedule, momentum):
     assert (seen.joint_trials > 0) == (schedule in ("independent", "joint", "relay"))
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("momentum", ["none", "after", "tested"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_same_answers_in_single_precision_with_the_defaults(schedule, momentum):
@@ -35,6 +37,7 @@ def test_same_answers_in_single_precision_with_the_defaults(schedule, momentum):
     compare({"schedule": schedule, "momentum": momentum}, model=TinyTransformer(depth=2), resync=large)
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.filterwarnings("ignore:fastals. 20 steps in a row have not moved:UserWarning")
 @pytest.mark.parametrize("reference", ["monotone", "nonmonotone", "smoothed"])
 @pytest.mark.parametrize("initial", ["warm", "reset", "polyak", "random"])
@@ -44,6 +47,7 @@ def test_same_answers_for_each_first_step_and_reference(initial, reference):
     assert seen.rejections > 0
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("order", ["top_down", "bottom_up", "random"])
 @pytest.mark.parametrize("schedule", ["sweep", "independent", "relay"])
 def test_same_answers_for_each_order(schedule, order):
@@ -52,6 +56,7 @@ def test_same_answers_for_each_order(schedule, order):
     )
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("every", [3, "auto"])
 def test_same_answers_when_searching_rarely(every, schedule):
@@ -59,6 +64,7 @@ def test_same_answers_when_searching_rarely(every, schedule):
     assert seen.outcomes >= ({"accepted"} if schedule == "relay" else {"accepted", "kept"})
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("momentum", ["none", "after", "tested"])
 @pytest.mark.parametrize("schedule", ["sweep", "joint", "relay"])
 def test_same_answers_along_the_gradient(schedule, momentum):
@@ -72,6 +78,7 @@ def test_same_answers_along_the_gradient(schedule, momentum):
     assert compare(options | {"max_trials": 5}).rejections > 0
 
 
+@pytest.mark.slow(keep=4)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("momentum", ["none", "after"])
 def test_same_answers_with_weight_decay_and_clipping(schedule, momentum):
@@ -79,6 +86,7 @@ def test_same_answers_with_weight_decay_and_clipping(schedule, momentum):
     assert compare(options).rejections > 0
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("every", [1, "auto"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_same_answers_while_units_merge(schedule, every):

@@ -206,6 +206,7 @@ def test_a_search_raises_the_relative_step_by_half_a_backtrack_and_never_above_t
     assert max(largest) <= 0.2 * 1.0001
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:fastals. 20 steps in a row have not moved:UserWarning")
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_two_trials_are_enough_to_find_the_factor(fused):
@@ -277,6 +278,7 @@ TWINS = {
 }
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("options", TWINS.values(), ids=TWINS)
 def test_the_twin_takes_the_same_steps(options):
     torch.manual_seed(0)
@@ -376,6 +378,7 @@ def test_where_nothing_passes_all_is_as_before_and_the_factor_halves(dtype):
         assert memory(opt, "factor", "relative_step") == [(max(0.5 ** (t + 1), 0.25), 0.0)] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:fastals. 20 steps in a row have not moved:UserWarning")
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_stretch_of_batches_without_a_step_is_forgotten(fused):
@@ -442,6 +445,7 @@ def through_a_file(value, folder):
     return torch.load(folder / "state.pt", weights_only=True)
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("every", [2, 3, "auto"])
 def test_a_run_resumes_from_any_step(every, dtype, tmp_path):

@@ -58,6 +58,7 @@ def scales_of(opt):
     return [weight / max(direction, 1.0) for weight, direction in pairs]
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("options", [
     {}, {"every": 3}, {"direction": "sgd"}, {"momentum": "tested"}, {"momentum": "after"}, {"trust": 0.01, "c": 0.95},
     {"trust": None, "eta_max": 0.05}, {"weight_decay": 0.3, "max_grad_norm": 0.1}, {"merge_below": 1e-2},
@@ -68,6 +69,7 @@ def test_the_twin_takes_the_same_steps_where_gradients_change_their_size(options
     assert seen.rejections + seen.joint_rejections > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"trust": 0.01}, {"direction": "sgd"}, {"momentum": "tested"}], ids=str)
 def test_the_device_takes_the_same_steps_where_gradients_change_their_size(options):
     model, opt = build(fused=True, **options)

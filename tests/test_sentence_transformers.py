@@ -92,6 +92,7 @@ def train(out, folder, name, trainer=Searching, dropout=0.1, **options):
     return trained, before, weights(whole)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_falls_on_its_batch_and_trains_all_that_it_has(name, folder, tmp_path):
     """Trials are those of full forwards, bitwise, and cost less; the first step logs what AdamW's logs."""

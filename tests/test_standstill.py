@@ -93,6 +93,7 @@ def test_the_relay_names_all_units_that_one_wrong_gradient_holds():
     assert all(u.outcome in words for u in opt.report.units if not u.step_size)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_lr_of_zero_is_no_standstill(kind):
     """At a warm-up, or at the end: the default filters of these tests raise every warning."""
@@ -104,6 +105,7 @@ def test_lr_of_zero_is_no_standstill(kind):
         assert opt.report.units[0].outcome == NOT_DESCENT
 
 
+@pytest.mark.slow
 def test_on_the_device_reports_are_read_once_before_the_oldest_goes(monkeypatch):
     _, opt, closure = stuck("zero", "fused")
     reads, plain = [0], device._read

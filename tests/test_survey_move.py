@@ -45,6 +45,7 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow(keep=9)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kind", "averages", "tested"), [
     ("adam", False, True), ("sgd", False, True), ("adam", True, True), ("sgd", True, True), ("adam", True, False),

@@ -144,6 +144,7 @@ def noisy(model, batch):
         return model(**batch).loss
 
 
+@pytest.mark.slow(keep=4)
 @pytest.mark.parametrize(
     ("data", "loss_of", "options"),
     [
@@ -165,6 +166,7 @@ def test_the_ways_of_the_trainer_to_a_batch_and_to_its_loss(data, loss_of, optio
     assert_same_run(trainer, own, loop(trainer, watch, own, loss_of, **options.get("als", {})))
 
 
+@pytest.mark.slow(keep=2)
 @deprecated
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # a trial needs no gradient
 @pytest.mark.parametrize("options", [{}, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)
@@ -200,6 +202,7 @@ def test_micro_batches_are_the_large_batch(model, data, scale, tolerance, tmp_pa
         assert trainer.state.global_step == optimizer_of(trainer).param_groups[0]["count"] == 12
 
 
+@pytest.mark.slow(keep=2)
 @deprecated
 @pytest.mark.parametrize(
     ("model", "data", "options"),
@@ -258,6 +261,7 @@ def compiler(monkeypatch):
         monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("als", [{}, {"cache": False}], ids=str)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -170,6 +170,7 @@ def take_step(model, opt):
     opt.step(lambda: model.train()(**batch).loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"fused": True, "max_trials": 3}], ids=str)
 @pytest.mark.parametrize("direction", ["adam", "sgd"])
 def test_what_does_not_decay_moves_along_the_gradient_alone(options, direction):

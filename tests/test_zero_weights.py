@@ -66,6 +66,7 @@ def test_what_a_unit_remembers_is_no_smaller(kind):
         assert float(model.weight.detach().abs().max()) < LEAST_RMS
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trust", [None, 0.2])
 def test_a_model_of_zeros_learns(trust, kind):
@@ -80,6 +81,7 @@ def test_a_model_of_zeros_learns(trust, kind):
     assert losses[-1] < 0.1 * losses[0]
 
 
+@pytest.mark.slow(keep=8)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("options", [{}, {"direction": "sgd"}, {"momentum": "tested"}], ids=str)
 def test_the_twin_takes_the_same_steps_from_zero(schedule, options):

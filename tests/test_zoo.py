@@ -147,6 +147,7 @@ def test_the_table_has_every_model_of_the_zoo():
     assert list(EXPECTED) == [*zoo.ZOO, *zoo.ADAPTERS]
 
 
+@pytest.mark.slow(keep=6)
 @pytest.mark.parametrize(("name", "search"), CASES)
 def test_every_loss_is_that_of_a_full_forward_and_no_block_is_computed_in_vain(name, search):
     row, (options, count) = EXPECTED[name], SEARCHES[search]

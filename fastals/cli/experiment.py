@@ -43,7 +43,7 @@ class Experiment:
         try:
             model = AutoModelForSequenceClassification.from_pretrained(
                 self.model_path, num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()},
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=True, trust_remote_code=False,
             )  # fmt: skip
         except (OSError, ValueError) as error:
             raise UserError(
@@ -154,7 +154,7 @@ def _tokenizer(name: str, path: str) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{name!r} is neither a folder with a model and a tokenizer nor a hub id: {_first_line(error)}"
