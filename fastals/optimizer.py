@@ -19,7 +19,14 @@ from fastals.partition import named, units
 from fastals.report import StepReport
 from fastals.reports import Reports
 from fastals.search import MEMORY, plain_memory
-from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_decay_groups, warn_of_small_lr
+from fastals.settings import (
+    check_coverage,
+    check_real,
+    check_saved,
+    sort_arguments,
+    warn_of_decay_groups,
+    warn_of_small_lr,
+)
 from fastals.shards import refuse_unsupported
 
 if TYPE_CHECKING:
@@ -286,13 +293,14 @@ class ALS(torch.optim.Optimizer):
         """Load a state that :meth:`state_dict` gave, dtypes kept.
 
         Raises:
-            ValueError: the state belongs to another partition of the model into units or to a model of other shapes, or
-                lacks a moment.
+            ValueError: the state belongs to another partition of the model into units or to a model of other shapes,
+                lacks a moment, or holds what no step has left there. Nothing has changed then.
         """
         loaded: dict[str, Any] = {}  # as the hooks of the user hand it over
 
         def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
             loaded.update(state_dict)
+            check_saved(state_dict)
             self._check_moments(state_dict["state"].values())
             self._check_shapes(state_dict)
             self._fit(state_dict["param_groups"])

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastals.schedule import ORDERS, SCHEDULES
-from fastals.search import POSITIVE, POSITIVE_OR_NONE, RANGES, Range, one_of
+from fastals.search import MEMORY, POSITIVE, POSITIVE_OR_NONE, RANGES, Range, one_of
+from fastals.shards import local
 
 SMALL_LR = 1e-2  # below it, lr was probably meant as a learning rate of AdamW
 NON_NEGATIVE = Range(lambda x: 0 <= float(x) < math.inf, "0 or more")
+FINITE = Range(math.isfinite, "a finite number")
 #: Defaults that depend on the schedule: those of the relay, and of all others.
 RELAY_DEFAULTS = {"c": 0.3, "trust": 0.2, "growth": 1.1, "every": 2}
 OTHER_DEFAULTS = {"c": 0.1, "trust": 0.006, "growth": 1.3, "every": 1}
@@ -165,6 +167,23 @@ def check_real(group: dict, model: nn.Module | None) -> None:
                 f"the parameter {which} is complex, and the search works on real numbers: hold it as such with "
                 "torch.view_as_real and use torch.view_as_complex in forward, or freeze it with requires_grad=False"
             )
+
+
+def check_saved(state: Mapping[str, Any]) -> None:
+    """Refuse a saved state of something else, or one that was damaged."""
+    if missing := {"state", "param_groups"} - state.keys():
+        raise ValueError(f"this is no state of an optimizer: it has no {sorted(missing)[0]!r}")
+    for group in state["param_groups"]:
+        for name, allowed in (DIRECTION_RANGES | RANGES).items():
+            if name not in group:
+                raise ValueError(f"the state has no {name!r}: it was saved by another optimizer")
+            _require(f"{name} of the state", group[name], allowed)
+        for name in MEMORY.keys() & group.keys():
+            _require(f"{name} of the state", group[name], FINITE)
+    for index, entry in state["state"].items():
+        for name, value in entry.items():
+            if not isinstance(value, Tensor) or local(value).isnan().any():
+                raise ValueError(f"{name!r} of parameter {index} is damaged in the state: it is not a number")
 
 
 def _require(name: str, value: object, allowed: Range) -> None:

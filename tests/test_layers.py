@@ -28,6 +28,7 @@ FLOORS = (  # from the top; modules of one folder may use each other
     ("reports",),
     ("standstill",),
     ("surroundings", "stamps", "partition", "presets", "report", "rng", "interrupt", "intercept", "anatomy", "errors"),
+    ("files",),
     ("compiler", "shards"),
     ("kernels",),
 )

@@ -1,6 +1,7 @@
 """Labelled texts for ``fastals finetune``: from a package, a file or the hub."""
 
 import functools
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ class LabelledTexts:
     classes: list[str]
     train: list[Example]
     held_out: list[Example]
+
+    def digest(self) -> str:
+        """A few letters that tell these texts and labels from others."""
+        return hashlib.sha256(repr(self).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def load_texts(dataset: str, text_columns: Sequence[str] = (), label_column: str = "label") -> LabelledTexts:

@@ -1,5 +1,6 @@
 """Model, data and optimizer of a configuration of ``fastals finetune``."""
 
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -8,14 +9,14 @@ from torch import Tensor, nn
 
 from fastals.cli import ranks
 from fastals.cli.data import LabelledTexts, batch_rows, encode, load_texts
-from fastals.cli.errors import UserError, needs_extra
-from fastals.cli.runs import Config
+from fastals.cli.errors import UserError, first_line, needs_extra
+from fastals.cli.runs import CHOICES, Config
 from fastals.eager import EagerALS
 from fastals.optimizer import ALS
 from fastals.partition import units
 from fastals.presets import PRESETS
 
-OPTIMIZERS = ("als", "eager", "adamw")
+OPTIMIZERS = CHOICES["optimizer"]
 DEFAULT_STEPS = 30
 
 
@@ -24,8 +25,11 @@ class Experiment:
 
     def __init__(self, config: Config) -> None:
         _check_processes(config)
-        self.config, self.device = config, _device(config.device)
+        self.device = _device(config.device)
         self.texts: LabelledTexts = load_texts(config.dataset, config.text_column, config.label_column)
+        self.config = replace(config, data=self.texts.digest())
+        if config.data not in ("", self.config.data):
+            raise UserError(f"{config.dataset} has changed since the run began: put it back, or start a new run")
         self.model_path = _model_path(config.model)
         self.tokenizer = _tokenizer(config.model, self.model_path)
         self.steps = _steps(config, len(self.texts.train))
@@ -46,9 +50,7 @@ class Experiment:
                 ignore_mismatched_sizes=True, trust_remote_code=False,
             )  # fmt: skip
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.config.model!r} is no model that can classify text: {_first_line(error)}"
-            ) from error
+            raise UserError(f"{self.config.model!r} is no model that can classify text: {first_line(error)}") from error
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
         if ranks.rank():
@@ -157,7 +159,7 @@ def _tokenizer(name: str, path: str) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{name!r} is neither a folder with a model and a tokenizer nor a hub id: {_first_line(error)}"
+            f"{name!r} is neither a folder with a model and a tokenizer nor a hub id: {first_line(error)}"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -170,7 +172,3 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return ranks.device(name)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from fastals import rng
 from fastals.cli import ranks
+from fastals.cli.errors import first_line
 from fastals.cli.experiment import Experiment, build_optimizer
 from fastals.cli.runs import RunFolder
+from fastals.files import replacing
 from fastals.optimizer import ALS
 
 Progress = Callable[[int, int, float, int], None]  # step, steps of the run, loss, trials
@@ -89,8 +92,9 @@ class TrainingLoop:
     @ranks.by_first
     def _finish(self, accuracy: float) -> None:
         """Save the model and the summary."""
-        self.model.save_pretrained(self.run.folder / "model")
-        self.experiment.tokenizer.save_pretrained(self.run.folder / "model")
+        with self.run.writing(self.run.model), replacing(self.run.model) as folder:
+            self.model.save_pretrained(folder)
+            self.experiment.tokenizer.save_pretrained(folder)
         self.run.finish(self._summary(accuracy))
 
     def _summary(self, accuracy: float) -> dict[str, Any]:
@@ -101,7 +105,7 @@ class TrainingLoop:
             "steps": self.experiment.steps,
             "loss": statistics.mean(line["loss_before"] for line in last_fifth),
             "accuracy": accuracy,
-            "trials": statistics.mean(line["trials"] for line in lines),
+            "trials": statistics.mean(line.get("trials", 0) for line in lines),
             "seconds": self.seconds,
             "forwards": self.forwards,
         }
@@ -111,33 +115,79 @@ class TrainingLoop:
         states = ranks.gathered(rng.get_state(self._gpu()))
         self.run.save_checkpoint(
             {
+                "run": self._origin(),
                 "step": self.step, "seconds": self.seconds, "forwards": self.forwards, "rng": states,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
             }
         )  # fmt: skip
 
+    def _origin(self) -> dict[str, Any]:
+        """The options that tell the checkpoints of this run from those of others."""
+        return replace(self.experiment.config, optimizer=self.name).origin()
+
     def _resume(self) -> None:
         """Continue from the last checkpoint, if there is one; metrics of later steps are dropped.
 
+        Nothing in the folder changes before all of it was found good.
+        """
+        state = self.run.load_checkpoint(self._origin())
+        if state is not None:
+            ranks.agreed(lambda: self._restore(state))
+        self.run.truncate_metrics(self.step)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Load a checkpoint.
+
         A process that the interrupted run did not have begins with its own random state of the start.
         """
-        state = ranks.shared(self.run.load_checkpoint)
-        self.run.truncate_metrics(state["step"] if state else 0)
-        if state is None:
-            return
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        try:
+            self._check(state)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]  # older runs had one process
+            if ranks.rank() < len(states):
+                cpu, cuda = states[ranks.rank()]
+                rng.set_state((cpu, dict(zip(self._gpu(), cuda.values(), strict=False))))
+        except Exception as error:  # whatever a foreign state leads to
+            raise self.run.refused(self.run.checkpoint, first_line(error)) from error
         self.step, self.seconds, self.forwards = state["step"], state["seconds"], state["forwards"]
-        states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]  # older runs had one process
-        if ranks.rank() < len(states):
-            cpu, cuda = states[ranks.rank()]
-            rng.set_state((cpu, dict(zip(self._gpu(), cuda.values(), strict=False))))
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Refuse what torch would load without a word."""
+        step, reached = state["step"], state["scheduler"].get("last_epoch")
+        if not 0 < step <= self.experiment.steps or step != reached:
+            raise ValueError(f"it is of step {step} of {self.experiment.steps}, its schedule of step {reached}")
+        for name, value in self.model.state_dict().items():
+            saved = state["model"][name]
+            if (saved.shape, saved.dtype) != (value.shape, value.dtype):
+                raise ValueError(f"{name} is {saved.dtype} of shape {tuple(saved.shape)} in it")
+        if not isinstance(self.optimizer, ALS):  # which looks itself
+            _check_moments(state["optimizer"]["state"], self.optimizer)
+        _refuse_nan(state)
 
     def _gpu(self) -> tuple[int, ...]:
         """Index of the GPU of this process, if it has one."""
         return rng.cuda_devices(self.model.parameters())
+
+
+def _check_moments(state: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse the state of other parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entry in state.items():
+        for name, value in entry.items():
+            if value.ndim and value.shape != params[index].shape:
+                raise ValueError(f"{name} of parameter {index} has the shape {tuple(value.shape)}")
+
+
+def _refuse_nan(value: Any, name: str = "it") -> None:
+    """Refuse a checkpoint that no step could go on from."""
+    if isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_nan(inner, f"{name}[{key!r}]")
+    elif isinstance(value, Tensor | float) and torch.as_tensor(value).isnan().any():
+        raise ValueError(f"{name} is not a number")
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, anneal: str, steps: int, warmup: bool) -> Any:

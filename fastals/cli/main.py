@@ -16,7 +16,7 @@ from fastals.cli.errors import UserError, needs_extra
 from fastals.cli.experiment import DEFAULT_STEPS, OPTIMIZERS, Experiment, als_options, build_optimizer
 from fastals.cli.finetune import Interrupted, TrainingLoop
 from fastals.cli.plots import plot_losses, plot_step_sizes, summary_table
-from fastals.cli.runs import Config, RunFolder
+from fastals.cli.runs import CHOICES, Config, RunFolder, explained
 from fastals.presets import PRESETS
 from fastals.schedule import ORDERS, SCHEDULES
 
@@ -80,7 +80,8 @@ def report(arguments: argparse.Namespace) -> int:
         if run.read_summary() is None:
             raise UserError(f"{name} is no finished run: it has no {run.summary.name}")
     out = Path(arguments.output)
-    out.mkdir(parents=True, exist_ok=True)
+    with explained(out, "cannot be written", "choose another --output"):
+        out.mkdir(parents=True, exist_ok=True)
     _show(runs, out, ("report_loss.png", "report_step_sizes.png"))
     print(f"pictures are in {out}/")
     return 0
@@ -89,7 +90,11 @@ def report(arguments: argparse.Namespace) -> int:
 def _resumed(arguments: argparse.Namespace) -> tuple[Path, Config]:
     """Folder and configuration of the run to go on with."""
     folder = Path(arguments.resume)
-    return folder, RunFolder(folder).read_config()
+    config = RunFolder(folder).read_config()
+    if unknown := [name for name, _ in config.options if name.replace("_", "-") not in ALS_OPTIONS]:
+        raise UserError(f"{folder} cannot be resumed: its configuration has the unknown option {unknown[0]!r}")
+    _check(config)
+    return folder, config
 
 
 def _new(arguments: argparse.Namespace) -> tuple[Path, Config]:
@@ -148,8 +153,9 @@ def _show(runs: dict[str, RunFolder], folder: Path, pictures: tuple[str, str]) -
     from rich.console import Console
 
     lines = {name: run.read_metrics() for name, run in runs.items()}
-    plot_losses(lines, folder / pictures[0])
-    plot_step_sizes(lines, folder / pictures[1])
+    with explained(folder, "cannot be written", "make room, and draw the pictures with fastals report"):
+        plot_losses(lines, folder / pictures[0])
+        plot_step_sizes(lines, folder / pictures[1])
     Console().print(summary_table({name: run.read_summary() or {} for name, run in runs.items()}))
 
 
@@ -230,20 +236,20 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument("--batch-size", type=int, default=defaults.batch_size, help="texts in a mini-batch")
     training.add_argument(
-        "--precision", choices=["fp32", "bf16"], default=defaults.precision, help="bf16 means bfloat16 autocast"
+        "--precision", choices=CHOICES["precision"], default=defaults.precision, help="bf16 means bfloat16 autocast"
     )
     training.add_argument(
         "--seed", type=int, default=defaults.seed, help="seed of classifier, batches and dropout masks"
     )
     training.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default=defaults.device, help="auto: a GPU if there is one"
+        "--device", choices=CHOICES["device"], default=defaults.device, help="auto: a GPU if there is one"
     )
     training.add_argument(
         "--adamw-lr", type=float, default=defaults.adamw_lr, metavar="RATE", help="learning rate of the optimizer adamw"
     )
     training.add_argument(
         "--anneal",
-        choices=["cosine", "constant"],
+        choices=CHOICES["anneal"],
         default=defaults.anneal,
         help="cosine: lr falls to 0; constant: it stays",
     )

@@ -61,21 +61,20 @@ def several() -> bool:
     return size() > 1
 
 
-def by_first(function: Callable[P, Any]) -> Callable[P, None]:
-    """Decorate a function that only the first process calls."""
+def by_first(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that only the first process calls: what it returns, or refuses, is the answer for all."""
 
     @functools.wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        if rank() == 0:
-            function(*args, **kwargs)
+    def told(*args: P.args, **kwargs: P.kwargs) -> T:
+        return shared(lambda: function(*args, **kwargs))
 
-    return guarded
+    return told
 
 
-@by_first
 def say(text: str, *, error: bool = False) -> None:
-    """Print a line, or an error."""
-    print(text, file=sys.stderr if error else sys.stdout)
+    """Print a line, or an error, in the first process."""
+    if rank() == 0:
+        print(text, file=sys.stderr if error else sys.stdout)
 
 
 def agreed(function: Callable[[], T]) -> T:

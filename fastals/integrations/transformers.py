@@ -8,16 +8,19 @@
 
 import copy
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fastals.files import move, remove, settle
 from fastals.optimizer import ALS
 from fastals.partition import units
 from fastals.settings import sort_arguments
@@ -25,12 +28,15 @@ from fastals.shards import is_sharded
 
 try:
     from transformers import Trainer, TrainingArguments
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 except ImportError as error:
     raise ImportError(
         f"fastals.integrations.transformers needs {error.name}: pip install 'fastals[trainer]'"
     ) from error
 
 PASSED_OVER = ("adamw_torch", "adamw_torch_fused")  # optim is one of these unless another is asked for
+UNFINISHED = "_unfinished"  # holds a checkpoint that is being written; a name that is not pushed to the hub
 METRICS = ("_metrics", "_pending_metrics", "accum_loss_components")  # of TRL and sentence-transformers
 #: Arguments that mean nothing to a line search, and what to set in their place.
 MEANINGLESS = {
@@ -165,6 +171,53 @@ class LineSearch(_Base):
         found = {"als/trials": fmean(r.trials for r in reports), "als/factor": fmean(r.factor for r in reports)}
         return found | {f"als/step_size/{u.name}": u.step_size for u in reports[-1].units}
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, and move it to its place when it is on the disk: a kill leaves no part of one."""
+        run, name = Path(self._get_output_dir(trial=trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside = run / UNFINISHED
+        self._once_a_node(remove, aside)
+        try:
+            with (
+                _set(self, "_get_output_dir", lambda trial: str(aside)),
+                _set(self, "_push_from_checkpoint", lambda folder: None),
+            ):
+                super()._save_checkpoint(model, trial)
+            self._name_the_best(run, aside / name)
+            self._once_a_node(_put, aside / name, run / name)
+        except BaseException:
+            remove(aside)  # of a full disk, say
+            raise
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+        if self.args.should_save:
+            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _once_a_node(self, action: Callable[..., object], *paths: Path) -> None:
+        """Do something to files when all processes have come here; nodes may share them, and go one after another."""
+        self.accelerator.wait_for_everyone()
+        with self.args.main_process_first(local=False):
+            if self.is_local_process_zero():
+                action(*paths)
+        self.accelerator.wait_for_everyone()
+
+    def _name_the_best(self, run: Path, written: Path) -> None:
+        """Let the state name the best checkpoint by its place; the Trainer has looked for it where it was writing."""
+        best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_model_checkpoint == str(written) or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+    def _finalize_training(self, trial: Any, *arguments: Any) -> Any:
+        """End the training. The last checkpoint vanishes as a whole where the best one alone is to stay."""
+        best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+        if self.args.should_save and best is not None and limit == 1:
+            for folder in Path(self._get_output_dir(trial=trial)).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                if not os.path.samefile(folder, best):
+                    move(folder, folder.with_name(UNFINISHED))
+                    remove(folder.with_name(UNFINISHED))
+        return super()._finalize_training(trial, *arguments)
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """The norm for the logs; ALS has clipped the direction."""
         norm: Any = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -221,6 +274,14 @@ def _unwrapped(optimizer: Any) -> _MadeBefore:
     while not isinstance(optimizer, _MadeBefore):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _put(written: Path, place: Path) -> None:
+    """Move a checkpoint to its place; another node that shares the files may have done so."""
+    if written.is_dir():
+        settle(written)
+        move(written, place)
+    remove(written.parent)
 
 
 @contextmanager
