@@ -13,7 +13,6 @@ OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_PYTHON ?= $(shell for p in python3.12 "$$(pyenv prefix 3.12 2> /dev/null)/bin/python3.12" $(PYTHON); do \
 	"$$p" -c "" 2> /dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test test-slow test-oldest fuzz check audit bench convergence clean
 
 $(STAMP): $(REQUIREMENTS) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,8 +29,9 @@ test: $(STAMP)  ## the tests of every day, on all cores or WORKERS=...
 test-slow: $(STAMP)  ## all other tests
 	$(BIN)/pytest $(PARALLEL) --only slow
 
-fuzz: $(STAMP)  ## for nights: set-ups drawn at random, steps interrupted at every place, kills, long runs
-	$(BIN)/python tests/long_runs.py
+fuzz: $(STAMP)  ## for nights: set-ups at random, steps interrupted at every place, kills at random, long runs
+	@status=0; for part in "fuzz.py --set-ups 2000" interruptions.py "kills.py --kills 100" long_runs.py; do \
+		echo "$(BIN)/python tests/$$part"; $(BIN)/python tests/$$part || status=1; done; exit $$status
 
 $(OLDEST_STAMP): $(OLDEST_REQUIREMENTS) pyproject.toml
 	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)

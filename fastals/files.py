@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ def move(source: Path, target: Path) -> None:
     """Put a file or folder that is on the disk in the place of ``target``."""
     old = _beside(target, "old")
     remove(old)
-    if target.is_dir():  # no system call replaces a folder
+    if target.is_dir() or (source.is_dir() and target.exists()):  # no system call replaces these
         os.replace(target, old)
     try:
         os.replace(source, target)
@@ -55,6 +56,23 @@ def settle(path: Path) -> None:
         for inner in path.iterdir():
             settle(inner)
     _sync(path)
+
+
+def check_sums(path: Path) -> None:
+    """Compare a file of ``torch.save`` with the checksums in it, which ``torch.load`` does not look at.
+
+    Raises:
+        ValueError: the file was damaged, or is of another kind.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # zipfile has many for bytes that make no sense
+        raise ValueError(f"{path.name} is no file of torch.save, or was cut short: {error}") from error
+    if damaged:
+        raise ValueError(f"{path.name} is damaged: the checksum of {damaged} is wrong")
 
 
 def _beside(target: Path, suffix: str) -> Path:

@@ -110,6 +110,13 @@ def test_merging_units_shows_in_the_metrics(model, table, tmp_path):
     assert counts[-1] == 2
 
 
+def test_a_run_whose_losses_are_not_finite_comes_to_its_end(model, table, tmp_path, capsys):
+    more = ["--steps", "5", "--optimizer", "adamw", "--adamw-lr", "1e30"]
+    assert main(arguments(model, table, tmp_path, *more)) == 0
+    assert lines(tmp_path / "runs" / "one")[-1]["loss_before"] is None
+    assert "nan" in capsys.readouterr().out
+
+
 def test_presets_and_patterns_train(model, table, tmp_path):
     more = ["--steps", "3", "--units", "attention,intermediate"]
     assert main(arguments(model, table, tmp_path, *more, "--preset", "plasls")) == 0

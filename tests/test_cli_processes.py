@@ -1,6 +1,7 @@
 """The command line in several processes: the steps of one, written once, resumed bit by bit, and errors of all."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ WRONG = {
     "there is no file mine.csv": ["--dataset", "mine.csv"],  # the first process has one
     "has 2 blocks": ["--units", "7"],
     "no/run is no run": ["--resume", "no/run"],
+    "choose another --output": ["--output", "mine.csv"],
+    "cut/checkpoint.pt is damaged": ["--resume", "cut"],
 }
 
 
@@ -54,6 +57,8 @@ def heard(films):
     (films.runs / "there").mkdir()
     (films.folder / "rank0").mkdir()
     save_table(films.folder / "rank0" / "mine.csv")
+    shutil.copytree(films.runs / "of_one", films.folder / "rank0" / "cut")
+    (films.folder / "rank0" / "cut" / "checkpoint.pt").write_bytes(b"PK")
     commands = {message: films.train("wrong", *more) for message, more in WRONG.items()}
     commands |= {name: films.train(name, *more, model="plain") for name, more in ALONE.items()}
     commands |= {name: films.train(name) for name in ("straight", "broken", "of_two")}

@@ -2,9 +2,7 @@
 
 import json
 import math
-import pickle
 import shlex
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,7 +13,7 @@ import torch
 
 from fastals.cli.errors import UserError, first_line
 from fastals.cli.ranks import by_first
-from fastals.files import replacing, settle
+from fastals.files import check_sums, remove, replacing, settle
 
 NUMBER, NUMBER_OR_NULL = (int, float), (int, float, type(None))  # NaN is null in the files
 #: What must be in a line of metrics, of a unit in it, in a summary and in a checkpoint.
@@ -156,7 +154,7 @@ class RunFolder:
         if not self.checkpoint.exists():
             return None
         with self._reading(self.checkpoint):
-            _check_sums(self.checkpoint)
+            check_sums(self.checkpoint)
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             _check_types(state, CHECKPOINT)
             _check_origin(state.get("run", {}), origin)
@@ -168,6 +166,8 @@ class RunFolder:
             with replacing(self.summary) as path:
                 path.write_text(json.dumps(_finite(summary), indent=2))
             self.checkpoint.unlink(missing_ok=True)
+            for cut_short in self.folder.glob(".*.tmp"):  # by kills
+                remove(cut_short)
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None if the run is not finished."""
@@ -236,13 +236,6 @@ def _system_error(error: BaseException | None) -> str | None:
             return first_line(error)
         error = error.__cause__ or error.__context__
     return None
-
-
-def _check_sums(path: Path) -> None:
-    """Compare all bytes of a checkpoint with the checksums in it, which ``torch.load`` does not look at."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise pickle.UnpicklingError(f"the checksum of {damaged} is wrong")
 
 
 def _check_types(values: Any, types: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastals.files import move, remove, settle
+from fastals.files import check_sums, move, remove, settle
 from fastals.optimizer import ALS
 from fastals.partition import units
 from fastals.settings import sort_arguments
@@ -191,6 +191,15 @@ class LineSearch(_Base):
             self._push_from_checkpoint(str(run / name))
         if self.args.should_save:
             rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the state of a checkpoint whose bytes are those that were written."""
+        for path in Path(checkpoint).glob("*.pt") if checkpoint else ():
+            try:
+                check_sums(path)
+            except ValueError as error:
+                raise ValueError(f"{checkpoint} cannot be resumed from, go back to an earlier one: {error}") from error
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _once_a_node(self, action: Callable[..., object], *paths: Path) -> None:
         """Do something to files when all processes have come here; nodes may share them, and go one after another."""
