@@ -30,15 +30,17 @@ KINDS = {
     "trainer, the best model": lambda folder: deaths.Training(folder, best=True),
     "finetune by the shell": lambda folder: deaths.Finetune(folder, shell=True),
 }
+MOMENTS = {"save": ["before", "amid", "amid", "after"], "fsync": ["before", "after"], "replace": ["before", "after"]}
+OFTEN = {"save": 12, "fsync": 40, "replace": 14}  # calls that most trainings make
 TURNS = ["finetune", "trainer", "trainer, the best model"] * 5 + ["finetune by the shell"]
 
 
 def kill_once(run, seconds, chance):
     """Start a training and kill it; False if it has come to its end before."""
     amid = chance.random() < 0.5 and not getattr(run, "shell", False)
-    call = chance.choice(list(deaths.CALLS))
-    moment = chance.choice(["before", "after"] + ["amid"] * (call == "save"))
-    process = run.start((call, chance.randint(1, 60), moment) if amid else None)
+    call = chance.choice(list(MOMENTS))
+    instant = call, chance.randint(1, OFTEN[call]), chance.choice(MOMENTS[call])
+    process = run.start(instant if amid else None)
     process.join(120.0 if amid else chance.uniform(0.0, seconds))
     if process.exitcode is None:
         process.kill()

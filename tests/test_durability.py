@@ -453,6 +453,25 @@ def test_a_second_training_takes_the_place_of_checkpoints_that_are_there(tmp_pat
     torch.load(tmp_path / "checkpoint-3" / "optimizer.pt", weights_only=True)
 
 
+def test_a_checkpoint_that_is_removed_at_the_end_vanishes_as_a_whole(tmp_path):
+    """The best one alone is to stay, which is the first; the training stops while the last one is being removed."""
+    options = deaths.BEST | {"eval_dataset": labelled(16), "greater_is_better": True}
+    options |= {"save_strategy": "steps", "save_steps": 1, "metric_for_best_model": "eval_loss"}
+
+    def stopping(path, **_):
+        states = list(Path(path).rglob("trainer_state.json"))
+        if states and json.loads(states[0].read_text())["global_step"] == 6:
+            states[0].unlink()
+            raise SystemExit
+        return plain(path)
+
+    plain = shutil.rmtree
+    with mock.patch.object(shutil, "rmtree", stopping), pytest.raises(SystemExit):
+        fit(tmp_path, bert(), labelled(), **options)
+    resumed = fit(tmp_path, bert(), labelled(), resume=True, **options)
+    assert_same(weights(fit(tmp_path / "straight", bert(), labelled(), **options).model), weights(resumed.model))
+
+
 @pytest.mark.parametrize("damage", [lambda whole: whole[:-1], lambda whole: b"", lambda whole: flipped(whole, -9000)])
 def test_a_damaged_checkpoint_of_a_trainer_is_refused(tmp_path, damage):
     fit(tmp_path, bert(), labelled(), save_strategy="steps", save_steps=3)
@@ -490,6 +509,20 @@ def test_what_is_replaced_is_old_or_new(tmp_path, kind, before):
     remove(target)
     remove(target)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs the names of open files")
+def test_bytes_are_on_the_disk_before_their_name_is(tmp_path, monkeypatch):
+    """Which no kill of a process can show."""
+    done, sync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}"))), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), rename(a, b)))
+    with replacing(tmp_path / "file") as path:
+        path.write_text("new")
+    with replacing(tmp_path / "folder") as folder:
+        folder.mkdir()
+        (folder / "inside").write_text("new")
+    assert done == [path, "rename", tmp_path, folder / "inside", folder, "rename", tmp_path]
 
 
 def optimized(**options):
