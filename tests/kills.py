@@ -30,6 +30,7 @@ KINDS = {
     "trainer, the best model": lambda folder: deaths.Training(folder, best=True),
     "finetune by the shell": lambda folder: deaths.Finetune(folder, shell=True),
 }
+CALLS = ["save", "save", "save", "fsync", "replace"]
 MOMENTS = {"save": ["before", "amid", "amid", "after"], "fsync": ["before", "after"], "replace": ["before", "after"]}
 OFTEN = {"save": 12, "fsync": 40, "replace": 14}  # calls that most trainings make
 TURNS = ["finetune", "trainer", "trainer, the best model"] * 5 + ["finetune by the shell"]
@@ -38,7 +39,7 @@ TURNS = ["finetune", "trainer", "trainer, the best model"] * 5 + ["finetune by t
 def kill_once(run, seconds, chance):
     """Start a training and kill it; False if it has come to its end before."""
     amid = chance.random() < 0.5 and not getattr(run, "shell", False)
-    call = chance.choice(list(MOMENTS))
+    call = chance.choice(CALLS)
     instant = call, chance.randint(1, OFTEN[call]), chance.choice(MOMENTS[call])
     process = run.start(instant if amid else None)
     process.join(120.0 if amid else chance.uniform(0.0, seconds))

@@ -25,7 +25,6 @@ WRONG = {
     "has 2 blocks": ["--units", "7"],
     "no/run is no run": ["--resume", "no/run"],
     "choose another --output": ["--output", "mine.csv"],
-    "cut/checkpoint.pt is damaged": ["--resume", "cut"],
 }
 
 
@@ -60,6 +59,7 @@ def heard(films):
     shutil.copytree(films.runs / "of_one", films.folder / "rank0" / "cut")
     (films.folder / "rank0" / "cut" / "checkpoint.pt").write_bytes(b"PK")
     commands = {message: films.train("wrong", *more) for message, more in WRONG.items()}
+    commands["cut"] = ["finetune", "--resume", "cut"]
     commands |= {name: films.train(name, *more, model="plain") for name, more in ALONE.items()}
     commands |= {name: films.train(name) for name in ("straight", "broken", "of_two")}
     commands |= {f"resume {name}": films.resume(name) for name in ("broken", "of_one")}
@@ -120,6 +120,13 @@ def test_errors_are_those_of_all_and_told_once(heard, films, message):
     assert error.count("\n") == 1
     assert not (films.runs / "wrong").exists()
     assert not list((films.runs / "there").iterdir())
+
+
+def test_a_damaged_checkpoint_is_refused_in_all_and_told_once(heard):
+    (code, _, error), second = heard["cut"]
+    assert (code, second) == (2, (2, "", ""))
+    assert "cut/checkpoint.pt is damaged" in error
+    assert error.count("\n") == 1
 
 
 def test_processes_that_cannot_meet_are_told_of_torchrun(films, monkeypatch, capsys):

@@ -181,7 +181,7 @@ class RunFolder:
     def writing(self, path: Path) -> Any:
         """Explain why something in the folder cannot be written."""
         again = f"fastals finetune --resume {shlex.quote(str(self.folder))}"
-        return explained(path, "cannot be written", f"what was saved before is whole; then go on with {again}")
+        return explained(path, "cannot be written", f"mend that and go on with {again}; what was saved before is whole")
 
     def refused(self, path: Path, reason: object) -> UserError:
         """The error for a damaged or foreign file."""
