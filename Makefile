@@ -13,6 +13,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_PYTHON ?= $(shell for p in python3.12 "$$(pyenv prefix 3.12 2> /dev/null)/bin/python3.12" $(PYTHON); do \
 	"$$p" -c "" 2> /dev/null && echo "$$p" && break; done)
 
+.PHONY: demo test test-slow test-oldest fuzz check audit bench convergence clean
 
 $(STAMP): $(REQUIREMENTS) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
