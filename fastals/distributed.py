@@ -55,6 +55,11 @@ class Processes:
     """
 
     def __init__(self, group: Any = None) -> None:
+        if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise TypeError(
+                f"process_group must be what torch.distributed.new_group has returned, not {group!r}; "
+                "leave it out for all processes"
+            )
         self.given = group
         self.collectives = self.reduced_bytes = 0
         self.heard = Notes()

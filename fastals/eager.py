@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fastals import rng
-from fastals.microbatches import Closure, MicroBatches
+from fastals.errors import NO_GRADIENT, non_finite
+from fastals.groups import as_group, check_group, check_modules, listed
+from fastals.microbatches import Closure, MicroBatches, check_given, checked
 from fastals.optimizer import ALS
 from fastals.partition import units
 from fastals.relay import (
@@ -35,7 +37,7 @@ from fastals.relay import (
 from fastals.report import ACCEPTED, EXHAUSTED, KEPT, NOT_DESCENT, StepReport, UnitReport
 from fastals.schedule import is_due, is_first, note_turn, turn_of
 from fastals.search import MEMORY, Search, initial_step, schedule_next_search, size_of_weights, uniform, visible
-from fastals.settings import check_coverage, check_real, sort_arguments, warn_of_small_lr
+from fastals.settings import check_constants, check_coverage, sort_arguments, warn_of_small_lr
 
 
 @dataclass(eq=False)
@@ -101,31 +103,35 @@ class EagerALS(torch.optim.Optimizer):
         self.report: StepReport | None = None
         self.margins: list[float] = []
         self.model = params if isinstance(params, nn.Module) else bound.arguments["model"]
-        super().__init__(units(params) if isinstance(params, nn.Module) else params, defaults | MEMORY)
+        check_modules(params, bound.arguments["model"], bound.arguments["modules"])
+        super().__init__(units(params) if isinstance(params, nn.Module) else listed(params), defaults | MEMORY)
         check_coverage(self.param_groups, self.model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a unit; complex parameters to be trained are refused."""
-        super().add_param_group(param_group)
-        index, group = len(self.param_groups) - 1, self.param_groups[-1]
+        """Add a unit; what :meth:`fastals.ALS.add_param_group` refuses is refused."""
+        group, index = as_group(param_group, self.param_groups), len(self.param_groups)
+        super().add_param_group({"name": f"group{index}", "unit": index} | group)
         try:
-            check_real(group, self.model)
+            check_group(self.param_groups[-1], self.model)
         except ValueError:
-            del self.param_groups[index]
+            del self.param_groups[-1]
             raise
-        group.setdefault("name", f"group{index}")
-        group.setdefault("unit", index)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Closure | Iterable[Closure], loss: Tensor | float | None = None
     ) -> Tensor:
         """Take one step on a mini-batch, as :meth:`fastals.ALS.step` does. Returns f(w_t)."""
+        check_given(loss)
+        for group in self.param_groups:
+            check_constants(group)
         self.closure = MicroBatches(closure)
         self.devices = rng.cuda_devices(p for g in self.param_groups for p in g["params"])
         self.before = rng.get_state(self.devices)
         start = self._differentiate() if loss is None else self.closure()
         after = rng.get_state(self.devices) if loss is None else self.before
+        if not math.isfinite(float(start)):
+            raise non_finite(float(start))
         self._begin(float(start), torch.finfo(start.dtype).eps)
         due = is_due([part.rules for part in self.parts], self.settings.every, turns=self.settings.takes_turns)
         if not self.parts:
@@ -148,7 +154,9 @@ class EagerALS(torch.optim.Optimizer):
         losses = []
         for closure in self.closure.closures:
             with torch.enable_grad():
-                losses.append(closure())
+                losses.append(checked(closure()))
+            if not losses[-1].requires_grad:
+                raise RuntimeError(NO_GRADIENT)
             losses[-1].backward()
         return sum((loss.detach() for loss in losses[1:]), losses[0].detach())
 

@@ -35,7 +35,7 @@ from fastals.report import StepReport
 from fastals.reports import Reports
 from fastals.schedule import BETWEEN, SCHEDULES, Batch, is_due, keep_all, note_turn
 from fastals.search import MEMORY, plain_memory, schedule_next_search
-from fastals.settings import Settings, refuse_replaced, refuse_resized
+from fastals.settings import Settings, check_constants, refuse_replaced, refuse_resized
 from fastals.shards import connected, has_collectives, is_sharded, local, refuse_unsupported, reshard
 from fastals.surroundings import FirstWriteError
 from fastals.verify import SPOT_CHECKS, inspect
@@ -43,6 +43,10 @@ from fastals.verify import SPOT_CHECKS, inspect
 SUMS_ON_HOST, SUMS_ON_DEVICE = 5, 7  # numbers of a unit: those of passes.Sums, those of kernels.arena.SUMS
 MOST_RESTARTS = 2  # of a step that has found out something new
 MOST_ANATOMIES = 8  # states of the modules (training and evaluation mode) whose facts are kept
+NOTHING_TO_MOVE = (
+    "fastals: no parameter of the optimizer has a gradient, so the step moves nothing. Make the optimizer on the model "
+    "that the closure evaluates, and with loss= call loss.backward() before the step"
+)
 
 
 class Known(NamedTuple):
@@ -107,13 +111,15 @@ class Engine:
         self._repeatable = self._compiled = self._anew = False
         self._fresh = FreshGradients()
         self._orders: dict[tuple[str, ...], dict[str, float]] = {}
+        self._seen: dict[int, tuple] = {}  # by id of a group, its constants when they were last looked at
+        self._within = False
 
     def step(self, closure: MicroBatches, loss: Tensor | float | None = None) -> Tensor:
         """Make one step and return f(w_t); after an error everything is as before.
 
         Arguments and errors are those of :meth:`fastals.ALS.step`.
         """
-        with self.processes.failing_together():
+        with self._not_within(), self.processes.failing_together():
             for _ in range(MOST_RESTARTS):
                 try:
                     return self._attempt(closure, loss)
@@ -122,6 +128,30 @@ class Engine:
                 except ChangedError:
                     self._forget()
             return self._attempt(closure, loss)
+
+    @contextmanager
+    def _not_within(self) -> Iterator[None]:
+        """Refuse a step inside of the ``with`` block.
+
+        Raises:
+            RuntimeError: the closure makes a step of this optimizer.
+        """
+        if self._within:
+            raise RuntimeError("the closure called opt.step of its own optimizer: let it return the loss only")
+        self._within = True
+        try:
+            yield
+        finally:
+            self._within = False
+
+    def check_constants(self) -> None:
+        """Refuse constants that the user has set out of their ranges since the last look.
+
+        Raises:
+            ValueError: one is.
+        """
+        for group in self.groups:
+            self._seen[id(group)] = check_constants(group, self._seen.get(id(group), ()))
 
     def _forget(self) -> None:
         """Forget what steps have found out about the modules, as all processes do."""
@@ -174,6 +204,7 @@ class Engine:
 
     def meet(self) -> None:
         """Make sure that all processes train alike, and that weights of FSDP2 are the shards."""
+        self.check_constants()
         self.modules = self.find_modules()
         if self.processes.apart:  # some have found out what others have not
             self._forget()
@@ -229,6 +260,8 @@ class Engine:
         """Start the mini-batch with the units that have gradients, in forward order."""
         self._regroup_by_use(losses.cache)
         units = in_forward_order(self.partition.units, losses.cache)
+        if not units:
+            warnings.warn(NOTHING_TO_MOVE, stacklevel=8)
         if self.processes.several:
             units = [unit for unit in self.partition.units if unit.active]
             units = self._in_one_order(units, losses.cache)

@@ -9,6 +9,7 @@ NO_CLOSURE = (
     "returned. In Hugging Face's Trainer: fastals.integrations.transformers.ALSTrainer in place of Trainer"
 )
 
+NO_GRADIENT = "the closure's loss has no gradient: evaluate it without no_grad and without .detach()"
 
 #: The error of a process whose closure would do with gradients, as another one says that it does.
 GRADIENTS_ELSEWHERE = "the closure has failed in another process with an error about gradients, which is printed there"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastals.cache import ActivationCache
 from fastals.compare import Comparison
 from fastals.distributed import Processes
-from fastals.errors import CheckError, StaleRecordError, non_finite
+from fastals.errors import NO_GRADIENT, CheckError, StaleRecordError, non_finite
 from fastals.evaluation import Evaluated, Evaluations, Outcome
 from fastals.learned import Learned
 from fastals.microbatches import Closure, MicroBatches, checked
@@ -99,7 +99,7 @@ class Losses(Evaluations):
                 "opt.step(closure, loss=loss)"
             )
         if isinstance(loss, Tensor) and not loss.requires_grad:
-            raise RuntimeError("the closure's loss has no gradient: evaluate it without no_grad and without .detach()")
+            raise RuntimeError(NO_GRADIENT)
         return loss
 
     def _differentiated(self, loss: Evaluated) -> Tensor:
@@ -126,6 +126,8 @@ class Losses(Evaluations):
             return start
         there, drew_somewhere = self.processes.total([float(loss), float(drew)], "loss=")
         there /= self.processes.size
+        if not math.isfinite(there):
+            raise non_finite(there, self.processes.size)
         if not drew_somewhere and abs(there - float(start)) > 1e-2 * (1 + abs(float(start))):
             raise ValueError(
                 f"loss={there:.6g} is not what the closure returns ({float(start):.6g}): the closure must "
@@ -260,7 +262,11 @@ class Losses(Evaluations):
         return loss
 
     def _refuse_non_finite(self, loss: Tensor) -> None:
-        if not self.lazy and not bool(torch.isfinite(loss)):
+        if self.lazy:
+            return
+        if loss.is_meta:
+            raise ValueError("the loss is on the device meta, which holds no numbers: load the weights before training")
+        if not bool(torch.isfinite(loss)):
             raise non_finite(float(loss), self.processes.size)
 
 

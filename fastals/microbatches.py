@@ -1,6 +1,7 @@
 """The loss of a mini-batch: the sum of the losses of its micro-batches."""
 
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -115,4 +116,21 @@ def checked(loss: object) -> Tensor:
         return checked(placed.full_tensor())
     if loss.numel() != 1:
         raise ValueError(f"the closure returned a loss of shape {tuple(loss.shape)}: reduce it to a scalar")
+    if loss.is_complex() or loss.layout is not torch.strided:
+        raise ValueError("the closure returned a loss that is complex or sparse: return one real number, dense")
     return loss.reshape(())
+
+
+def check_given(loss: object) -> None:
+    """Refuse a loss that came with gradients and is no loss.
+
+    Raises:
+        TypeError, ValueError: it is no real number, by its kind or by its shape.
+    """
+    if loss is None or (isinstance(loss, Real) and not isinstance(loss, bool)):
+        return
+    wanted = "loss= must be the loss whose gradients are in place, one real number"
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{wanted}, not {loss!r}")
+    if loss.numel() != 1 or loss.is_complex() or loss.is_meta:
+        raise ValueError(f"{wanted}, not a tensor of shape {tuple(loss.shape)} and {loss.dtype} on {loss.device}")

@@ -14,19 +14,13 @@ from fastals.callers import refuse_lost_micro_batches, unwrapped
 from fastals.distributed import Processes
 from fastals.engine import Engine
 from fastals.errors import NO_CLOSURE
-from fastals.microbatches import Backward, Closure, MicroBatches
+from fastals.groups import SAVED, as_group, check_entry, check_group, check_modules, check_saved, listed
+from fastals.microbatches import Backward, Closure, MicroBatches, check_given
 from fastals.partition import named, units
 from fastals.report import StepReport
 from fastals.reports import Reports
 from fastals.search import MEMORY, plain_memory
-from fastals.settings import (
-    check_coverage,
-    check_real,
-    check_saved,
-    sort_arguments,
-    warn_of_decay_groups,
-    warn_of_small_lr,
-)
+from fastals.settings import check_coverage, sort_arguments, warn_of_decay_groups, warn_of_small_lr
 from fastals.shards import refuse_unsupported
 
 if TYPE_CHECKING:
@@ -107,8 +101,9 @@ class ALS(torch.optim.Optimizer):
             of the blocks that it ran. NaN after a graphed step.
 
     Raises:
-        ValueError: an argument out of its range, parameters twice, complex ones to be trained, units that do not fit
-            the model, or modules of FSDP1 or DeepSpeed.
+        TypeError: params, model, modules or process_group of another kind.
+        ValueError: an argument or a constant of a group out of its range, parameters twice, complex ones to be trained,
+            units that do not fit the model, or modules of FSDP1 or DeepSpeed.
 
     References: arXiv 2403.18506 (per-layer search, Adam direction), 2407.20650 (SaLSA), 2306.12747 (PoNoS),
     1905.09997 (SLS).
@@ -151,20 +146,21 @@ class ALS(torch.optim.Optimizer):
     ) -> None:
         self.settings, constants = sort_arguments(locals())
         warn_of_small_lr(lr)
+        self.modules = check_modules(params, model, modules)
         self._processes = Processes(process_group)
         self._observe = isinstance(params, nn.Module) or getattr(params, "by", "") == "block"
         cut_from = getattr(params, "model", None) if model is None else model
         self.model = params if isinstance(params, nn.Module) else cut_from
-        self.modules = list(modules)
-        for module in (self.model, *modules):
+        for module in (self.model, *self.modules):
             refuse_unsupported(module.modules() if module is not None else ())
         self._reports = Reports()
         self._graphed: GraphedStep | None = None
         self._engine: Engine | None = None
-        super().__init__(units(params) if isinstance(params, nn.Module) else params, constants | MEMORY)
+        super().__init__(units(params) if isinstance(params, nn.Module) else listed(params), constants | MEMORY)
         numbers: dict[int, int] = {}  # those of fastals.units differ from run to run, and checkpoints hold them
         for group in self.param_groups:
             group["unit"] = numbers.setdefault(group["unit"], len(numbers))
+        listed(chain.from_iterable(g["params"] for g in self.param_groups))  # refuses groups that are all empty
         check_coverage(self.param_groups, self.model)
         warn_of_decay_groups(self.param_groups)
         self.engine.fused  # noqa: B018  (refuses fused=True if it is not possible)
@@ -195,11 +191,12 @@ class ALS(torch.optim.Optimizer):
 
         Raises:
             TypeError: no closure, or one that returns no tensor; both ``loss`` and ``backward``.
-            ValueError: a loss that is no scalar, or that differs between two evaluations at the same weights.
+            ValueError: a loss that is no real scalar, or that differs between two evaluations at the same weights; a
+                constant of a group that has been set out of its range.
             FloatingPointError: a loss that is not finite at w_t.
-            RuntimeError: a closure that calls backward, as that of Lightning's automatic optimization; one micro-batch
-                of several that Accelerate accumulates; gradients that a GradScaler has scaled; parameters converted
-                since construction.
+            RuntimeError: a closure that calls backward, as that of Lightning's automatic optimization, or ``step``; one
+                micro-batch of several that Accelerate accumulates; gradients that a GradScaler has scaled; parameters
+                converted since construction.
             ValueError: a trainable parameter of the model is in no unit: it was unfrozen or put in place later.
             RuntimeError: with ``cache="check"``, a cached trial is not what a full forward gives.
             RuntimeError: with several processes, another one has failed in this step, or their gradients, arguments or
@@ -214,6 +211,9 @@ class ALS(torch.optim.Optimizer):
             return torch.zeros(())
         if loss is not None and backward is not None:
             raise TypeError("backward= computes the gradients, and loss= says that they are there: pass one of them")
+        if backward is not None and not callable(backward):
+            raise TypeError(f"backward must be a function of a loss, as accelerator.backward, not {backward!r}")
+        check_given(loss)
         with self._processes.failing_together():
             own, ready = unwrapped(closure)
             if loss is None:
@@ -258,20 +258,19 @@ class ALS(torch.optim.Optimizer):
         """Add a unit, for example one that has just been unfrozen: ``opt.add_param_group({"params": [...]})``.
 
         Raises:
-            ValueError: a parameter that the model does not have, that is in a unit already, or that is complex.
+            TypeError: no dict with parameters.
+            ValueError: a parameter that the model does not have, that is in a unit already, or that is complex; a
+                constant out of its range.
         """
+        group, index = as_group(param_group, self.param_groups), len(self.param_groups)
         if self.model is not None and any("param_names" in g for g in self.param_groups):
-            param_group = named(param_group, self.model)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+            group = named(group, self.model)
+        super().add_param_group({"name": f"group{index}", "unit": index} | group)
         try:
-            check_real(group, self.model)
+            check_group(self.param_groups[-1], self.model)
         except ValueError:
             del self.param_groups[-1]
             raise
-        index = len(self.param_groups) - 1
-        group.setdefault("name", f"group{index}")
-        group.setdefault("unit", index)
         self._engine = None
 
     @property
@@ -293,9 +292,12 @@ class ALS(torch.optim.Optimizer):
         """Load a state that :meth:`state_dict` gave, dtypes kept.
 
         Raises:
+            TypeError: it is no dict.
             ValueError: the state belongs to another partition of the model into units or to a model of other shapes,
-                lacks a moment, or holds what no step has left there. Nothing has changed then.
+                lacks something, or holds a number out of its range.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"a state is a dict, not a {type(state_dict).__name__}: {SAVED}")
         loaded: dict[str, Any] = {}  # as the hooks of the user hand it over
 
         def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -317,7 +319,8 @@ class ALS(torch.optim.Optimizer):
         indices = [i for g in loaded["param_groups"] for i in g["params"]]
         for p, i in zip(params, indices, strict=True):
             for key, value in loaded["state"].get(i, {}).items():
-                self.state[p][key] = value.to(p.device if value.ndim else "cpu", copy=True)
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.to(p.device if value.ndim else "cpu", copy=True)
         self._engine = None
 
     def _check_moments(self, saved: Iterable[dict[str, Any]]) -> None:
@@ -330,13 +333,8 @@ class ALS(torch.optim.Optimizer):
         """Before units are regrouped, so that a refused state changes nothing."""
         params, indices = _by_name(self.param_groups), _by_name(state_dict["param_groups"])
         for name in params.keys() & indices.keys():
-            shape = params[name].shape
-            for key, value in state_dict["state"].get(indices[name], {}).items():
-                if value.ndim and value.shape != shape:
-                    raise ValueError(
-                        f"the state of parameter {name!r} was saved with another model: its {key} has the shape "
-                        f"{tuple(value.shape)}, the parameter has {tuple(shape)}"
-                    )
+            if indices[name] in state_dict["state"]:
+                check_entry(name, params[name], state_dict["state"][indices[name]])
 
     def _fit(self, saved: list[dict[str, Any]]) -> None:
         """Take over the units of a saved state if they hold the same parameters; refuse other units."""

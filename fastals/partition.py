@@ -3,9 +3,11 @@
 The blocks are the modules that a forward pass calls one by one from the outermost lists; no model is known by name.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import count
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -46,9 +48,11 @@ def units(
             the weights of norms do not.
 
     Raises:
-        ValueError: no trainable parameter, more groups than blocks, a pattern that matches nothing, or a name in
-            ``decayed`` that no parameter has.
+        TypeError: no module.
+        ValueError: no trainable parameter, more groups than blocks, a pattern that is none or matches nothing, a
+            ``weight_decay`` below 0, or a name in ``decayed`` that no parameter has.
     """
+    _check(model, by, weight_decay, decayed)
     whole, model = model, unwrapped(model)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trainable:
@@ -62,6 +66,19 @@ def units(
             names |= trainable.keys()
         groups = [part for g in groups for part in _by_decay(g, next(_numbers), weight_decay, names)]
     return Groups(groups, whole, by)
+
+
+def _check(model: object, by: object, weight_decay: object, decayed: object) -> None:
+    """Refuse arguments of another kind."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"units are those of a torch.nn.Module, not of a {type(model).__name__}: pass the model")
+    is_number = isinstance(weight_decay, Real) and not isinstance(weight_decay, bool)
+    if weight_decay is not None and not (is_number and 0 <= weight_decay < math.inf):  # type: ignore[operator]
+        raise ValueError(f"weight_decay must be 0 or more, or None, not {weight_decay!r}")
+    if decayed is not None and (
+        weight_decay is None or isinstance(decayed, str) or not isinstance(decayed, Collection)
+    ):
+        raise ValueError(f"decayed must be a list of names, beside a weight_decay, not {decayed!r}")
 
 
 def _known(model: nn.Module, names: Collection[str]) -> set[str]:
@@ -92,7 +109,7 @@ def _unit_names(model: nn.Module, trainable: Mapping[str, Tensor], by: str | int
         return dict.fromkeys(trainable, "model")
     if isinstance(by, int) and not isinstance(by, bool):
         return _by_count(model, by)
-    if isinstance(by, Sequence) and not isinstance(by, str):
+    if isinstance(by, list | tuple) and by and all(isinstance(pattern, str) for pattern in by):
         return _by_pattern(trainable, by)
     raise ValueError(f"by must be 'block', 'model', an integer or a list of patterns, not {by!r}")
 
@@ -111,9 +128,9 @@ def named(group: dict, model: nn.Module) -> dict:
     if "param_names" in group:
         return group
     names = {id(p): n for n, p in unwrapped(model).named_parameters()}
-    members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    members = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
     if not all(id(p) in names for p in members):
-        raise ValueError("the group holds parameters that the model does not have")
+        raise ValueError("the group holds parameters that the model does not have: add them to the model first")
     return group | {"params": members, "param_names": [names[id(p)] for p in members]}
 
 
@@ -208,6 +225,11 @@ def _by_count(model: nn.Module, count: int) -> dict[str, str]:
 
 def _by_pattern(trainable: Mapping[str, Tensor], patterns: Sequence[str]) -> dict[str, str]:
     """The first pattern that matches each parameter, in the order of the patterns."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"by: {pattern!r} is no regular expression ({error}): escape it with re.escape") from error
     unit_of = {n: next((p for p in patterns if re.search(p, n)), "rest") for n in trainable}
     unmatched = [p for p in patterns if p not in unit_of.values()]
     if unmatched:

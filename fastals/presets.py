@@ -13,7 +13,9 @@ All presets differ from the originals in four points:
 * With β = 0.9 a search has 250 trials at most, not 100, because no search starts below η_max β^(trials − 1).
 """
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 Preset = dict[str, Any]
@@ -79,7 +81,12 @@ def sls(batches_per_epoch: int = 500) -> Preset:
 
     Args:
         batches_per_epoch: n / b for n examples in mini-batches of b; the step size grows by 2^(b/n) between them.
+
+    Raises:
+        ValueError: it is no number above 0.
     """
+    if not isinstance(batches_per_epoch, Real) or not 0 < batches_per_epoch < math.inf:
+        raise ValueError(f"batches_per_epoch must be greater than 0, and finite, not {batches_per_epoch!r}")
     return {
         "by": "model", "direction": "sgd", "momentum": "none", "schedule": "sweep", "every": 1, "trust": None,
         "c": 0.1, "backtrack": 0.9, "growth": 2 ** (1 / batches_per_epoch), "max_trials": 250, "initial": "warm",

@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Callable, MutableMapping
 from dataclasses import KW_ONLY, dataclass, field
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from fastals.kernels.arena import INITIALS, LEAST_RMS, REFERENCES
@@ -27,9 +28,18 @@ class Range(NamedTuple):
     words: str
 
 
-BETWEEN_0_AND_1 = Range(lambda x: 0 < x < 1, "between 0 and 1, both excluded")
-POSITIVE = Range(lambda x: 0 < x < math.inf, "greater than 0")
-POSITIVE_OR_NONE = Range(lambda x: x is None or 0 < x < math.inf, "greater than 0, or None")
+def number(holds: Callable[[Any], bool], words: str, kind: type = Real) -> Range:
+    """The range of a constant that is a number, which no bool, no text and no tensor is."""
+    return Range(lambda x: isinstance(x, kind) and not isinstance(x, bool) and holds(x), words)
+
+
+FINITE = number(math.isfinite, "a finite number")
+BETWEEN_0_AND_1 = number(lambda x: 0 < x < 1, "between 0 and 1, both excluded")
+POSITIVE = number(lambda x: 0 < x < math.inf, "greater than 0, and finite")
+POSITIVE_OR_NONE = Range(lambda x: x is None or POSITIVE.holds(x), "greater than 0 and finite, or None")
+NON_NEGATIVE = number(lambda x: 0 <= x < math.inf, "0 or more, and finite")
+COUNT = number(lambda x: x >= 0, "an integer of at least 0", Integral)
+COUNT_FROM_1 = number(lambda x: x >= 1, "an integer of at least 1", Integral)
 
 
 def one_of(names: tuple[str, ...]) -> Range:
@@ -41,17 +51,17 @@ def one_of(names: tuple[str, ...]) -> Range:
 RANGES: dict[str, Range] = {
     "c": BETWEEN_0_AND_1,
     "backtrack": BETWEEN_0_AND_1,
-    "growth": Range(lambda x: 1 <= x < math.inf, "1 or more"),
-    "max_trials": Range(lambda x: isinstance(x, int) and x >= 1, "an integer of at least 1"),
+    "growth": number(lambda x: 1 <= x < math.inf, "1 or more, and finite"),
+    "max_trials": COUNT_FROM_1,
     "trust": POSITIVE_OR_NONE,
     "initial": one_of(INITIALS),
     "eta_init": POSITIVE_OR_NONE,
     "eta_min": POSITIVE,
-    "eta_max": Range(lambda x: 0 < x < math.inf, "at least eta_min, and finite"),
+    "eta_max": number(lambda x: 0 < x < math.inf, "at least eta_min, and finite"),
     "reference": one_of(REFERENCES),
     "polyak_c": POSITIVE,
-    "nonmonotone_weight": Range(lambda x: 0 <= x <= 1, "from 0 to 1"),
-    "smoothing": Range(lambda x: 0 <= x < 1, "from 0 up to 1, 1 excluded"),
+    "nonmonotone_weight": number(lambda x: 0 <= x <= 1, "from 0 to 1"),
+    "smoothing": number(lambda x: 0 <= x < 1, "from 0 up to 1, 1 excluded"),
 }
 
 #: The memory of a unit, all scalars, 0 until the first search.
@@ -72,6 +82,10 @@ MEMORY: dict[str, float | int] = {
     "last_search": 0,  # schedules that take turns: count after the last step that searched the unit; 0 for never
     "count": 0,  # steps taken
 }
+MEMORY_RANGES: dict[str, Range] = {
+    k: NON_NEGATIVE if isinstance(initial, float) else COUNT for k, initial in MEMORY.items()
+}
+MEMORY_RANGES |= {"average": FINITE, "mean_decrease": FINITE}  # losses may be negative, and may rise
 
 
 LONGEST_WAIT = 10  # steps between two searches at most with ``every="auto"``

@@ -1,20 +1,28 @@
 """The arguments of :class:`fastals.ALS`, sorted and checked."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import repeat
+from numbers import Integral
+from operator import is_not, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastals.schedule import ORDERS, SCHEDULES
-from fastals.search import MEMORY, POSITIVE, POSITIVE_OR_NONE, RANGES, Range, one_of
-from fastals.shards import local
+from fastals.search import (
+    COUNT_FROM_1,
+    NON_NEGATIVE,
+    POSITIVE,
+    POSITIVE_OR_NONE,
+    RANGES,
+    Range,
+    number,
+    one_of,
+)
 
 SMALL_LR = 1e-2  # below it, lr was probably meant as a learning rate of AdamW
-NON_NEGATIVE = Range(lambda x: 0 <= float(x) < math.inf, "0 or more")
-FINITE = Range(math.isfinite, "a finite number")
 #: Defaults that depend on the schedule: those of the relay, and of all others.
 RELAY_DEFAULTS = {"c": 0.3, "trust": 0.2, "growth": 1.1, "every": 2}
 OTHER_DEFAULTS = {"c": 0.1, "trust": 0.006, "growth": 1.3, "every": 1}
@@ -23,25 +31,27 @@ SETTINGS = {
     "momentum": one_of(("none", "after", "tested")),
     "schedule": one_of(tuple(SCHEDULES)),
     "order": one_of(ORDERS),
-    "every": Range(
-        lambda x: x == "auto" or (isinstance(x, int) and not isinstance(x, bool) and x >= 1),
-        "an integer of at least 1 or 'auto'",
-    ),
+    "every": Range(lambda x: x == "auto" or COUNT_FROM_1.holds(x), "an integer of at least 1 or 'auto'"),
     "merge_below": POSITIVE_OR_NONE,
     "max_grad_norm": POSITIVE_OR_NONE,
-    "cache": Range(lambda x: x in (True, False, "check"), "True, False or 'check'"),
-    "fused": Range(lambda x: x in (True, False, "auto"), "True, False or 'auto'"),
+    "cache": Range(lambda x: isinstance(x, bool) or x == "check", "True, False or 'check'"),
+    "fused": Range(lambda x: isinstance(x, bool) or x == "auto", "True, False or 'auto'"),
+    "seed": number(lambda _: True, "an integer", Integral),
 }
+BETA = number(lambda x: 0 <= x < 1, "from 0 up to 1, 1 excluded")
 #: The constants of the direction; those of the search are in :data:`fastals.search.RANGES`.
 DIRECTION_RANGES = {
-    "lr": NON_NEGATIVE,
+    "lr": Range(lambda x: NON_NEGATIVE.holds(_plain(x)), NON_NEGATIVE.words),  # schedulers may fill a tensor
     "betas": Range(
-        lambda x: isinstance(x, Sequence) and len(x) == 2 and all(0 <= b < 1 for b in x),
+        lambda x: isinstance(x, Sequence) and len(x) == 2 and all(map(BETA.holds, x)),
         "two numbers from 0 up to 1, 1 excluded",
     ),
     "eps": POSITIVE,
     "weight_decay": NON_NEGATIVE,
 }
+CONSTANTS = DIRECTION_RANGES | RANGES
+CHANGING = Tensor, list  # kinds of constants that may change in place
+_constants = itemgetter(*CONSTANTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +81,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, allowed in SETTINGS.items():
-            _require(name, getattr(self, name), allowed)
+            require(name, getattr(self, name), allowed)
 
 
 def sort_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
@@ -83,12 +93,41 @@ def sort_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, dict[str, An
     by_schedule = RELAY_DEFAULTS if arguments["schedule"] == "relay" else OTHER_DEFAULTS
     arguments = {k: by_schedule[k] if k in by_schedule and v == "default" else v for k, v in arguments.items()}
     settings = Settings(**{f.name: arguments[f.name] for f in fields(Settings)})
-    constants = {k: v for k, v in arguments.items() if k in DIRECTION_RANGES or k in RANGES}
-    for name, allowed in (DIRECTION_RANGES | RANGES).items():
-        _require(name, constants[name], allowed)
-    if constants["eta_max"] < constants["eta_min"]:
-        raise ValueError(f"eta_max must be at least eta_min, and finite, not {constants['eta_max']!r}")
+    constants = {k: v for k, v in arguments.items() if k in CONSTANTS}
+    check_constants(constants)
     return settings, constants
+
+
+def check_constants(constants: Mapping[str, Any], seen: tuple = ()) -> tuple:
+    """Refuse constants out of their ranges, those of a group or those of all; ``seen`` have been looked at before.
+
+    Returns what to hand over as ``seen`` the next time; what may change in place is looked at every time.
+
+    Raises:
+        ValueError: one is missing or out of its range.
+    """
+    try:
+        values = _constants(constants)
+    except KeyError as missing:
+        raise ValueError(
+            f"there is no {missing.args[0]}{_where(constants)}: set it, or make the optimizer anew"
+        ) from None
+    if seen and not any(map(is_not, values, seen)):
+        return seen
+    where = _where(constants)
+    for name, value, before in zip(CONSTANTS, values, seen or repeat(_UNSEEN), strict=False):
+        if value is not before:
+            require(name, value, CONSTANTS[name], where)
+    if constants["eta_max"] < constants["eta_min"]:
+        raise ValueError(f"eta_max must be at least eta_min, and finite, not {constants['eta_max']!r}{where}")
+    return tuple([_UNSEEN if isinstance(value, CHANGING) else value for value in values])
+
+
+def _where(constants: Mapping[str, Any]) -> str:
+    return f" (in the group {constants['name']!r})" if "name" in constants else ""
+
+
+_UNSEEN = object()
 
 
 def warn_of_small_lr(lr: float) -> None:
@@ -156,40 +195,16 @@ def check_coverage(groups: Sequence[dict], model: nn.Module | None) -> None:
         raise ValueError("the units hold parameters that the model does not have: pass the model they belong to")
 
 
-def check_real(group: dict, model: nn.Module | None) -> None:
-    """Refuse trainable complex parameters: slopes, norms and flat buffers are those of real numbers."""
-    names = {id(p): n for n, p in model.named_parameters()} if model is not None else {}
-    names |= {id(p): n for n, p in zip(group.get("param_names", ()), group["params"], strict=False)}
-    for p in group["params"]:
-        if p.is_complex() and p.requires_grad:
-            which = repr(names[id(p)]) if id(p) in names else f"of shape {tuple(p.shape)}"
-            raise ValueError(
-                f"the parameter {which} is complex, and the search works on real numbers: hold it as such with "
-                "torch.view_as_real and use torch.view_as_complex in forward, or freeze it with requires_grad=False"
-            )
+def _plain(x: object) -> object:
+    """The number that a tensor holds; anything else as it is."""
+    return x.item() if isinstance(x, Tensor) and x.numel() == 1 and not x.is_meta else x
 
 
-def check_saved(state: Mapping[str, Any]) -> None:
-    """Refuse a saved state of something else, or one that was damaged."""
-    if missing := {"state", "param_groups"} - state.keys():
-        raise ValueError(f"this is no state of an optimizer: it has no {sorted(missing)[0]!r}")
-    for group in state["param_groups"]:
-        for name, allowed in (DIRECTION_RANGES | RANGES).items():
-            if name not in group:
-                raise ValueError(f"the state has no {name!r}: it was saved by another optimizer")
-            _require(f"{name} of the state", group[name], allowed)
-        for name in MEMORY.keys() & group.keys():
-            _require(f"{name} of the state", group[name], FINITE)
-    for index, entry in state["state"].items():
-        for name, value in entry.items():
-            if not isinstance(value, Tensor) or local(value).isnan().any():
-                raise ValueError(f"{name!r} of parameter {index} is damaged in the state: it is not a number")
+def require(name: str, value: object, allowed: Range, where: str = "") -> None:
+    """Refuse a value out of its range.
 
-
-def _require(name: str, value: object, allowed: Range) -> None:
-    try:
-        holds = allowed.holds(value)
-    except TypeError:  # a string where a number belongs, as a misspelt "default"
-        holds = False
-    if not holds:
-        raise ValueError(f"{name} must be {allowed.words}, not {value!r}")
+    Raises:
+        ValueError: it is; the message names it.
+    """
+    if not allowed.holds(value):
+        raise ValueError(f"{name} must be {allowed.words}, not {value!r}{where}")

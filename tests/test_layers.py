@@ -15,6 +15,7 @@ FLOORS = (  # from the top; modules of one folder may use each other
     ("graphs",),
     ("engine",),
     ("host", "device"),
+    ("groups",),
     ("settings", "verify"),
     ("schedule", "repeatable", "given", "relay"),
     ("losses", "search", "passes"),

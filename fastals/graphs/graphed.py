@@ -24,6 +24,8 @@ from fastals.interrupt import uninterrupted
 from fastals.kernels.arena import FLAGS
 from fastals.microbatches import Closure
 from fastals.schedule import turn_of
+from fastals.search import COUNT_FROM_1
+from fastals.settings import require
 
 WARMUP = 3  # eager steps of each signature: compilation, workspaces, verification of the cache
 MOST_SEEN = 1024  # signatures whose steps are counted
@@ -102,8 +104,11 @@ class GraphedStep:
         max_signatures: int = 8,
         backend: Callable[..., Backend] | None = None,
     ) -> None:
-        if max_signatures < 1 or (pad_to_multiple_of is not None and pad_to_multiple_of < 1):
-            raise ValueError("max_signatures and pad_to_multiple_of must be at least 1")
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function of a batch that returns its loss, not {loss_fn!r}")
+        require("max_signatures", max_signatures, COUNT_FROM_1)
+        if pad_to_multiple_of is not None:
+            require("pad_to_multiple_of", pad_to_multiple_of, COUNT_FROM_1)
         self.optimizer, self.loss_fn, self.max_signatures = optimizer, loss_fn, max_signatures
         self.pad_to_multiple_of, self._make_backend = pad_to_multiple_of, backend or _cuda_graphs
         self.mode = GraphMode("eager", "nothing has been captured yet")
@@ -131,6 +136,7 @@ class GraphedStep:
             return self._step(batch)
 
     def _step(self, batch: Inputs) -> Tensor:
+        self.engine.check_constants()
         if isinstance(batch, Mapping) and tree_is_leaf(batch):
             batch = dict(batch)
         if self.pad_to_multiple_of is not None:
