@@ -2,10 +2,12 @@
 
 import functools
 import hashlib
+import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,9 @@ def load_texts(dataset: str, text_columns: Sequence[str] = (), label_column: str
     """
     if dataset == "bbc-news":
         return _split(_bbc_news())
-    if Path(dataset).suffix in (".csv", ".jsonl", ".json"):
-        return _split(_labelled(_read_file(Path(dataset)), text_columns or ["text"], label_column))
+    if Path(dataset).suffix in READERS:
+        texts = text_columns or ["text"]
+        return _split(_labelled(_read_file(Path(dataset), texts), texts, label_column))
     return _from_hub(dataset, text_columns, label_column)
 
 
@@ -66,20 +69,57 @@ def _bbc_news() -> list[Row]:
     return [((f.read_text("latin-1"),), f.parent.name) for f in files]
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
+def _read_file(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a file, which must be UTF-8."""
+    read, content = READERS[path.suffix]
+    try:
+        if not path.is_file():
+            raise UserError(f"there is no file {path}: give the path of a csv or jsonl file")
+        rows = read(path, texts)
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): it must be {content}, in UTF-8"
+        ) from error
+    if not rows:
+        raise UserError(f"{path} holds no rows: it must be {content}")
+    return rows
+
+
+def _read_csv(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a table; texts stay as they are written (007, NA), and an empty one is none."""
     try:
         import pandas
     except ImportError as error:
         raise needs_extra(error) from error
-    try:
-        frame = pandas.read_csv(path) if path.suffix == ".csv" else pandas.read_json(path, lines=True)
-    except (ValueError, pandas.errors.ParserError) as error:
-        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
-    if frame.empty:
-        raise UserError(f"{path} holds no rows")
+    frame = pandas.read_csv(path)
+    if written := [c for c in texts if c in frame.columns]:
+        frame[written] = pandas.read_csv(path, usecols=written, dtype=str, keep_default_na=False, na_values=[""])[
+            written
+        ]
     return frame.to_dict("records")
+
+
+def _read_jsonl(path: Path, _: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a file with one on each line."""
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON ({error})") from error
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"line {number} is a {type(rows[-1]).__name__} and no object")
+    return rows
+
+
+LINES = 'JSON with one object on each line, as {"text": "...", "label": 1}'
+#: How files are read, by the ends of their names, and what they must be.
+READERS = {
+    ".csv": (_read_csv, "a table with a line of column names"),
+    ".jsonl": (_read_jsonl, LINES),
+    ".json": (_read_jsonl, LINES),
+}
 
 
 def _labelled(records: Iterable[dict[str, Any]], texts: Sequence[str], label: str) -> list[Row]:
@@ -91,9 +131,18 @@ def _labelled(records: Iterable[dict[str, Any]], texts: Sequence[str], label: st
             f"there is no column {missing[0]!r}: the columns are {', '.join(map(str, rows[0]))}; "
             "name them with --text-column and --label-column"
         )
-    if unlabelled := [i for i, r in enumerate(rows) if r[label] is None or r[label] != r[label]]:  # NaN is not itself
-        raise UserError(f"{len(unlabelled)} rows have no label, row {unlabelled[0] + 1} first: drop them or label them")
+    for column, what in [(label, "label"), *((c, "text") for c in texts)]:
+        if bare := [i for i, r in enumerate(rows) if not _is_plain(r.get(column))]:
+            raise UserError(
+                f"{len(bare)} rows have no {what} in the column {column!r}, or one that is no text or number, row "
+                f"{bare[0] + 1} first: drop them or correct them"
+            )
     return [(tuple(str(r[c]) for c in texts), r[label]) for r in rows]
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a text or a number, which NaN is not."""
+    return isinstance(value, str) or (isinstance(value, Real) and value == value)
 
 
 def _from_hub(dataset: str, text_columns: Sequence[str], label_column: str) -> LabelledTexts:
@@ -112,6 +161,8 @@ def _download(dataset: str) -> Any:
     except ImportError as error:
         raise needs_extra(error) from error
     group, _, name = dataset.partition("/")
+    if group == "glue" and name not in GLUE_COLUMNS:
+        raise UserError(f"there is no task {name!r} to classify texts in GLUE: the tasks are {', '.join(GLUE_COLUMNS)}")
     try:
         return datasets.load_dataset("nyu-mll/glue", name) if group == "glue" else datasets.load_dataset(dataset)
     except Exception as error:
@@ -133,7 +184,10 @@ def _indexed(train: list[Row], held_out: list[Row]) -> LabelledTexts:
     """Labels replaced by class indices; held-out rows of classes that are not trained on are dropped."""
     classes = sorted({label for _, label in train}, key=lambda label: (str(type(label)), label))
     if len(classes) < 2:
-        raise UserError(f"the training data has {len(classes)} class: classification needs at least two")
+        raise UserError(
+            f"the training data has {len(classes)} class: classification needs at least two. --label-column says where "
+            "they are"
+        )
     index = {label: i for i, label in enumerate(classes)}
     known = [(t, index[label]) for t, label in held_out if label in index]
     if not known:

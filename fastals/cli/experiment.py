@@ -1,5 +1,6 @@
 """Model, data and optimizer of a configuration of ``fastals finetune``."""
 
+import math
 from dataclasses import replace
 from importlib.resources import files
 from typing import Any
@@ -51,11 +52,20 @@ class Experiment:
             )  # fmt: skip
         except (OSError, ValueError) as error:
             raise UserError(f"{self.config.model!r} is no model that can classify text: {first_line(error)}") from error
+        self._refuse_long_texts(model.config)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
         if ranks.rank():
             torch.manual_seed(self.config.seed + ranks.rank())
         return model.to(self.device).train()
+
+    def _refuse_long_texts(self, config: Any) -> None:
+        """Refuse texts of more tokens than the model or its tokenizer has positions for."""
+        most = min(getattr(config, "max_position_embeddings", None) or math.inf, self.tokenizer.model_max_length)
+        if self.config.max_length > most:
+            raise UserError(
+                f"--max-length {self.config.max_length} is more than the model has positions for: choose {most} or less"
+            )
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Mini-batch ``step``, or the part of it that this process takes."""
@@ -111,7 +121,7 @@ def _partition(text: str) -> str | int | list[str]:
     """The argument ``by`` of :func:`fastals.units`: ``block``, ``model``, a number of units or name patterns."""
     if text.isdigit():
         return int(text)
-    return text if text in ("block", "model") else text.split(",")
+    return text if text in ("block", "model") else [pattern for pattern in text.split(",") if pattern]
 
 
 def build_optimizer(name: str, model: nn.Module, experiment: Experiment) -> torch.optim.Optimizer:
@@ -163,6 +173,8 @@ def _tokenizer(name: str, path: str) -> Any:
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"the tokenizer of {name!r} has no token to pad texts with: save it with a pad_token")
     return tokenizer
 
 

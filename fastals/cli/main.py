@@ -5,8 +5,8 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ ALS_OPTIONS: dict[str, dict[str, Any]] = {
     "merge-below": {"type": float, "help": "merge units whose step size falls below this"},
 }
 
+NAME, OUTPUT = "run", "runs"
+LONGEST_NAME = 255  # bytes, of most file systems
 PROCESSES = (
     "On several GPUs: torchrun --nproc-per-node 2 --no-python fastals finetune ... Each process takes an equal part of "
     "every mini-batch, and all take the steps of one process with the whole mini-batch, up to rounding and dropout "
@@ -80,6 +82,7 @@ def report(arguments: argparse.Namespace) -> int:
         if run.read_summary() is None:
             raise UserError(f"{name} is no finished run: it has no {run.summary.name}")
     out = Path(arguments.output)
+    _refuse_unwritable(out)
     with explained(out, "cannot be written", "choose another --output"):
         out.mkdir(parents=True, exist_ok=True)
     _show(runs, out, ("report_loss.png", "report_step_sizes.png"))
@@ -89,18 +92,26 @@ def report(arguments: argparse.Namespace) -> int:
 
 def _resumed(arguments: argparse.Namespace) -> tuple[Path, Config]:
     """Folder and configuration of the run to go on with."""
-    folder = Path(arguments.resume)
+    folder, defaults = Path(arguments.resume), asdict(Config()) | {"name": NAME, "output": OUTPUT}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("resume", "command")}
+    if other := [name for name, value in given.items() if value != defaults.get(name)]:
+        raise UserError(f"a run goes on with the options that it was started with: leave out {_options(other)}")
     config = RunFolder(folder).read_config()
     if unknown := [name for name, _ in config.options if name.replace("_", "-") not in ALS_OPTIONS]:
         raise UserError(f"{folder} cannot be resumed: its configuration has the unknown option {unknown[0]!r}")
-    _check(config)
+    stored = {k: v for k, v in asdict(config).items() if v != getattr(Config, k)}
+    _check({"name": NAME, "seed": config.seed} | stored)
+    als_options(config)
     return folder, config
 
 
 def _new(arguments: argparse.Namespace) -> tuple[Path, Config]:
     """Folder and configuration of a new run."""
+    _check(vars(arguments))
     folder, config = Path(arguments.output) / arguments.name, _config(arguments)
-    _check(config)
+    als_options(config)
+    _refuse_ignored(config)
+    _refuse_unwritable(folder)
     if folder.exists():
         raise UserError(f"{folder} exists already: go on with --resume {folder}, or choose another --name")
     return folder, config
@@ -171,18 +182,52 @@ def _config(arguments: argparse.Namespace) -> Config:
     )
 
 
-def _check(config: Config) -> None:
+def _check(values: Mapping[str, Any]) -> None:
     """Refuse values that no run can have, before data or model are loaded."""
-    for name in ("batch_size", "max_length", "checkpoint_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    if config.steps < 0 or config.epochs < 0:
-        raise UserError("--steps and --epochs must not be negative")
-    if config.steps and config.epochs:
+    for name in ("batch_size", "max_length", "checkpoint_every", "steps"):
+        if values.get(name, 1) < 1:
+            raise UserError(f"{_options([name])} must be at least 1")
+    for name in ("epochs", "adamw_lr"):
+        if not 0 < values.get(name, 1) < math.inf:
+            raise UserError(f"{_options([name])} must be greater than 0, and finite")
+    if "steps" in values and "epochs" in values:
         raise UserError("give --steps or --epochs, not both")
-    if not 0 < config.adamw_lr < math.inf:
-        raise UserError("--adamw-lr must be greater than 0, and finite")
-    als_options(config)
+    if abs(values["seed"]) >= 1 << 63:
+        raise UserError("--seed must fit in 64 bits: choose a smaller one")
+    if empty := [name for name, value in values.items() if value in ("", [""])]:
+        raise UserError(f"{_options(empty)} must not be empty: leave it out for the default")
+    if values["name"] in ("..", ".") or Path(values["name"]).name != values["name"]:
+        raise UserError(f"--name {values['name']} must name one folder: --output says where it lies")
+
+
+def _refuse_ignored(config: Config) -> None:
+    """Refuse options that the run would not go by."""
+    trained = OPTIMIZERS if config.compare else (config.optimizer,)
+    searching = [name for name, _ in config.options]
+    searching += [name for name in ("preset", "units") if getattr(config, name) != getattr(Config, name)]
+    if trained == ("adamw",) and searching:
+        raise UserError(f"the optimizer adamw searches nothing: leave out {_options(searching)}, or add --compare")
+    if "adamw" not in trained and config.adamw_lr != Config.adamw_lr:
+        raise UserError("--adamw-lr is for the optimizer adamw, which is not trained: leave it out, or add --compare")
+    own_columns = config.text_column or config.label_column != Config.label_column
+    if config.dataset == "bbc-news" and own_columns:
+        raise UserError("the data set bbc-news has its own columns: leave out --text-column and --label-column")
+    if len(config.text_column) > 2 or config.label_column in (config.text_column or ("text",)):
+        raise UserError("--text-column must name one text or a pair of them, and another column than --label-column")
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to."""
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
+        raise UserError("a name in --output or --name is too long for a folder: choose a shorter one")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{there} is no folder that can be written to: choose another --output")
+
+
+def _options(names: Iterable[str]) -> str:
+    """The options of these names, as they are given."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -261,8 +306,8 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     for name, spec in ALS_OPTIONS.items():
         search.add_argument(f"--{name}", default=argparse.SUPPRESS, **spec)
     run = parser.add_argument_group("run")
-    run.add_argument("--name", default="run", help="name of the run's folder in --output")
-    run.add_argument("--output", default="runs", help="folder that holds the folders of runs")
+    run.add_argument("--name", default=NAME, help="name of the run's folder in --output")
+    run.add_argument("--output", default=OUTPUT, help="folder that holds the folders of runs")
     run.add_argument(
         "--resume",
         metavar="FOLDER",
