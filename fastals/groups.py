@@ -1,6 +1,6 @@
 """What an optimizer is handed over, checked before it is used: parameters, groups, modules, and saved states."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,10 +59,14 @@ def as_group(group: object, others: Iterable[dict]) -> dict[str, Any]:
     if common := [name for name in SETTINGS if name in group]:
         raise ValueError(f"{common[0]} is a setting of all units: pass it to the optimizer, not in a group")
     params = group["params"]
-    if isinstance(params, str | set | Mapping | nn.Module) or not isinstance(params, Iterable):
+    if isinstance(params, str | set | Mapping) or not isinstance(params, Iterable):
         raise TypeError(f"{GROUP}, as list(model.parameters()), not a {type(params).__name__}")
     members = [params] if isinstance(params, Tensor) else list(params)
-    tensors = list(unpaired(members))
+    _check_tensors([p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in members], others)
+    return group | {"params": members}
+
+
+def _check_tensors(tensors: list, others: Iterable[dict]) -> None:
     if strangers := [p for p in tensors if not isinstance(p, Tensor)]:
         raise TypeError(f"parameters are tensors, and one is a {type(strangers[0]).__name__}: {PARAMS}")
     if made := [p for p in tensors if not (p.is_leaf or p.retains_grad)]:
@@ -70,12 +74,6 @@ def as_group(group: object, others: Iterable[dict]) -> dict[str, Any]:
     there = [id(p) for other in others for p in other["params"]]
     if len(set(ids := [*there, *map(id, tensors)])) < len(ids):
         raise ValueError("parameters appear twice, or in more than one parameter group: pass each of them once")
-    return group | {"params": members}
-
-
-def unpaired(members: Iterable) -> Iterator:
-    """The parameters of a list that may hold pairs of name and parameter."""
-    return (p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in members)
 
 
 def check_group(group: dict, model: nn.Module | None) -> None:

@@ -219,7 +219,8 @@ MAKING = {
     "computed": (lambda o, m: o([weight() * 2]), ValueError, "result of an operation: pass its parameter"),
     "misspelt params": (lambda o, m: o([{"parms": [weight()]}]), TypeError, r"under 'params', not \['parms'\]"),
     "params none": (lambda o, m: o([{"params": None}]), TypeError, r"list\(model.parameters\(\)\), not a NoneType"),
-    "params module": (lambda o, m: o([{"params": m}]), TypeError, r"list\(model.parameters\(\)\), not a Sequential"),
+    "params module": (lambda o, m: o([{"params": m[0]}]), TypeError, r"list\(model.parameters\(\)\), not a Linear"),
+    "params stack": (lambda o, m: o([{"params": m}]), TypeError, f"one is a Linear: {PASS}"),
     "params set": (lambda o, m: o([{"params": {weight()}}]), TypeError, r"list\(model.parameters\(\)\), not a set"),
     "params text": (lambda o, m: o([{"params": "all"}]), TypeError, r"list\(model.parameters\(\)\), not a str"),
     "setting in a group": (
@@ -705,7 +706,7 @@ LINES = {
     "dataset unknown": (["--dataset", "no-such-data"], "neither bbc-news, nor a csv or jsonl file"),
     "dataset missing": (["--dataset", "nowhere.csv"], "no file nowhere.csv: give the path"),
     "dataset folder": (["--dataset", "folder.csv"], "no file folder.csv: give the path"),
-    "dataset long name": (["--dataset", "x" * 300 + ".csv"], "cannot be read .*name too long"),
+    "dataset long name": (["--dataset", "x" * 300 + ".csv"], "name too long|no file x"),
     "dataset glue": (["--dataset", "glue/nope"], "no task 'nope' .*the tasks are cola"),
     "text-column unknown": (["--text-column", "sentence"], "the columns are text, label; name them"),
     "label-column unknown": (["--label-column", "class"], "the columns are text, label; name them with"),

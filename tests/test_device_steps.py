@@ -103,7 +103,7 @@ def test_exact_resume_and_to_and_from_the_plain_path():
             assert torch.equal(p, q) if fused else torch.allclose(p, q, rtol=1e-4, atol=1e-5)
         if not fused:
             opt.load_state_dict(copy.deepcopy(resumed.state_dict()))
-            train(model, opt, data[:1])
+            train(straight, opt, data[:1])
 
 
 def test_bfloat16_parameters_train_through_their_masters():
