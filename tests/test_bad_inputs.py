@@ -1,6 +1,7 @@
 """Tables of bad inputs: each is refused by an error that says what to do, and moves nothing."""
 
 import copy
+import json
 import math
 import os
 import random
@@ -779,7 +780,16 @@ def place(tmp_path, monkeypatch):
     save_table(tmp_path / "films.csv")
     for name in ("folder.csv", "done"):
         (tmp_path / name).mkdir()
-    (tmp_path / "done" / "summary.json").write_text("{}")
+    summary = {
+        "optimizer": "als",
+        "steps": 1,
+        "loss": 0.5,
+        "accuracy": 0.9,
+        "trials": 1.0,
+        "seconds": 1.0,
+        "forwards": 5.0,
+    }
+    (tmp_path / "done" / "summary.json").write_text(json.dumps(summary))
     return tmp_path
 
 

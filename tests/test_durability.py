@@ -536,12 +536,12 @@ def optimized(**options):
 
 BROKEN = {
     "another optimizer": (lambda s: s["param_groups"][0].pop("backtrack"), "saved by another optimizer"),
-    "no groups": (lambda s: s.pop("param_groups"), "no state of an optimizer"),
-    "text": (lambda s: changed(first(s["state"]), "exp_avg_sq", "x"), "is damaged"),
+    "no groups": (lambda s: s.pop("param_groups"), "no list .param_groups"),
+    "text": (lambda s: changed(first(s["state"]), "exp_avg_sq", "x"), "no tensor of real numbers .exp_avg_sq"),
     "NaN": (lambda s: first(s["state"])["exp_avg_sq"].view(-1)[0].fill_(float("nan")), "is damaged"),
-    "constant": (lambda s: changed(s["param_groups"][0], "c", 2.0), "c of the state must be between 0 and 1"),
-    "memory": (lambda s: changed(s["param_groups"][1], "factor", float("inf")), "factor of the state must be"),
-    "memory of text": (lambda s: changed(s["param_groups"][1], "factor", "x"), "factor of the state must be"),
+    "constant": (lambda s: changed(s["param_groups"][0], "c", 2.0), "c must be between 0 and 1"),
+    "memory": (lambda s: changed(s["param_groups"][1], "factor", float("inf")), "factor must be 0 or more"),
+    "memory of text": (lambda s: changed(s["param_groups"][1], "factor", "x"), "factor must be 0 or more"),
 }
 
 
