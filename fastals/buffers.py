@@ -1,6 +1,6 @@
 """The flat buffers of one unit and the optimizer's state as views of them; parameters and gradients stay in place."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import NamedTuple
@@ -201,10 +201,15 @@ class Unit:
         for i in self.active if active else range(len(self.members)):
             self._pack(i, state)
 
-    def count(self, i: int, state: dict) -> None:
-        """Count an update of parameter i, and show its buffers in the optimizer's state."""
-        self.counts[i] += 1
-        self._pack(i, state)
+    def after_update(self) -> dict[int, dict[str, Tensor]]:
+        """What the optimizer's state will show of the active parameters once they are updated, for :meth:`count`."""
+        return {i: self._entry(i, self.counts[i] + 1) for i in self.active}
+
+    def count(self, entries: Mapping[int, dict[str, Tensor]], state: dict) -> None:
+        """Count the update of the active parameters, and enter them in the optimizer's state."""
+        for i, entry in entries.items():
+            self.counts[i] += 1
+            state[self.members[i][0]].update(entry)
 
     def _stored(self, i: int) -> dict[str, list[Tensor]]:
         """The buffers that hold the state of parameter i, by its names in the state, as one view per parameter."""
@@ -215,10 +220,13 @@ class Unit:
 
     def _pack(self, i: int, state: dict) -> None:
         """Show the buffers of parameter i in the optimizer's state."""
-        entry = state[self.members[i][0]]
-        count = float(self.counts[i])
-        entry["step"] = torch.tensor(count, dtype=torch.float32, device="cpu") if self.steps is None else self.steps[i]
-        entry.update({name: placed_like(flat[i], self.members[i][0]) for name, flat in self._stored(i).items()})
+        state[self.members[i][0]].update(self._entry(i, self.counts[i]))
+
+    def _entry(self, i: int, count: int) -> dict[str, Tensor]:
+        """The buffers of parameter i after ``count`` updates, by their names in the optimizer's state."""
+        step = torch.tensor(float(count), dtype=torch.float32, device="cpu") if self.steps is None else self.steps[i]
+        stored = {name: placed_like(flat[i], self.members[i][0]) for name, flat in self._stored(i).items()}
+        return {"step": step} | stored
 
     def _unpack(self, state: dict) -> None:
         """Take over the state of parameters that have one (a loaded checkpoint, a merged unit)."""

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastals.buffers import Flat, Gradients, Unit, layout, unit_groups
 from fastals.distributed import Processes
 from fastals.errors import OutdatedError, non_finite
-from fastals.interrupt import uninterrupted
 from fastals.kernels import all_units, armijo, relay
 from fastals.kernels.arena import BATCH, FLAGS, OUTCOMES, REMEMBERED, RING, RULES, STATE, Arena
 from fastals.kernels.moments import advance, survey
@@ -69,6 +68,7 @@ class DeviceUnits:
         }
         shares = [unit.shares[0] for unit in self.units]
         self.shares = self.arena.sums.new_tensor(shares).unsqueeze(1) if set(shares) != {1.0} else None
+        self._compiled: set[tuple] = set()  # dtypes and alignments for which the kernels of a commit are
         self.shown: dict[int, list[int]] = {}  # by row, the parameters of the unit that the optimizer's state shows
 
     def _flat(self, row: int, where: slice) -> Flat:
@@ -110,6 +110,14 @@ class DeviceUnits:
             for unit in self.units:
                 unit.check()
             self.table.rebuild(params, held)
+
+    def compile_commit(self) -> None:
+        """Compile the kernels of a commit if a launch would: one that cannot be compiled is met before all writes."""
+        kinds = {(dtypes, chunks.aligned) for dtypes, chunks in self.table.by_dtypes.items()}
+        if not kinds <= self._compiled:
+            advance(self.table, self.arena, compile_only=True)
+            all_units.remember(self.arena, compile_only=True)
+            self._compiled |= kinds
 
     def show(self, units: list[Unit], state: dict) -> None:
         """Show parameters in the optimizer's state from their first gradient on."""
@@ -255,8 +263,7 @@ class DeviceBatch:
         trial(self.table, self.arena)
 
     def _measure(self, unit: int | None = None, *, move: bool = False) -> None:
-        with uninterrupted():  # a unit is held or not, whatever its dtypes
-            survey(self.table, self.arena, averaged=self.tested, unit=unit, move=move)
+        survey(self.table, self.arena, averaged=self.tested, unit=unit, move=move)
         if self.losses.processes.several:
             rows = slice(None) if unit is None else slice(unit, unit + 1)
             sums = self.arena.sums[rows]
@@ -287,11 +294,10 @@ class DeviceBatch:
 
     def rewind(self) -> None:
         """Put every unit back to w_t, and go on from there."""
-        with uninterrupted():
-            start, outdated = self.start, self.arena.flags[:, OUTDATED].clone()
-            self.restore()
-            all_units.begin(self.arena, start, again=True)
-            self.arena.flags[:, OUTDATED] = outdated
+        start, outdated = self.start, self.arena.flags[:, OUTDATED].clone()
+        self.restore()
+        all_units.begin(self.arena, start, again=True)
+        self.arena.flags[:, OUTDATED] = outdated
         for unit in self.units:
             self.losses.put_back(unit.active_params())
 
@@ -384,26 +390,36 @@ class DeviceBatch:
         self.do(partial(advance, self.table, self.arena))
         self.do(partial(all_units.remember, self.arena))
 
-    def commit(self, state: dict) -> None:
-        """Advance moments and memory and enter them in the optimizer's state.
+    def prepare(self) -> None:
+        """Check what :meth:`commit` reads, and compile what it launches.
 
         Raises:
             RuntimeError: a trial changed the gradients.
         """
         self.gradients.check()
+        self.device.compile_commit()
+
+    def commit(self, state: dict) -> None:
+        """Advance moments and memory and enter them in the optimizer's state."""
         self.learn()
         self.device.show(self.units, state)
         self.arena.steps += 1
 
     def restore(self) -> None:
         """Put every unit back to w_t, bitwise."""
-        all_units.restore(self.arena)
-        trial(self.table, self.arena)
+        put_back(self.table, self.arena)
 
     def report(self) -> Callable[[], StepReport]:
         """A function that reads the outcome of the step from the arena's history, units in forward order."""
         names = {unit.row: unit.name for unit in self.units}
         return partial(_read, self.arena.history, names, self.arena.steps - 1)
+
+
+def put_back(table: Table, arena: Arena) -> None:
+    """Put every unit back to w_t, bitwise, if a step is under way; after a launch that fails it may be tried again."""
+    all_units.restore(arena)
+    trial(table, arena)
+    all_units.end(arena)
 
 
 def _write_clipping(

@@ -24,7 +24,6 @@ from fastals.distributed import Processes
 from fastals.errors import ChangedError
 from fastals.given import refuse_scaled
 from fastals.host import HostUnits
-from fastals.interrupt import uninterrupted
 from fastals.learned import Learned
 from fastals.losses import Losses
 from fastals.microbatches import MicroBatches
@@ -34,7 +33,7 @@ from fastals.replicas import refuse_different_gradients, share
 from fastals.report import StepReport
 from fastals.reports import Reports
 from fastals.schedule import BETWEEN, SCHEDULES, Batch, is_due, keep_all, note_turn
-from fastals.search import MEMORY, plain_memory, schedule_next_search
+from fastals.search import plain_memory, schedule_next_search
 from fastals.settings import Settings, check_constants, refuse_replaced, refuse_resized
 from fastals.shards import connected, has_collectives, is_sharded, local, refuse_unsupported, reshard
 from fastals.surroundings import FirstWriteError
@@ -178,13 +177,11 @@ class Engine:
             search = self.is_due(batch.units)
             self._look(batch, start, search=search)
             self.move(batch, search=search)
-            batch.gradients.check()
-            with uninterrupted():
-                self.processes.agree()
-                self._commit(batch, searched=search)
-                undo.clear()  # the step is made, so nothing is undone
-                self._anew = False
-                self.processes.note_made()
+            batch.prepare()
+            self.processes.agree()
+            losses.finish()
+            self._commit(batch, searched=search)
+            undo.clear()  # the step is made, so nothing is undone
         self.reports.look()
         return start
 
@@ -299,12 +296,15 @@ class Engine:
             batch.follow_momentum()
 
     def _commit(self, batch: Batch, *, searched: bool) -> None:
+        """Write what cannot be undone: in place, into memory that is there, and in code that raises no error."""
         batch.commit(self.state)
+        batch.losses.add_other_grads()
         self.count(batch.report(), batch.losses.forwards, batch.units if searched else [])
         if self.settings.merge_below is not None:
             self._merge(self.settings.merge_below)
-        batch.losses.finish()
         self._fresh.note(batch.losses.params)
+        self._anew = False
+        self.processes.note_made()
 
     def count(self, report: StepReport | Callable[[], StepReport], forwards: float, searched: Sequence[Unit]) -> None:
         """Count a step that was made, set when its units search next if it has searched, and report the step."""
@@ -449,9 +449,9 @@ class Engine:
             return
         low, high = units[:2]
         groups = low.groups + high.groups
-        memory = {k: low.rules[k] for k in MEMORY}
+        memory, other = plain_memory(low.rules), plain_memory(high.rules)
         for step in ("step_size", "relative_step"):
-            memory[step] = (low.rules[step] + high.rules[step]) / 2
+            memory[step] = (memory[step] + other[step]) / 2
         memory["direction_rms"] = 0.0  # not known of both together
         index = min(g["unit"] for g in groups)
         for group in groups:
@@ -467,7 +467,7 @@ def in_forward_order(units: Sequence[Unit], cache: ActivationCache | None) -> li
 
 @contextmanager
 def undone_on_error() -> Iterator[list[Callable[[], object]]]:
-    """A list of actions that run if an error leaves the ``with`` block, the last one first, Ctrl-C held back.
+    """A list of actions that run if an error leaves the ``with`` block, the last one first; signals are held back.
 
     Each is tried; the error that leaves is the first one, with a note on every action that failed.
     """
@@ -475,10 +475,9 @@ def undone_on_error() -> Iterator[list[Callable[[], object]]]:
     try:
         yield undo
     except BaseException as error:
-        with uninterrupted():
-            for action in reversed(undo):
-                try:
-                    action()
-                except Exception as failed:
-                    error.add_note(f"fastals could not undo a part of the step: {type(failed).__name__}: {failed}")
+        for action in reversed(undo):
+            try:
+                action()
+            except Exception as failed:
+                error.add_note(f"fastals could not undo a part of the step: {type(failed).__name__}: {failed}")
         raise

@@ -14,6 +14,7 @@ from fastals.compare import Comparison, same_loss, same_outputs
 from fastals.compiler import compilations
 from fastals.distributed import Processes
 from fastals.errors import BackwardError, ChangedError, StaleRecordError, is_about_gradients
+from fastals.interrupt import hand_on
 from fastals.learned import Learned
 from fastals.microbatches import MicroBatches, checked
 from fastals.shards import reshard, with_buffers
@@ -229,6 +230,7 @@ class Evaluations:
         torch.clear_autocast_cache()  # casts of the weights before this evaluation are stale
         with _no_fast_path(), self.around.evaluation(), with_buffers(self.modules), running, gradients:
             loss = checked(closure())
+        hand_on()  # other processes hear of it as they hear of an error of the closure
         drawn = self.learned.drawn
         if self.cache is None:
             return loss

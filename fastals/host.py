@@ -347,13 +347,16 @@ class HostBatch:
                 self.passes[unit].trial(move.eta)
                 self.loss = math.nan
 
-    def commit(self, state: dict) -> None:
-        """Advance moments and memory; the parameters have moved already.
+    def prepare(self) -> None:
+        """Check what :meth:`commit` reads.
 
         Raises:
             RuntimeError: a trial changed the gradients.
         """
         self.gradients.check()
+
+    def commit(self, state: dict) -> None:
+        """Advance moments and memory; the parameters have moved already."""
         for unit, passes in self.passes.items():
             move = self.moves[unit]
             if not math.isfinite(move.slope):

@@ -1,23 +1,138 @@
-"""Hold Ctrl-C back for a few lines that must not be left halfway."""
+"""Hold signals back while a step is made, so that what their handlers raise comes where the step can be undone."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+#: Those whose handlers raise errors, in the user's code, in a scheduler's or in torch's: that of a data loader says by
+#: SIGCHLD that a worker has died.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGCHLD", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
+
+class _Hold:
+    """Takes the signals of the main thread in place of their handlers.
+
+    Attributes:
+        open: whether they are handed on at once.
+        closed: whether nothing may open it.
+    """
+
+    def __init__(self) -> None:
+        self.open = self.closed = False
+        self._handlers: dict[int, Callable] = {}
+        self._pending: list[tuple[int, Any]] = []  # signals and frames
+
+    def begin(self) -> None:
+        """Take the place of the handlers that are written in Python."""
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self._handlers[number] = handler
+                signal.signal(number, self._take)
+
+    def end(self) -> None:
+        """Give the handlers their places back, and hand on what has waited."""
+        try:
+            self._give_back()
+        except BaseException:  # of a signal that has come as soon as it could
+            self._give_back()
+            raise
+        finally:
+            self.hand_on()
+
+    def hand_on(self) -> None:
+        """Hand on what has waited, each signal even if the one before it raises an error."""
+        if self._pending:
+            number, frame = self._pending.pop(0)
+            try:
+                self._handlers[number](number, frame)
+            finally:
+                self.hand_on()
+
+    def _give_back(self) -> None:
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._take:  # or the closure has set another one, which may go on to this
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame: Any) -> None:
+        if not self.open and _here.hold is self:
+            self._pending.append((number, frame))
+            return
+        self.open = False  # another one must not disturb what the error of this one has undone
+        self._handlers[number](number, frame)
+        self.open = True
+
+
+class _Here(threading.local):
+    """The hold of this thread; only the main one ever gets a signal."""
+
+    hold: _Hold | None = None
+
+
+_here = _Here()
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold signals back inside the ``with`` block, but for what :func:`let_through` calls; hand them on after it."""
+    if _here.hold is not None:
+        with _shut(_here.hold, closed=_here.hold.closed):
+            yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    hold = _Hold()
+    try:
+        hold.begin()
+        _here.hold = hold
+        yield
+    finally:
+        _here.hold = None
+        hold.end()
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold a SIGINT back until the ``with`` block ends. Only the main thread ever gets one."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    """Let nothing through inside the ``with`` block, which is a part of one of :func:`held_back`."""
+    if _here.hold is None:
         yield
         return
-    pending: list[tuple] = []
-    signal.signal(signal.SIGINT, lambda *caught: pending.append(caught))
+    with _shut(_here.hold, closed=True):
+        yield
+
+
+def let_through(function: Callable, *args: Any) -> Any:
+    """Call a function of the user's, which signals may interrupt; those that have waited go on waiting."""
+    hold = _here.hold
+    if hold is None or hold.closed:
+        return function(*args)
+    before = hold.open
+    try:
+        hold.open = True
+        return function(*args)
+    finally:
+        hold.open = before
+
+
+def hand_on() -> None:
+    """Hand on the signals that have waited."""
+    if _here.hold is not None and not _here.hold.closed:
+        _here.hold.hand_on()
+
+
+@contextmanager
+def _shut(hold: _Hold, *, closed: bool) -> Iterator[None]:
+    """Hold back inside the ``with`` block what the hold would hand on outside of it."""
+    before = hold.open, hold.closed
+    hold.open, hold.closed = False, closed
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-    if pending:
-        handler(*pending[0])
+        hold.closed = before[1]
+        if before[0]:
+            hold.hand_on()
+            hold.open = True

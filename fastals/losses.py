@@ -13,6 +13,7 @@ from fastals.compare import Comparison
 from fastals.distributed import Processes
 from fastals.errors import NO_GRADIENT, CheckError, StaleRecordError, non_finite
 from fastals.evaluation import Evaluated, Evaluations, Outcome
+from fastals.interrupt import let_through
 from fastals.learned import Learned
 from fastals.microbatches import Closure, MicroBatches, checked
 from fastals.shards import recover, reshard, settle_gradients, without_sync
@@ -92,7 +93,7 @@ class Losses(Evaluations):
             RuntimeError: the closure has changed gradients, or its loss has none.
         """
         before = [(p.grad, _version(p.grad)) for p in self.params]
-        loss = closure()
+        loss = let_through(closure)
         if any(p.grad is not g or _version(g) != v for p, (g, v) in zip(self.params, before, strict=True)):
             raise RuntimeError(
                 "the closure called backward itself: let it return the loss only, or call loss.backward() before "
@@ -214,13 +215,16 @@ class Losses(Evaluations):
         reshard(self.modules)
         self.generators.restore(self.after)
         self.around.settle()
-        for p, grad in self.other_grads:
-            if grad is not None:
-                p.grad = grad if p.grad is None else grad.add_(p.grad)
         torch.clear_autocast_cache()  # casts of the last trial's weights are stale
         self.learned.watched = not self.look_again
         if self.cache is not None:
             self.cache.clear()
+
+    def add_other_grads(self) -> None:
+        """Add the gradients of untrained parameters to those that were there."""
+        for p, grad in self.other_grads:
+            if grad is not None:
+                p.grad = grad if p.grad is None else grad.add_(p.grad)
 
     def undoing(self) -> list[Callable[[], object]]:
         """Actions that put generators, gradients, buffers and untrained parameters back; each stands for itself."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastals.errors import NO_CLOSURE
+from fastals.interrupt import let_through
 from fastals.shards import is_sharded
 
 Closure = Callable[[], Tensor]
@@ -51,7 +52,7 @@ class MicroBatches:
 
     def __call__(self) -> Tensor:
         """Evaluate f."""
-        losses = [checked(closure()) for closure in self.closures]
+        losses = [checked(let_through(closure)) for closure in self.closures]
         if self.scales:
             losses = [k * loss for k, loss in zip(self.scales, losses, strict=True)]
         return sum(losses[1:], losses[0])
@@ -63,12 +64,12 @@ class MicroBatches:
             RuntimeError: ``backward`` has not taken the gradient of this loss.
         """
         if self.backward is None:
-            loss.backward()
+            let_through(loss.backward)
             return loss.detach()
         seen: list[Tensor] = []
         handle = loss.register_hook(lambda gradient: seen.append(gradient.detach()))
         with torch.enable_grad():
-            self.backward(loss)
+            let_through(self.backward, loss)
         handle.remove()
         if not seen:
             raise RuntimeError("backward must take the gradient of the loss that it is given, and it has not")

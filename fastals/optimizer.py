@@ -15,6 +15,7 @@ from fastals.distributed import Processes
 from fastals.engine import Engine
 from fastals.errors import NO_CLOSURE
 from fastals.groups import SAVED, as_group, check_entry, check_group, check_modules, check_saved, listed
+from fastals.interrupt import held_back
 from fastals.microbatches import Backward, Closure, MicroBatches, check_given
 from fastals.partition import named, units
 from fastals.report import StepReport
@@ -165,7 +166,6 @@ class ALS(torch.optim.Optimizer):
         warn_of_decay_groups(self.param_groups)
         self.engine.fused  # noqa: B018  (refuses fused=True if it is not possible)
 
-    @torch.no_grad()
     def step(  # type: ignore[override]
         self,
         closure: Closure | Iterable[Closure] | None = None,
@@ -202,7 +202,8 @@ class ALS(torch.optim.Optimizer):
             RuntimeError: with several processes, another one has failed in this step, or their gradients, arguments or
                 closures differ.
 
-        After any error, of the closure too, parameters, state and random generators are as before.
+        After any error, of the closure too, parameters, state and random generators are as before. Signals (Ctrl-C,
+        SIGTERM) come in the closure or the backward, at the end of an evaluation, or when the step is made.
         """
         if closure is None:
             if any(float(g["lr"]) for g in self.param_groups):
@@ -214,7 +215,7 @@ class ALS(torch.optim.Optimizer):
         if backward is not None and not callable(backward):
             raise TypeError(f"backward must be a function of a loss, as accelerator.backward, not {backward!r}")
         check_given(loss)
-        with self._processes.failing_together():
+        with held_back(), torch.no_grad(), self._processes.failing_together():
             own, ready = unwrapped(closure)
             if loss is None:
                 refuse_lost_micro_batches(own, backward, self.model)

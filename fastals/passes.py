@@ -72,6 +72,7 @@ class Passes:
         self._held = 0  # blocks with the weights of this step, the first ones
         self._norms: list[Tensor] = []  # of the weights of those
         self._segments: list[Segment] = []
+        self._entries: dict[int, dict[str, Tensor]] = {}  # of the optimizer's state, after this step
         self._parted: set[int] = set()  # parameters that lie in several blocks
         self._cut_for: object = None
 
@@ -80,7 +81,7 @@ class Passes:
         self.unit.check()
         self._held, self._norms, self.weight_norm = 0, [], 0.0
         self.averaged, self.grad_scale = False, 1.0
-        self._segments = list(self.unit.segments())
+        self._segments, self._entries = list(self.unit.segments()), self.unit.after_update()
         self._cut()
 
     @property
@@ -132,7 +133,10 @@ class Passes:
         self._weigh()
 
     def commit(self, state: dict, eta: float) -> None:
-        """Advance moments, update counts and master weights; the parameters have moved already."""
+        """Advance moments, update counts and master weights; the parameters have moved already.
+
+        All is written in place and nothing is allocated, since what fails halfway could not be undone.
+        """
         unit, tensors = self.unit, self._tensors()
         for block in self.blocks:
             masters = [k for k, piece in enumerate(block.pieces) if eta and unit.has_master(piece.param)]
@@ -148,8 +152,7 @@ class Passes:
                 betas=self._segments[block.segment].group["betas"],
                 grad_scale=self.grad_scale,
             )
-        for i in unit.active:
-            unit.count(i, state)
+        unit.count(self._entries, state)
 
     def _cut(self) -> None:
         """Cut the blocks anew if what they depend on has changed; while only some are held, they stay."""

@@ -72,6 +72,13 @@ class Batch(Protocol):
     def check_replay(self, loss: Tensor) -> None:
         """Check whether the closure is repeatable and still as the cache assumes; f(w_t) is ``loss``."""
 
+    def prepare(self) -> None:
+        """Do what may fail before :meth:`commit`.
+
+        Raises:
+            RuntimeError: a trial changed the gradients.
+        """
+
     def commit(self, state: dict) -> None:
         """Advance moments and memory and enter them in the optimizer's state; the parameters have moved already."""
 

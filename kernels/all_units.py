@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastals.kernels.arena import Arena
+from fastals.kernels.arena import BATCH, Arena
 from fastals.kernels.armijo import visible
 from fastals.kernels.columns import (
     AT,
@@ -71,7 +71,7 @@ from fastals.kernels.columns import (
     TRIALS,
     WEIGHT_RMS,
 )
-from fastals.kernels.table import SCALAR
+from fastals.kernels.table import SCALAR, launched
 
 
 @triton.jit(do_not_specialize=["loss", "units", "again"])
@@ -242,8 +242,6 @@ def restore_kernel(state, units, UP: tl.constexpr):
     b_held = tl.load(rows + HELD, mask=m_u, other=0.0) != 0
     tl.store(rows + MOVE, b_move, mask=m_u)
     tl.store(rows + AT, tl.where(under_way, tl.where(b_held, float("nan"), b_move), b_move), mask=m_u)
-    tl.debug_barrier()  # every lane has read it
-    tl.store(state + units * N_STATE + BATCH_LOSS_BEFORE, float("nan"))
 
 
 @triton.jit
@@ -377,13 +375,18 @@ def follow(arena: Arena) -> None:
 
 
 def restore(arena: Arena) -> None:
-    """Ask for every unit to be put back to w_t, if a step is under way."""
+    """Ask for every unit to be put back to w_t, if a step is under way, which it is until :func:`end`."""
     restore_kernel[(1,)](state=arena.state, units=arena.units, UP=arena.padded_rows, **SCALAR)
 
 
-def remember(arena: Arena) -> None:
+def end(arena: Arena) -> None:
+    """Note that no step is under way: its units have been put back."""
+    arena.state[-1, BATCH.index("loss_before")].fill_(float("nan"))
+
+
+def remember(arena: Arena, *, compile_only: bool = False) -> None:
     """Write the memory of all units and this step's row of the history."""
-    remember_kernel[(1,)](
+    launched(remember_kernel, 1, compile_only=compile_only)(
         state=arena.state,
         memory=arena.memory,
         rules=arena.rules,

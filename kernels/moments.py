@@ -54,7 +54,7 @@ from fastals.kernels.columns import (
     SUM_DIRECTION,
     SUM_ELEMENTS,
 )
-from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH, REGISTERS, WARPS, Chunks, Table
+from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH, REGISTERS, WARPS, Chunks, Table, launched
 from fastals.kernels.trial import trial
 
 PIECE = BLOCK // 4  # elements that a survey takes at a time of a chunk that is not whole: few registers
@@ -462,10 +462,10 @@ def _add_up(table: Table, arena: Arena, unit: int | None) -> None:
     add_parts_kernel[(units,)](parts=arena.parts, sums=arena.sums, first_unit=first, COLUMNS=columns, **LAUNCH)
 
 
-def advance(table: Table, arena: Arena) -> None:
+def advance(table: Table, arena: Arena, *, compile_only: bool = False) -> None:
     """Take the mini-batch into the moments, counts and masters of every unit whose slope is finite."""
     for chunks in table.by_dtypes.values():
-        advance_kernel[(len(chunks.programs),)](
+        launched(advance_kernel, len(chunks.programs), compile_only=compile_only)(
             g_base=chunks.gradient,
             m=arena.m,
             v=arena.v,

@@ -9,9 +9,10 @@ A program takes up to two whole chunks of a unit, or several small ones. 144 LoR
 32 (256).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,6 +168,19 @@ class Table:
 
     def _upload(self, host: Tensor) -> Tensor:
         return upload(host, self.device)
+
+
+def launched(kernel: Any, programs: int, *, compile_only: bool) -> Callable:
+    """The launch of a kernel with this many programs, or what compiles and loads it: a first launch may fail so."""
+    if not compile_only:
+        return kernel[(programs,)]
+
+    def load(**arguments: Any) -> None:
+        compiled = kernel.warmup(grid=(programs,), **arguments)
+        if compiled is not None:  # the interpreter compiles nothing
+            compiled.run  # noqa: B018
+
+    return load
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:

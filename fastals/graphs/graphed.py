@@ -20,7 +20,7 @@ from fastals import rng
 from fastals.engine import Engine
 from fastals.errors import OutdatedError, non_finite
 from fastals.graphs.program import Backend, Program, Tail
-from fastals.interrupt import uninterrupted
+from fastals.interrupt import held_back, uninterrupted
 from fastals.kernels.arena import FLAGS
 from fastals.microbatches import Closure
 from fastals.schedule import turn_of
@@ -31,6 +31,7 @@ WARMUP = 3  # eager steps of each signature: compilation, workspaces, verificati
 MOST_SEEN = 1024  # signatures whose steps are counted
 MOST_NOTED = 64  # steps that the host may be ahead of the device
 Inputs = Any  # a batch as the user has it: any nest of tensors and constants
+Note = tuple[torch.cuda.Event | None, Tensor]  # flags, and when they have arrived
 
 
 class Stepper(Protocol):
@@ -132,7 +133,7 @@ class GraphedStep:
 
     def __call__(self, batch: Inputs) -> Tensor:
         """Make one step; returns f(w_t) before it, on the device."""
-        with self.engine.processes.failing_together():
+        with held_back(), self.engine.processes.failing_together():
             return self._step(batch)
 
     def _step(self, batch: Inputs) -> Tensor:
@@ -173,7 +174,7 @@ class GraphedStep:
             warnings.warn(f"fastals: steps run eagerly, because {self._give_up}", stacklevel=2)
             return loss
         try:
-            with uninterrupted():  # a Ctrl-C waits until the step is launched and counted
+            with uninterrupted():  # signals wait until the step is launched and counted
                 return self._replay(captured, tail, leaves, searched=search)
         except OutdatedError:
             self._start_over("a trial that was replayed should have been computed")
@@ -313,9 +314,11 @@ class GraphedStep:
                 if isinstance(static, Tensor):
                     static.copy_(leaf, non_blocking=True)
             program.device.refresh_rules(engine.seed)
+            flags = program.device.arena.flags[-1]
+            loss, note = torch.empty_like(program.loss), self._notes.new(flags)  # before what cannot be undone
             program.run(tail)
-            loss = program.loss.clone()
-            self._notes.add(program.device.arena.flags[-1])
+            loss.copy_(program.loss)
+            self._notes.add(note, flags)
         program.device.arena.steps += 1  # the report is that of the last of these
         engine.count(tail.batch.report(), math.nan, program.units if searched else [])
         engine.reports.look()
@@ -360,17 +363,21 @@ class Notes:
     """Flags of replayed steps on their way to the host, which reads those that have arrived."""
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
+        self._pending: deque[Note] = deque()
 
-    def add(self, flags: Tensor) -> None:
+    def new(self, flags: Tensor) -> Note:
+        """Room for a copy of such flags."""
+        on_host = flags.device.type == "cpu"
+        copied = torch.empty(flags.shape, dtype=flags.dtype, device="cpu", pin_memory=not on_host)
+        return None if on_host else torch.cuda.Event(), copied
+
+    def add(self, note: Note, flags: Tensor) -> None:
         """Queue a copy on the current stream; wait for the oldest if more than :data:`MOST_NOTED` are under way."""
-        if flags.device.type == "cpu":
-            self._pending.append((None, flags.clone()))
-            return
-        event, copied = torch.cuda.Event(), torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        event, copied = note
         copied.copy_(flags, non_blocking=True)
-        event.record()
-        self._pending.append((event, copied))
+        if event is not None:
+            event.record()
+        self._pending.append(note)
         oldest = self._pending[0][0]
         if len(self._pending) > MOST_NOTED and oldest is not None:
             oldest.synchronize()

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from fastals import rng
-from fastals.device import Action, DeviceBatch, DeviceUnits, DirectExecutor
+from fastals.device import Action, DeviceBatch, DeviceUnits, DirectExecutor, put_back
 from fastals.engine import Engine, in_forward_order
-from fastals.kernels import all_units
 from fastals.kernels.arena import FLAGS, Arena
 from fastals.kernels.table import Table
-from fastals.kernels.trial import trial
 from fastals.learned import Learned
 from fastals.losses import Losses
 from fastals.microbatches import Closure, MicroBatches
@@ -305,8 +303,7 @@ class Program:
                 self._run_on_host(tail.operations, before)
         except BaseException:
             self.losses.around.put_back()
-            all_units.restore(self.device.arena)
-            trial(self.device.table, self.device.arena)
+            put_back(self.device.table, self.device.arena)
             raise
         self.backend.set_rng_state(after)
 
