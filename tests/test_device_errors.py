@@ -267,6 +267,47 @@ def test_an_interrupt_of_a_step_that_starts_anew_leaves_everything_as_it_was(mon
     opt.step(lambda: model(**batch))
 
 
+@pytest.mark.parametrize("kernel", ["advance", "remember"])
+def test_a_kernel_of_the_commit_that_cannot_be_compiled_is_met_before_it(kernel, monkeypatch):
+    model, opt = build(depth=1)
+    (batch,) = batches(1)
+    before, module, launched = snapshot(model, opt), moments if kernel == "advance" else all_units, []
+
+    def failing(compiled, programs, *, compile_only):
+        launched.append((compiled, compile_only))
+        if compile_only and compiled is getattr(module, f"{kernel}_kernel"):
+            raise BrokenError
+        return lambda **_: None
+
+    for place in (moments, all_units):
+        monkeypatch.setattr(place, "launched", failing)
+    with pytest.raises(BrokenError):
+        opt.step(lambda: model(**batch))
+    assert all(compile_only for _, compile_only in launched)
+    monkeypatch.undo()
+    assert_same(snapshot(model, opt)[0], before[0])
+    opt.step(lambda: model(**batch))
+
+
+def test_units_are_put_back_after_a_launch_that_has_failed_to_do_so(monkeypatch):
+    """Amid the verification of the first step, whose weights are far from w_t then."""
+    model, opt = build(depth=1)
+    (batch,), plain, calls = batches(1), device_module.trial, itertools.count()
+    before = snapshot(model, opt)
+
+    def failing(*args):
+        if not next(calls):
+            raise BrokenError
+        plain(*args)
+
+    monkeypatch.setattr(device_module, "trial", failing)
+    with pytest.raises(BrokenError):
+        opt.step(lambda: model(**batch))
+    monkeypatch.undo()
+    assert next(calls) > 2
+    assert_same(snapshot(model, opt)[0], before[0])
+
+
 @pytest.mark.parametrize(
     ("capability", "compiler", "reason"),
     [((7, 5), "/bin/gcc", "compute capability 7.5"), ((9, 0), None, "no C compiler"), ((9, 0), "/bin/gcc", "")],

@@ -12,7 +12,7 @@ from helpers.recording import Recording, build, interpreted, recorded
 from helpers.tiny import tiny_batches
 
 import fastals
-from fastals.graphs.graphed import WARMUP
+from fastals.graphs.graphed import WARMUP, Notes
 
 
 class BrokenError(Exception):
@@ -67,6 +67,27 @@ def test_an_error_during_a_replay_leaves_everything_as_it_was(linked, at):
     for a, b in zip(opt.state_dict()["param_groups"], state["param_groups"], strict=True):
         assert a == b
     calls["left"] = 10**6
+    step(batches[-1])
+
+
+@interpreted
+def test_a_replayed_step_needs_no_memory_once_it_has_run(monkeypatch):
+    """It would have moved the weights without being counted."""
+    model, opt, step = build(**HARD)
+    batches = list(tiny_batches(WARMUP + 3))
+    for batch in batches[:-2]:
+        step(batch)
+    weights, count = [p.detach().clone() for p in model.parameters()], opt.param_groups[0]["count"]
+
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Notes, "new", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(batches[-2])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+    assert opt.param_groups[0]["count"] == count
+    monkeypatch.undo()
     step(batches[-1])
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import signal
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from helpers.tiny import TinyTransformer, assert_same, tiny_batches
 from torch import nn
 
 import fastals
+from fastals.buffers import Unit
 from fastals.kernels import plain
 
 SCHEDULES = ["sweep", "independent", "cycle", "joint", "relay"]
@@ -241,6 +243,62 @@ def test_ctrl_c_during_the_commit_comes_after_it(monkeypatch, call):
     assert next(calls) > call
     assert_same(snapshot(model, opt), snapshot(twin, twin_opt))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigterm_during_the_commit_comes_after_it(monkeypatch):
+    """With a handler as those of programs that a scheduler ends."""
+    model, opt = build()
+    twin, twin_opt = build()
+    train(model, opt, 2)
+    train(twin, twin_opt, 3)
+    advance, before = plain.advance, signal.signal(signal.SIGTERM, lambda *caught: sys.exit(1))
+
+    def terminated(*args, **kwargs):
+        advance(*args, **kwargs)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(plain, "advance", terminated)
+    try:
+        with pytest.raises(SystemExit):
+            train(model, opt, 3, first=2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert_same(snapshot(model, opt), snapshot(twin, twin_opt))
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_a_step_whose_state_cannot_be_allocated_is_undone(monkeypatch, count):
+    """At each of the tensors that count the updates: before the moments advance, which could not be undone."""
+    model, opt = build()
+    train(model, opt, 2)
+    batch, real, calls = list(tiny_batches(3))[-1], Unit._entry, itertools.count()
+    before = snapshot(model, opt)
+
+    def limited(*args):
+        if next(calls) == count:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(Unit, "_entry", limited)
+    with pytest.raises(MemoryError):
+        opt.step(lambda: model(**batch))
+    assert_same(snapshot(model, opt), before)
+
+
+def test_ctrl_c_that_comes_amid_a_step_that_fails_is_not_lost(monkeypatch):
+    model, opt = build()
+    train(model, opt, 2)
+    before, batch = snapshot(model, opt), next(tiny_batches(1))
+
+    def broken(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("in a pass")
+
+    monkeypatch.setattr(plain, "direction", broken)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        opt.step(lambda: model(**batch))
+    assert "in a pass" in str(caught.value.__context__)
+    assert_same(snapshot(model, opt), before)
 
 
 def test_ctrl_c_during_a_trial_undoes_the_step():

@@ -77,6 +77,41 @@ def fail_one_by_one(rank, kind, options, failing):
     raise AssertionError("no step was made")
 
 
+def disturb_one_by_one(rank, kind, options, failing, how):
+    """One process is disturbed as it comes to each collective of the step; then the step is made."""
+    model, opt, loss = trained(kind, options)
+    kept, plain, ended = everything(opt, model), fastals.distributed.Processes._frame, []
+    for at in range(100):
+        calls = []
+
+        def frame(*args, at=at, calls=calls):
+            calls.append(1)
+            if rank == failing and len(calls) == at + 1:
+                disturb(how)
+            return plain(*args)
+
+        fastals.distributed.Processes._frame = frame
+        try:
+            opt.step(loss)
+            return at, ended, opt.report.as_dict()["units"], everything(opt, model)
+        except (Deliberate, PeerError):
+            ended.append("as before")
+        except KeyboardInterrupt:  # the other process has made the step if it comes after the last evaluation
+            ended.append("made" if opt.param_groups[0]["count"] > STEPS else "as before")
+        finally:
+            fastals.distributed.Processes._frame = plain
+        if ended[-1] == "made":
+            return at, ended, opt.report.as_dict()["units"], everything(opt, model)
+        assert_same(everything(opt, model), kept)
+    raise AssertionError("no step was made")
+
+
+def disturb(how):
+    if how == "breaks":
+        raise Deliberate
+    signal.raise_signal(signal.SIGINT)
+
+
 def undisturbed(rank, kind, options):
     model, opt, loss = trained(kind, options)
     opt.step(loss)
@@ -92,6 +127,18 @@ def test_an_error_at_any_evaluation_of_one_process_is_one_of_all(kind, options):
     for (count, *after), expected in zip(refused, plain, strict=True):
         assert count == refused[0][0] >= 3
         assert_same(after, list(expected))
+
+
+@pytest.mark.parametrize("how", ["breaks", "ctrl-c"])
+def test_a_process_may_be_disturbed_at_any_collective(how):
+    """Under FSDP2 some are amid a forward, which its own collectives do not survive."""
+    found = together(2, disturb_one_by_one, "ddp", {}, 1, how)
+    plain = together(2, undisturbed, "ddp", {})
+    for (count, ended, units, after), (report, expected) in zip(found, plain, strict=True):
+        assert count == found[0][0] >= 5
+        assert "as before" in ended
+        assert_same(units, report["units"])
+        assert_same(after, expected)
 
 
 def not_finite_at_start(rank, kind):
