@@ -1,0 +1,451 @@
+"""Errors and signals at every place of a step: each point is visited in a fork of the process, so all start alike.
+
+A visit ends well if everything is as before the step and a second try gives what an undisturbed step gives, or if the
+step is wholly made.
+"""
+
+import contextlib
+import copy
+import itertools
+import os
+import pickle
+import random
+import signal
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from helpers.tiny import assert_same
+from torch import nn
+from torch.utils import _python_dispatch
+
+import fastals
+from fastals import kernels
+from fastals.engine import Engine
+from fastals.graphs.graphed import WARMUP
+
+FOLDERS = tuple(str(Path(package.__file__).parent) for package in (fastals, kernels))
+HARD = {"c": 0.9, "trust": 0.5, "max_trials": 2}
+
+
+class BrokenError(RuntimeError):
+    """What is raised on purpose."""
+
+
+# What is disturbed
+
+
+class Net(nn.Module):
+    """Two blocks and a head, with dropout, a buffer that every forward writes, and numbers drawn on the host."""
+
+    def __init__(self, drawing):
+        super().__init__()
+        self.drawing = drawing  # captured steps must not
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Tanh()) for _ in range(2))
+        self.norm, self.dropout, self.head = nn.BatchNorm1d(2), nn.Dropout(0.2), nn.Linear(2, 1)
+
+    def forward(self, x):
+        if self.drawing:
+            x = x * (1 + 0.1 * np.random.rand() + 0.1 * random.random())
+        for block in self.blocks:
+            x = x + self.dropout(block(x))
+        return (self.head(self.norm(x)) - 1).square().mean()
+
+
+class Case:
+    """A model after some steps, and the step that is to be disturbed."""
+
+    def __init__(self, steps, dtype=torch.float32, *, recorded=False, **options):
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(0)
+        self.model = Net(drawing=not recorded).to(dtype)
+        self.opt = fastals.ALS(self.model, **(HARD | options))
+        self.data = [torch.randn(4, 2).to(dtype) for _ in range(steps + 1)]
+        self.evaluated, self.recorded = lambda: None, recorded
+        self.take = self.take_eagerly
+        if recorded:
+            from helpers.recording import recorded as captured
+
+            self.take = captured(self.opt, self.model, self.loss)
+        for x in self.data[:-1]:
+            self.take(x)
+
+    def loss(self, x):
+        loss = self.model(x)
+        self.evaluated()
+        return loss
+
+    def take_eagerly(self, x):
+        return self.opt.step(lambda: self.loss(x))
+
+    def step(self):
+        """The step that is disturbed."""
+        self.take(self.data[-1])
+
+    def snapshot(self):
+        """Copies of everything that a step may change."""
+        report = self.opt.report
+        return {
+            "weights": [p.detach().clone() for p in self.model.parameters()],
+            "grads": self.gradients(),
+            "buffers": [b.clone() for b in self.model.buffers()],
+            "state": copy.deepcopy(self.opt.state_dict()),
+            "generators": [torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate()],
+            "modules": [_attributes(m) for m in self.model.modules()],
+            "report": None if report is None else report.as_dict() | {"collectives": 0, "reduced_bytes": 0},
+            "modes": _modes(),
+        }
+
+    def gradients(self):
+        """Those that a step leaves; captured steps keep none."""
+        return [] if self.recorded else [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+
+
+def _attributes(module):
+    """Names of what a module holds, hooks included."""
+    held = vars(module)
+    return sorted(held), {k: len(v) for k, v in held.items() if isinstance(v, dict) and "hooks" in k}
+
+
+def _modes():
+    """What of the process a step may leave otherwise than it was."""
+    return [
+        torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.backends.mha.get_fastpath_enabled(),
+        _python_dispatch._len_torch_dispatch_stack(), signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+        signal.getsignal(signal.SIGTERM) is terminated,
+    ]  # fmt: skip
+
+
+SETUPS = {
+    "relay": lambda: Case(3),
+    "relay between": lambda: Case(2),
+    "first step": lambda: Case(0),
+    "sweep": lambda: Case(1, schedule="sweep", momentum="after"),
+    "independent": lambda: Case(1, schedule="independent", momentum="tested", max_grad_norm=0.1),
+    "cycle": lambda: Case(1, schedule="cycle"),
+    "kept": lambda: Case(1, schedule="cycle", every=2, direction="sgd", momentum="tested"),
+    "joint": lambda: Case(1, schedule="joint", momentum="after", merge_below=1e9),
+    "bfloat16": lambda: Case(1, torch.bfloat16, momentum="after"),
+    "fused": lambda: Case(1, fused=True),
+    "fused first": lambda: Case(0, fused=True),
+    "fused between": lambda: Case(2, fused=True),
+    "fused bfloat16": lambda: Case(1, torch.bfloat16, fused=True, schedule="sweep", momentum="after"),
+    "fused joint": lambda: Case(1, fused=True, schedule="joint", merge_below=1e9),
+    "captured": lambda: Case(WARMUP + 1, fused=True, recorded=True, schedule="sweep", momentum="after"),
+    "capture": lambda: Case(WARMUP, fused=True, recorded=True),
+}
+
+
+# How it is disturbed
+
+
+def broken():
+    raise BrokenError("deliberate")
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("deliberate")
+
+
+def terminated(number, frame):
+    """What Slurm scripts do."""
+    raise SystemExit(number)
+
+
+ACTIONS = {
+    "error": broken,
+    "memory": out_of_memory,
+    "ctrl-c": lambda: signal.raise_signal(signal.SIGINT),
+    "sigterm": lambda: signal.raise_signal(signal.SIGTERM),
+}
+
+
+class Points:
+    """Counts the points of a step, and acts at one of them, and with ``lasting`` at all from there on."""
+
+    def __init__(self, at, action, *, lasting=False):
+        self.at, self.action, self.lasting, self.count = at, action, lasting, 0
+        self.where, self.committing, self.off = [], False, False
+
+    def __call__(self, where):
+        """A point; outside of visits it is noted where it is."""
+        if self.off:
+            return
+        number, self.count = self.count, self.count + 1
+        if self.at is None:
+            self.where.append(where)
+        elif number == self.at or (self.lasting and number > self.at):
+            self.action()
+
+
+@contextlib.contextmanager
+def at_evaluations(case, points):
+    case.evaluated = lambda: points("evaluation")
+    yield
+    case.evaluated = lambda: None
+
+
+@contextlib.contextmanager
+def at_operations(case, points):
+    """At every operation of torch; in the commit, which must not be able to fail, at those that give new memory."""
+    with commit_noted(points), Operations(points):
+        yield
+
+
+@contextlib.contextmanager
+def at_allocations(case, points):
+    """At every operation that gives new memory; replayed pieces get none."""
+    from helpers.recording import Recording
+
+    plain = Recording.replay
+
+    def replayed(*args):
+        points.off = True
+        plain(*args)
+        points.off = False
+
+    with commit_noted(points), Operations(points, allocating=True), patch.object(Recording, "replay", replayed):
+        yield
+
+
+class Operations(_python_dispatch.TorchDispatchMode):
+    def __init__(self, points, *, allocating=False):
+        super().__init__()
+        self.points, self.allocating = points, allocating
+
+    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+        if func.namespace == "profiler":  # around the step
+            return func(*args, **(kwargs or {}))
+        allocates = any(str(r.type) == "Tensor" and r.alias_info is None for r in func._schema.returns)
+        if allocates if self.points.committing or self.allocating else True:
+            self.points(f"{func}{' in the commit' if self.points.committing else ''}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def commit_noted(points):
+    plain = Engine._commit
+
+    def noted(*args, **kwargs):
+        points.committing = True
+        try:
+            plain(*args, **kwargs)
+        finally:
+            points.committing = False
+
+    with patch.object(Engine, "_commit", noted):
+        yield
+
+
+@contextlib.contextmanager
+def at_launches(case, points):
+    """Before every launch of a kernel, but for those of the commit, which are compiled before."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    plain = InterpretedFunction.run
+
+    def launched(kernel, *args, warmup, **kwargs):
+        if not points.committing:
+            points(f"{'compilation' if warmup else 'launch'} of {kernel.__name__}")
+        return plain(kernel, *args, warmup=warmup, **kwargs)
+
+    with commit_noted(points), patch.object(InterpretedFunction, "run", launched):
+        yield
+
+
+@contextlib.contextmanager
+def at_pieces(case, points):
+    """Before every piece of a captured step, every capture and every look at flags."""
+    from helpers.recording import Recording
+
+    with contextlib.ExitStack() as changes:
+        for name in ("capture", "replay", "look"):
+            plain = getattr(Recording, name)
+
+            def pointed(*args, plain=plain, name=name):
+                points(name)
+                return plain(*args)
+
+            changes.enter_context(patch.object(Recording, name, pointed))
+        yield
+
+
+@contextlib.contextmanager
+def at_lines(case, points):
+    """At every line of fastals that the host executes."""
+
+    def at_call(frame, event, arg):
+        code = frame.f_code
+        return at_line if code.co_filename.startswith(FOLDERS) and code not in kernel_code() else None
+
+    def at_line(frame, event, arg):
+        if event == "line":
+            points(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+        return at_line
+
+    sys.settrace(at_call)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+@contextlib.contextmanager
+def at_lines_after_ctrl_c(case, points):
+    """The same after a first Ctrl-C at the second evaluation: a user who presses it twice."""
+    evaluations = itertools.count()
+
+    def evaluated():
+        if next(evaluations) == 1:
+            points.off = False
+            signal.raise_signal(signal.SIGINT)
+
+    points.off, case.evaluated = True, evaluated
+    with at_lines(case, points):
+        yield
+    case.evaluated = lambda: None
+
+
+def kernel_code():
+    """What the interpreter executes in place of a kernel, which on a device is one launch."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:
+        return ()
+    return {f.__code__ for fn in list(interpreter.InterpretedFunction.rewritten_fn.items()) for f in fn
+            if isinstance(f, types.FunctionType)}  # fmt: skip
+
+
+#: Where a step is disturbed, and how.
+KINDS = {
+    "evaluations": (at_evaluations, ("error", "memory", "ctrl-c", "sigterm")),
+    "operations": (at_operations, ("error",)),
+    "allocations": (at_allocations, ("memory",)),
+    "launches": (at_launches, ("error",)),
+    "pieces": (at_pieces, ("error",)),
+    "lines": (at_lines, ("ctrl-c", "sigterm")),
+    "lines after ctrl-c": (at_lines_after_ctrl_c, ("ctrl-c",)),
+}
+
+
+# Visits
+
+
+class Outcome(NamedTuple):
+    """How a visit has ended: ``as before``, ``made``, ``passed`` if nothing was raised, or what is wrong."""
+
+    ended: str
+    fault: str = ""
+
+
+def forked(function):
+    """The result of a function that runs in a fork of this process."""
+    reading, writing = os.pipe()
+    generator = random.getstate()  # Python seeds it anew in a fork
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on if other threads wait
+        child = os.fork()
+    if not child:
+        os.close(reading)
+        random.setstate(generator)
+        try:
+            result = function()
+        except BaseException as error:
+            result = Outcome("", f"{type(error).__name__}: {error}"[:500])
+        with os.fdopen(writing, "wb") as pipe:
+            pickle.dump(result, pipe)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        result = pickle.load(pipe)
+    os.waitpid(child, 0)
+    return result
+
+
+class Visits:
+    """All points of one kind in one set-up."""
+
+    def __init__(self, case, kind):
+        self.case = case
+        self.at, self.actions = KINDS[kind]
+        self.first = case.snapshot()
+        self.last = forked(self._undisturbed)
+        self.where = forked(self._found)
+
+    def _undisturbed(self):
+        self.case.step()
+        return self.case.snapshot()
+
+    def _found(self):
+        points = Points(None, None)
+        with contextlib.suppress(KeyboardInterrupt), self.at(self.case, points):
+            self.case.step()
+        return points.where
+
+    def numbers(self, *, every=True):
+        """The points to visit; without ``every`` the first and the last execution of every line."""
+        if every or self.at not in (at_lines, at_lines_after_ctrl_c):
+            return range(len(self.where))
+        places = {where: [i for i, w in enumerate(self.where) if w == where] for where in dict.fromkeys(self.where)}
+        return sorted({number for found in places.values() for number in (found[0], found[-1])})
+
+    def __call__(self, number, action):
+        """Visit a point."""
+        return forked(lambda: self._disturbed(number, action))
+
+    def _disturbed(self, number, action):
+        points, raised = Points(number, ACTIONS[action], lasting=action == "memory"), ""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                with self.at(self.case, points):
+                    self.case.step()
+            except (RuntimeError, KeyboardInterrupt, SystemExit) as error:
+                raised = f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}"
+            self.case.evaluated = lambda: None
+            if points.count <= number:
+                return Outcome("", f"the point was not reached, {raised}")
+            if not raised and action in ("ctrl-c", "sigterm"):
+                return Outcome("", "the signal was lost")
+            now = self.case.snapshot()
+            if raised and not different(now, self.first):
+                self.case.step()
+                found = different(self.case.snapshot(), self.last)
+                return Outcome("as before", found and f"the second try: {found}")
+        found = different(now, self.last)
+        fault = f"neither as before ({different(now, self.first)}) nor made ({found}); {raised}"
+        return Outcome("made" if raised else "passed", found and fault)
+
+
+def different(a, b):
+    """The names of what differs between two snapshots."""
+    names = []
+    for name in a:
+        try:
+            assert_same(a[name], b[name])
+        except AssertionError:
+            names.append(name)
+    return ", ".join(names)
+
+
+@contextlib.contextmanager
+def handled():
+    """Signals as a program has them that takes SIGTERM for an exit."""
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def kinds_of(name):
+    """The kinds of points that a set-up has."""
+    if name == "captured":
+        return ["allocations", "pieces", "lines"]
+    if name == "capture":
+        return ["evaluations", "pieces", "lines"]
+    return [k for k in KINDS if k != "pieces" and (k != "launches" or name.startswith("fused"))]
