@@ -48,7 +48,9 @@ class Case:
     coin: str = "torch"  # the generator that tosses the closure's coin
     penalty: bool = False  # the loss reads weights directly
     given: bool = False  # the caller computes gradients, and hands over the loss
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the weights; "autocast" of float32 ones to bfloat16
+    pieces: int = 1  # closures of a mini-batch, one for each micro-batch
+    ragged: bool = False  # mini-batches are not of one size
     seed: int = 0
     options: dict = field(default_factory=dict)
 
@@ -74,6 +76,23 @@ class Block(nn.Module):
 class Dropout(Block):
     def forward(self, x: Tensor) -> Tensor:
         return x + F.dropout(self.hidden(x), 0.3, self.training)
+
+
+class AlphaDropout(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.AlphaDropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(x) + self.hidden(x)
+
+
+class RowDropout(Block):
+    """Drops its hidden units for some of the samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.rand(len(x), 1) < 0.7 if self.training else 1.0
+        return x + kept * self.hidden(x)
 
 
 class NumpyDraw(Block):
@@ -297,6 +316,33 @@ class Shared(Block):
         return x + torch.tanh(self.shared(self.hidden(x)))
 
 
+class Nested(Block):
+    """Blocks in a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([Dropout(), Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        for block in self.inner:
+            x = block(x)
+        return x
+
+
+class Adapted(Block):
+    """A frozen layer with a trained LoRA beside it, which starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear.requires_grad_(False)
+        self.down, self.up = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x) + self.up(self.down(F.dropout(x, 0.1, self.training))))
+
+
 class Checkpointed(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -314,7 +360,10 @@ class Checkpointed(Block):
         return x + checkpoint(self.inner, x, self.training, use_reentrant=False)
 
 
-DRAWING = {"dropout": Dropout, "numpy draw": NumpyDraw, "python draw": PythonDraw}
+DRAWING = {
+    "dropout": Dropout, "alpha dropout": AlphaDropout, "row dropout": RowDropout, "numpy draw": NumpyDraw,
+    "python draw": PythonDraw,
+}  # fmt: skip
 WRITING = {
     "batch norm": BatchNorm, "spectral norm": SpectralNorm, "replaced buffer": Replaced, "late buffer": Late,
     "codebook": Codebook, "buffer data": Data, "moving copy": MovingCopy, "checkpointed": Checkpointed,
@@ -325,11 +374,13 @@ ALIASING = {
 }  # fmt: skip
 ARGUMENTS = {"masked": Masked, "scaled": Scaled}
 SHARING = {"shared": Shared}
+INSIDE = {"nested": Nested, "adapter": Adapted}
+AGAIN = "again"  # the block before, once more
 HIDDEN = {
     "appends": Appends, "stores": Stores, "hooked": Hooked, "hooked inside": HookedInside, "auxiliary": Auxiliary,
     "peeking": Peeking,
 }  # fmt: skip
-KINDS: dict[str, type[Block]] = {"plain": Block} | DRAWING | WRITING | ALIASING | ARGUMENTS | SHARING | HIDDEN
+KINDS: dict[str, type[Block]] = {"plain": Block} | DRAWING | WRITING | ALIASING | ARGUMENTS | SHARING | INSIDE | HIDDEN
 GLUES = ("plain", "residual", "dropout", "in place", "twice", "skips", "tosses", "selects")
 BEHIND_COUNTERS = ("in place data",)
 
@@ -364,7 +415,9 @@ class Model(nn.Module):
             self.token = nn.Parameter(torch.randn(WIDTH))
         if case.closure in ("self-conditioning", "rollout"):
             self.feed = nn.Linear(VOCAB, WIDTH)
-        self.blocks = nn.ModuleList(KINDS[spec.kind]() for spec in case.blocks)
+        self.blocks = nn.ModuleList()
+        for spec in case.blocks:
+            self.blocks.append(self.blocks[-1] if spec.kind == AGAIN else KINDS[spec.kind]())
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB)
         if case.tied:
@@ -382,7 +435,7 @@ class Model(nn.Module):
         for block in shared:
             block.shared = shared[0].shared
         others = [*(block.linear for block in self.blocks), self.head]
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(dict.fromkeys(self.blocks)):
             if isinstance(block, Peeking):
                 block.peek = lambda other=others[i + 1]: other.weight
             elif isinstance(block, Hooked):
@@ -557,28 +610,38 @@ CLOSURES: dict[str, Callable[[Case, Model, Tensor, Tensor], Tensor]] = {
 
 def evaluate(case: Case, model: Model, tokens: Tensor, labels: Tensor) -> Tensor:
     """The loss of the mini-batch."""
-    loss = CLOSURES[case.closure](case, model, tokens, labels)
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "autocast"):
+        loss = CLOSURES[case.closure](case, model, tokens, labels)
     left = [block.aux for block in model.blocks if isinstance(block, Auxiliary) and block.aux is not None]
     kept = [feature.square().mean() for feature in model.features]
     penalty = [0.05 * p.square().sum() for p in model.parameters() if p.requires_grad and case.penalty]
     return sum(left + kept + penalty, loss)
 
 
+def closures(case: Case, model: Model, tokens: Tensor, labels: Tensor) -> list[Callable[[], Tensor]]:
+    """A closure for each micro-batch; the loss of the mini-batch is their sum."""
+    pieces = zip(tokens.chunk(case.pieces), labels.chunk(case.pieces), strict=True)
+    return [lambda piece=piece: evaluate(case, model, *piece) / case.pieces for piece in pieces]
+
+
 def build(case: Case) -> Model:
     """The case's model; the same one each time. The generators stay as they are."""
+    dtype = torch.float32 if case.dtype == "autocast" else getattr(torch, case.dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.seed)
-        return Model(case).to(getattr(torch, case.dtype)).train()
+        return Model(case).to(dtype).train()
 
 
 def batches(case: Case) -> Iterator[tuple[Tensor, Tensor]]:
     """Mini-batches without end."""
     generator = torch.Generator().manual_seed(case.seed)
+    sizes = random.Random(case.seed)
     while True:
-        yield torch.randint(VOCAB, (SIZE, 3), generator=generator), torch.randint(VOCAB, (SIZE,), generator=generator)
+        size = case.pieces * (SIZE + (sizes.randrange(3) if case.ragged else 0))
+        yield torch.randint(VOCAB, (size, 3), generator=generator), torch.randint(VOCAB, (size,), generator=generator)
 
 
-# Strategies
+# Draws
 
 
 OPTIONS = st.fixed_dictionaries(
@@ -616,3 +679,50 @@ def cases(
         "options": OPTIONS,
     }
     return st.builds(Case, **(drawn | {name: st.just(value) for name, value in fixed.items()}))
+
+
+# Every argument that changes the steps; the common values more than once.
+ARGUMENTS_OF_ALS = {
+    "schedule": ("relay", "relay", "sweep", "sweep", "independent", "joint", "cycle"),
+    "order": ("top_down", "bottom_up", "random"),
+    "direction": ("adam", "adam", "adam", "sgd"),
+    "momentum": ("none", "none", "after", "tested"),
+    "reference": ("monotone", "monotone", "nonmonotone", "smoothed"),
+    "initial": ("warm", "warm", "reset", "polyak", "random"),
+    "every": (1, 1, 2, 3, "auto"),
+    "lr": (1.0, 1.0, 0.3),
+    "weight_decay": (0.0, 0.0, 0.1),
+    "max_grad_norm": (None, None, 0.1),
+    "merge_below": (None, None, 0.03, 1e9),
+    "trust": (0.01, 0.05, 0.3),
+    "max_trials": (1, 2, 3, 4),
+    "c": (0.1, 0.5, 0.95),
+}
+
+
+def set_up(seed: int) -> Case:
+    """The random set-up of this number: any legal one, with every argument drawn.
+
+    Three things are left out. No memo can see writes behind the version counters (``BEHIND_COUNTERS``). Torch itself
+    refuses ``autograd.grad`` through reentrant checkpoints. And the backward of a checkpointed batch norm writes its
+    statistics once more: where a later micro-batch reads them, f is no function that trials could evaluate again.
+    """
+    draw = random.Random(seed)
+    kinds = [draw.choice([*KINDS, *["plain"] * 3, *[AGAIN] * (2 * bool(i))]) for i in range(draw.randint(1, 3))]
+    blocks = [BlockSpec(kind, draw.choice(["plain"] * 6 + [*GLUES]), draw.random() < 0.2) for kind in kinds]
+    closure = draw.choice(["one pass"] * 4 + [*CLOSURES])
+    reads_statistics = "checkpointed" in kinds and closure == "second in eval"
+    return Case(
+        blocks=tuple(blocks),
+        tied=draw.random() < 0.3,
+        token=draw.random() < 0.3,
+        closure=closure,
+        coin=draw.choice([*COINS]),
+        penalty=draw.random() < 0.2,
+        given=draw.random() < 0.2,
+        dtype=draw.choice(["float32", "bfloat16", "float64", "autocast"]),
+        pieces=1 if reads_statistics else draw.choice([1, 1, 1, 1, 2, 3]),
+        ragged=draw.random() < 0.3,
+        seed=seed,
+        options={name: draw.choice(values) for name, values in ARGUMENTS_OF_ALS.items()},
+    )
