@@ -43,9 +43,6 @@ $(OLDEST_STAMP): $(OLDEST_REQUIREMENTS) pyproject.toml
 test-oldest: $(OLDEST_STAMP)  ## the tests with the oldest torch, Triton and transformers, those of CUDA 13; TESTS=... for some
 	$(OLDEST)/bin/pytest $(PARALLEL) -W "ignore:Conversion of an array:DeprecationWarning" $(TESTS)
 
-fuzz: $(STAMP)  ## what takes a night: steps that are disturbed at every place
-	$(BIN)/python tests/interruptions.py
-
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -34,6 +34,8 @@ class ActivationCache:
         block_names: names of the blocks, by the ids of the modules.
         stamps: tell whether parameters and buffers have been written.
         changing: ids of buffers that the forward writes.
+        in_order: whether every call after a computed one is computed too. Where calls leave something outside of their
+            outputs, a trial so replays just what comes before its unit, whatever the loss makes of that unit's outputs.
         drawn: names of the generators to watch; None for all.
         forwards: computed (not replayed) calls of each block, by its name.
         share: fraction of the block calls that were computed, in the last evaluation.
@@ -49,6 +51,7 @@ class ActivationCache:
     def __init__(self, model: nn.Module | None, further: Sequence[nn.Module], generators: Generators) -> None:
         self.generators, self.stamps = generators, Stamps()
         self.changing: Collection[int] = ()
+        self.in_order = False
         self.drawn: Collection[str] | None = None
         self.names: dict[int, str] = {}
         self.block_names: dict[int, str] = {}
@@ -166,6 +169,7 @@ class ActivationCache:
         self._calls: Counter[int] = Counter()
         self._skipped: dict[int, list[Any]] = {}  # objects on which the effects of a module were not repeated
         self._computed_blocks = self._replayed_blocks = 0
+        self._has_computed = False
         with intercepted(self.boundaries, self._call):
             yield
         del self._aliases
@@ -214,6 +218,8 @@ class ActivationCache:
         assert self.comparison is not None
         if call.obstacle:
             return call.obstacle
+        if self.in_order and self._has_computed:
+            return "a call before it was computed"
         if torch.is_grad_enabled() and call.tracked:
             return "its gradient is needed"
         if not call.reads_the_same(self.stamps):
@@ -234,7 +240,7 @@ class ActivationCache:
     ) -> tuple[Any, Call | None]:
         if any(a is b for a in arguments.opaque for b in self._skipped.get(id(module), ())):
             raise StaleRecordError
-        call = None
+        call, self._has_computed = None, True
         if self.fresh is not None:
             before = self.generators.save(self.drawn)
             inside = self._places[id(module)], self._attributes[id(module)]

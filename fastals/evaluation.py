@@ -86,7 +86,7 @@ class Evaluations:
         self.around = Surroundings(modules, set(map(id, params)), learned.memory, watch=not learned.watched)
         self.forwards, self.look_again, self.anew = 1.0, False, False
         if cache is not None:
-            cache.drawn, cache.changing = learned.drawn, self.around.kept
+            cache.drawn, cache.changing, cache.in_order = learned.drawn, self.around.kept, learned.effects
             cache.stamps.at_start([*params, *self.around.changing])
 
     def restart(self) -> None:

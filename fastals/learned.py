@@ -19,6 +19,7 @@ class Learned:
         watched: whether a step has looked at everything that the forward writes and draws.
         memory: of buffers and untrained parameters that a forward writes.
         drawn: names of the generators that it draws from; None as long as this is not known.
+        effects: whether calls leave something outside of their outputs that the loss reads.
         own_writes: ids of trained parameters that the forward writes (``nn.Embedding(max_norm=...)``).
         gradients: whether the closure needs gradients inside (``torch.autograd.grad``) to give its loss.
         rounds: whether outputs without gradients differ from those with gradients by rounding, so that a step takes one
@@ -35,6 +36,7 @@ class Learned:
     watched: bool = False
     memory: Memory = field(default_factory=Memory)
     drawn: set[str] | None = None
+    effects: bool = False
     own_writes: set[int] = field(default_factory=set)
     gradients: bool = False
     rounds: bool = False

@@ -205,6 +205,12 @@ class Losses(Evaluations):
         loss = self.replayed(self.comparison(unit), note_outputs=True)
         return Outcome(loss, self.cache.outputs or {}) if isinstance(loss, Tensor) else loss
 
+    def note_effects(self, difference: str) -> None:
+        """Note whether a replay at w_t is wrong, by its difference from a full forward, in any process."""
+        assert self.cache is not None
+        self.learned.effects |= self.processes.any(bool(difference))[0]
+        self.cache.in_order = self.learned.effects
+
     def full(self) -> Outcome:
         """A full forward at the current weights."""
         assert self.cache is not None

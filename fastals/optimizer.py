@@ -90,6 +90,8 @@ class ALS(torch.optim.Optimizer):
             direction is of the same length with it and without.
         cache: replay the calls of modules that a trial cannot change. ``"check"`` compares every cached trial with a
             full forward and raises an error that names the call if they differ: for tests, and for closures in doubt.
+            Without the cache the steps are the same, but units are cut and ordered as modules are registered, not as a
+            forward uses them.
         fused: ``"auto"`` runs the searches on the device with Triton kernels if all parameters are on one CUDA
             device in float32, bfloat16 or float16; ``True`` raises an error if they are not; ``False`` never does.
             The steps are the same up to rounding.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastals.errors import CheckError
 from fastals.losses import Losses
+from fastals.repeatable import AGAIN
 from fastals.schedule import Batch
 from fastals.shards import local
 
@@ -78,15 +79,20 @@ def _error(batch: Batch, moves: Mapping[str, Sequence[Tensor]], share: float) ->
 
 
 def _compare(batch: Batch, moves: Mapping[str, Sequence[Tensor]], share: float) -> None:
-    """Compare a cached trial of each unit with a full forward, both at weights moved by this share of the noise."""
+    """Compare a cached trial of each unit with a full forward, both at weights moved by this share of the noise.
+
+    Before that a replay at w_t shows whether calls leave something outside, on the path that the closure takes there.
+    """
     losses, counted = batch.losses, batch.losses.forwards
     assert losses.cache is not None
     batch.hold()
     with losses.waiting():
         cached, everything = {}, [p for unit in batch.units for p in unit.active_params()]
+        start = losses.full()
         _nudge(everything, share * DISTURBING)
         losses.full()
         batch.rewind()
+        losses.note_effects(start.difference(losses.cached(AGAIN, ()), losses.cache.names))
         for name, params in reversed(list(moves.items())):  # top down: no trial touches what those after it replay
             _nudge(params, share * MOVING)
             cached[name] = losses.cached(name, params)

@@ -9,6 +9,7 @@ import torch
 from helpers.audit import SEARCHES, Audit
 from helpers.nets import Net, labelled, visible_loss
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 STALE = [*SEARCHES, *({"schedule": s, "order": "bottom_up"} for s in ("independent", "joint", "relay"))]
 
@@ -133,3 +134,40 @@ def test_what_blocks_leave_outside_of_their_outputs_is_found_out(make, dtype, se
     assert found, "nothing was found out"
     without = [m[1] for m in found]
     assert len(set(without)) == len(without), "a unit is warned of once"
+
+
+def kept(model):
+    """Penalties on what hooks have kept since they were last cleared."""
+    return sum(features.square().mean() for features in model.features.kept.values())
+
+
+@pytest.mark.filterwarnings("ignore:fastals")
+def test_what_a_pass_over_a_selection_leaves():
+    """Far from w_t, where trials are verified, another selection is computed; near w_t it could be replayed."""
+    model = Net(blocks=[Gated()])
+    model.features = Features(model.blocks)
+
+    def loss_of(m, x, y):
+        each = F.cross_entropy(m(x), y, reduction="none")
+        hard = each.detach().argsort(descending=True)[:4]
+        m.features.kept.clear()
+        loss = each.mean() + F.cross_entropy(m(x[hard]), y[hard])
+        return loss + kept(m)
+
+    audit, (x, y) = Audit(model, beside=True, trust=0.01), labelled()
+    audit.train([lambda m: loss_of(m, x, y)] * 3)
+
+
+@pytest.mark.filterwarnings("ignore:fastals")
+def test_what_is_left_above_a_unit_whose_step_is_rounded_away():
+    """Where weights are cast, a small step changes no output of its unit, so what follows could be replayed."""
+    model = Net(blocks=[Gated(), Gated()])
+    model.features = Features(model.blocks)
+
+    def loss_of(m, x, y):
+        m.features.kept.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(m(x), y) + kept(m)
+
+    audit, (x, y) = Audit(model, beside=True, trust=1e-5), labelled()
+    audit.train([lambda m: loss_of(m, x, y)] * 3)
