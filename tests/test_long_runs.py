@@ -12,6 +12,7 @@ def test_nothing_grows_while_blocks_freeze_and_adapters_come_and_go():
     assert not long_runs.growth(long_runs.train(5 * 70))  # reports of the last 64 steps are kept
 
 
+@pytest.mark.slow
 @interpreted
 def test_nothing_grows_while_captured_steps_change_their_shape():
     assert not long_runs.growth(long_runs.change_shapes(5 * 40))
