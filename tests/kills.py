@@ -31,7 +31,7 @@ KINDS = {
     "finetune by the shell": lambda folder: deaths.Finetune(folder, shell=True),
 }
 CALLS = ["save", "save", "save", "fsync", "replace"]
-MOMENTS = {"save": ["before", "amid", "amid", "after"], "fsync": ["before", "after"], "replace": ["before", "after"]}
+MOMENTS = {"save": ["before", "amid", "amid", "amid"], "fsync": ["before", "after"], "replace": ["before", "after"]}
 OFTEN = {"save": 12, "fsync": 40, "replace": 14}  # calls that most trainings make
 TURNS = ["finetune", "trainer", "trainer, the best model"] * 5 + ["finetune by the shell"]
 
@@ -40,7 +40,8 @@ def kill_once(run, seconds, chance):
     """Start a training and kill it; False if it has come to its end before."""
     amid = chance.random() < 0.5 and not getattr(run, "shell", False)
     call = chance.choice(CALLS)
-    instant = call, chance.randint(1, OFTEN[call]), chance.choice(MOMENTS[call])
+    number = chance.randint(1, OFTEN[call] // chance.choice([1, 3]))  # a training that goes on makes fewer
+    instant = call, number, chance.choice(MOMENTS[call])
     process = run.start(instant if amid else None)
     process.join(120.0 if amid else chance.uniform(0.0, seconds))
     if process.exitcode is None:
@@ -72,6 +73,7 @@ def main():
     multiprocessing.get_context("forkserver").set_forkserver_preload(deaths.PRELOADED)
     chance, kills, faults, straight, begin = random.Random(given.seed), 0, 0, {}, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
+        deaths.fork(len, Path(folder) / "log", "").join()  # the imports belong to no training's time
         for number, kind in enumerate(itertools.cycle(TURNS)):
             if kills >= given.kills:
                 break
