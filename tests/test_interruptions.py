@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="visits are fo
 PLACES = [  # a set-up, a kind of points, and how many of them are visited
     ("relay", "evaluations", 16), ("relay", "operations", 24), ("relay", "allocations", 12), ("relay", "lines", 32),
     ("relay", "lines after ctrl-c", 8), ("first step", "evaluations", 4), ("first step", "operations", 3),
-    ("first step", "lines", 2), ("sweep", "operations", 12), ("sweep", "lines", 8), ("bfloat16", "operations", 16),
+    ("first step", "lines", 2), ("sweep", "operations", 12), ("sweep", "lines", 4), ("bfloat16", "operations", 16),
     ("bfloat16", "evaluations", 8), ("independent", "operations", 8), ("joint", "allocations", 8),
-    ("joint", "lines", 8), ("kept", "operations", 8), ("cycle", "evaluations", 8), ("fused between", "evaluations", 1),
-    ("fused between", "launches", 3), ("captured", "allocations", 2), ("captured", "pieces", 2),
+    ("joint", "lines", 4), ("kept", "operations", 8), ("cycle", "evaluations", 8), ("fused between", "evaluations", 1),
+    ("fused between", "launches", 3), ("captured", "pieces", 2),
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import signal
 import sys
 import types
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -193,24 +194,43 @@ def at_evaluations(case, points):
 @contextlib.contextmanager
 def at_operations(case, points):
     """At every operation of torch; in the commit, which must not be able to fail, at those that give new memory."""
-    with commit_noted(points), Operations(points):
+    with commit_noted(points), whole_launches(points), Operations(points):
         yield
 
 
 @contextlib.contextmanager
 def at_allocations(case, points):
-    """At every operation that gives new memory; replayed pieces get none."""
-    from helpers.recording import Recording
-
-    plain = Recording.replay
-
-    def replayed(*args):
-        points.off = True
-        plain(*args)
-        points.off = False
-
-    with commit_noted(points), Operations(points, allocating=True), patch.object(Recording, "replay", replayed):
+    """At every operation that gives new memory."""
+    with commit_noted(points), whole_launches(points), Operations(points, allocating=True):
         yield
+
+
+@contextlib.contextmanager
+def whole_launches(points):
+    """No points within a launch or a replayed piece, which the device does as a whole."""
+    places = []
+    if find_spec("triton"):
+        from helpers.recording import Recording
+        from triton.runtime.interpreter import InterpretedFunction
+
+        places = [(InterpretedFunction, "run"), (Recording, "replay")]
+    with contextlib.ExitStack() as changes:
+        for place, name in places:
+            changes.enter_context(patch.object(place, name, as_a_whole(getattr(place, name), points)))
+        yield
+
+
+def as_a_whole(plain, points):
+    """A function without points inside."""
+
+    def whole(*args, **kwargs):
+        before, points.off = points.off, True
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            points.off = before
+
+    return whole
 
 
 class Operations(_python_dispatch.TorchDispatchMode):
