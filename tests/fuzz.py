@@ -8,15 +8,15 @@ import sys
 import time
 
 import torch
-from helpers.differential import train
+from helpers.differential import STEPS, train
 from helpers.random_models import set_up
 
 
-def fault_of(seed: int) -> str:
+def fault_of(seed: int, steps: int = STEPS) -> str:
     """What is wrong with the set-up of this number, with the set-up; empty if nothing is."""
     case = set_up(seed)
     try:
-        train(case)
+        train(case, steps)
     except Exception as error:
         return f"set-up {seed}: {' '.join(f'{type(error).__name__}: {error}'.split())[:600]}\n    {case}"
     return ""
