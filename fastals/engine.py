@@ -258,7 +258,7 @@ class Engine:
         self._regroup_by_use(losses.cache)
         units = in_forward_order(self.partition.units, losses.cache)
         if not units:
-            warnings.warn(NOTHING_TO_MOVE, stacklevel=8)
+            warnings.warn(NOTHING_TO_MOVE, stacklevel=7)
         if self.processes.several:
             units = [unit for unit in self.partition.units if unit.active]
             units = self._in_one_order(units, losses.cache)

@@ -173,12 +173,16 @@ class Surroundings:
         Raises:
             FirstWriteError: it wrote a tensor whose values before were not kept.
         """
-        if self.watch:
-            # under a dispatch mode dynamo would give compiled frames up for good
-            with torch.compiler.set_stance("force_eager"), KeepBeforeWrite(self.places, self._keep):
+        try:
+            if self.watch:
+                # under a dispatch mode dynamo would give compiled frames up for good
+                with torch.compiler.set_stance("force_eager"), KeepBeforeWrite(self.places, self._keep):
+                    yield
+            else:
                 yield
-        else:
-            yield
+        except BaseException:
+            self._find_writes()  # another evaluation may follow, from the same start
+            raise
         if lost := self._find_writes():
             raise FirstWriteError([p.name for p in lost], {p.key for p in lost})
 

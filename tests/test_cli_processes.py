@@ -23,7 +23,7 @@ WRONG = {
     "exists already": ["--name", "there"],
     "there is no file mine.csv": ["--dataset", "mine.csv"],  # the first process has one
     "has 2 blocks": ["--units", "7"],
-    "no/run is no run": ["--resume", "no/run"],
+    "leave out --model": ["--resume", "no/run"],
     "choose another --output": ["--output", "mine.csv"],
 }
 

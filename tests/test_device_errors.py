@@ -184,6 +184,7 @@ def test_a_sparse_gradient_is_named_as_on_the_plain_path():
         opt.step(lambda: model(torch.tensor([1, 2], device=CUDA)).square().sum())
 
 
+@pytest.mark.filterwarnings("ignore:fastals. no parameter of the optimizer has a gradient:UserWarning")
 @pytest.mark.parametrize("kind", ["fused", "plain"])
 def test_a_gradient_norm_without_gradients_is_no_error(kind):
     weight = torch.nn.Parameter(torch.ones(8, device=CUDA))

@@ -72,7 +72,7 @@ def test_a_hook_that_steps_when_a_state_is_loaded_steps_from_it(trained):
 
 def test_the_units_of_a_part_of_the_model_belong_to_it():
     model = TinyTransformer()
-    assert fastals.ALS(model.blocks, model=model).model is model.blocks
+    assert fastals.ALS(fastals.units(model.blocks)).model is model.blocks
 
 
 def test_presets_come_with_fastals():

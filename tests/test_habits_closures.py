@@ -1,5 +1,6 @@
 """Closures that need gradients, closures that must be refused, and weights the optimizer was not made with."""
 
+import copy
 import itertools
 import re
 
@@ -74,6 +75,30 @@ def test_a_loss_that_takes_derivatives(loss_of, schedule):
     points = (torch.randn(16, 1) for _ in range(4))
     audit = Audit(Net(inputs=1, outputs=1), trust=0.05, schedule=schedule)
     audit.train((lambda m, x=x: loss_of(m, x)) for x in points)
+
+
+class Averaging(nn.Module):
+    """Adds to its input an average that each forward moves, behind torch's back."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", torch.zeros(1))
+
+    def forward(self, x):
+        self.average.data = 0.5 * self.average + 0.5
+        return x + self.average
+
+
+def test_a_try_without_gradients_leaves_no_write_for_the_one_with_them():
+    """The loss came from the caller, so nothing has shown yet what the forward writes and needs."""
+    points, start = torch.randn(16, 1), nn.Sequential(Averaging(), nn.Linear(1, 1), nn.Tanh())
+    model, twin = copy.deepcopy(start), copy.deepcopy(start)
+    loss = physics(model, points)
+    loss.backward()
+    model[0].average.data = torch.zeros(1)
+    opt = fastals.ALS(model, cache=False)
+    opt.step(lambda: physics(model, points), loss=loss)
+    assert opt.report.loss_before == float(physics(twin, points).detach())
 
 
 @pytest.mark.parametrize("enabled", [False, True], ids=["as it comes", "gradients enabled"])

@@ -221,6 +221,7 @@ def test_two_trials_are_enough_to_find_the_factor(fused):
     assert opt.report.loss_after < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:fastals. no parameter of the optimizer has a gradient:UserWarning")
 @pytest.mark.parametrize("optimizer", [fastals.ALS, EagerALS])
 def test_a_step_in_which_no_unit_has_a_gradient_moves_nothing(optimizer):
     model = TinyTransformer(depth=2)
