@@ -37,6 +37,7 @@ def test_units_are_embeddings_blocks_and_head_each_parameter_once(name):
     assert len(groups) == len(found) if name in ("lora", "sequential") else len(groups) > len(found)
 
 
+@pytest.mark.slow(keep=10)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient-checkpointing"])
 @pytest.mark.parametrize("name", ZOO)
 def test_exact_trial_and_triangular_number_of_block_forwards(name, checkpointing):
@@ -67,6 +68,7 @@ def test_exact_trial_and_triangular_number_of_block_forwards(name, checkpointing
     assert counts == expected
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("name", ZOO)
 def test_cached_trials_equal_full_forwards_at_moved_weights(name):
     """The loss at the end of a step, in every order and by the relay, against a plain forward."""

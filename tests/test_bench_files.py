@@ -38,6 +38,7 @@ def test_without_a_gpu_the_script_says_so_and_runs_nothing(tmp_path):
     assert (mistyped.returncode, "part a has no stage smok" in mistyped.stderr) == (64, True)
 
 
+@pytest.mark.slow
 def test_a_dry_run_does_all_but_what_needs_a_gpu_and_packs_what_it_finds(tmp_path):
     done = gpu_script("b", "--dry-run", "kernels-tests", "kernels", OUT=str(tmp_path), FASTALS_COMMIT="abc1234")
     assert not done.returncode, done.stdout + done.stderr

@@ -116,6 +116,7 @@ def gated(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("gates", ["run", "file", "not-run"])
 def test_a_case_is_timed_whatever_its_exactness_tests_come_to(gated, gates):
     if gates == "file":
@@ -139,6 +140,7 @@ def test_a_case_is_timed_whatever_its_exactness_tests_come_to(gated, gates):
 PROVING = 'import pytest\n\npytestmark = pytest.mark.proves(claim="it")\n'
 
 
+@pytest.mark.slow
 def test_a_claim_that_no_test_proves_is_an_error(gated):
     (gated / "bench" / "bench_a.py").write_text(
         GATED_CASES + '\n@exact("nothing")\ndef test_b(benchmark):\n    benchmark(int)\n'

@@ -28,6 +28,7 @@ def test_a_captured_adamw_takes_the_steps_of_adamw():
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_of_its_own():
     from memory import peak_mib
 
@@ -197,6 +198,7 @@ def test_convergence_runs_store_all_that_a_page_needs_and_go_on_where_they_ended
     assert "step_sizes" not in records.read(out).runs[-4]
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_all_stored_and_one_that_fails_takes_no_other_along(tmp_path, capsys):
     import convergence
     from helpers.runs import fail_first

@@ -9,6 +9,7 @@ from helpers.processes import together
 from helpers.results import BENCH
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_two_processes_count_what_a_step_reduces(parallel):
     case = scaling.Case(parallel, 2, 3, "tiny", first=1, rounds=2, counted=2)

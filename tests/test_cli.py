@@ -71,7 +71,7 @@ def test_compare_runs_the_same_batches_with_every_optimizer(model, table, tmp_pa
     assert adamw[-1]["units"] == []
 
 
-@pytest.mark.slow(keep=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])
 def test_an_interrupted_run_resumes_with_the_same_trajectory(model, table, tmp_path, stop):
     straight = start(arguments(model, table, tmp_path / "straight", "--steps", "40", "--checkpoint-every", "5"))

@@ -30,7 +30,7 @@ def same_report(a, b):
     assert a.loss_after == b.loss_after or (math.isnan(a.loss_after) and math.isnan(b.loss_after))
 
 
-@pytest.mark.slow(keep=2)
+@pytest.mark.slow(keep=1)
 @interpreted
 @pytest.mark.parametrize("linked", [False, True], ids=["host", "while"])
 @pytest.mark.parametrize("options", CAPTURED, ids=values)

@@ -139,6 +139,7 @@ class Encoder(nn.Module):
         return self.head((x * kept[..., None]).sum(1) / kept.sum(1, keepdim=True))
 
 
+@pytest.mark.slow(keep=8)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "not nested"])

@@ -60,7 +60,7 @@ def test_a_kernel_has_the_same_results():
     assert_same(kernel_results(), plain)
 
 
-@pytest.mark.slow(keep=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [

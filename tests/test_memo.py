@@ -293,18 +293,21 @@ def test_writes_behind_the_version_counters(case):
     check(case)
 
 
+@pytest.mark.slow
 @many(40)
 @given(cases(ARGUMENTS, glues=("plain", "residual", "selects"), closures=("one pass", "micro-batches", "selection")))
 def test_arguments_besides_the_activations(case):
     check(case)
 
 
+@pytest.mark.slow
 @many(60)
 @given(cases(("plain", "dropout"), glues=GLUES))
 def test_code_between_the_blocks(case):
     check(case)
 
 
+@pytest.mark.slow
 @many(70)
 @given(cases(("plain", "dropout"), closures=tuple(CLOSURES)))
 def test_closures(case):
@@ -333,6 +336,7 @@ def test_without_the_cache(case):
     assert check(case, cache=False).warned == []
 
 
+@pytest.mark.slow
 @many(40)
 @given(cases(KINDS, glues=GLUES, closures=tuple(CLOSURES)))
 def test_a_checked_cache_finds_nothing(case):

@@ -126,6 +126,7 @@ def decisions(report):
     return report.loss_before, report.loss_after, report.joint_trials, [(u.trials, u.step_size) for u in report.units]
 
 
+@pytest.mark.slow(keep=12)
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_fall_and_every_unit_moves(method):
     """By the relay, every cached trial compared with a full forward."""
@@ -143,6 +144,7 @@ def test_losses_fall_and_every_unit_moves(method):
     assert all(report.loss_after < report.loss_before for report in reports)
 
 
+@pytest.mark.slow(keep=12)
 @pytest.mark.parametrize("method", METHODS)
 def test_cached_trials_decide_as_full_forwards_and_cost_the_blocks_above(method):
     plain, cached = build(method), build(method)

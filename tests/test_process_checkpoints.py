@@ -103,6 +103,7 @@ def go_on_until_killed(rank, kind, folder, killed_at):
     return whole(model)
 
 
+@pytest.mark.slow
 def test_all_killed_amid_a_step_resume_from_the_last_checkpoint_bitwise(tmp_path):
     kind, (killed, straight) = "fsdp", (tmp_path / "killed", tmp_path / "straight")
     killed.mkdir()
