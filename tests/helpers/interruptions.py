@@ -454,12 +454,14 @@ def different(a, b):
 
 @contextlib.contextmanager
 def handled():
-    """Signals as a program has them that takes SIGTERM for an exit."""
-    before = signal.signal(signal.SIGTERM, terminated)
+    """Signals as a program has them that takes SIGTERM for an exit; in the background Ctrl-C would do nothing."""
+    handlers = {signal.SIGTERM: terminated, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def kinds_of(name):
