@@ -61,6 +61,7 @@ class Adapter(nn.Module):
 
 
 def held(opt, seconds):
+    assert opt.reports  # and none of them is left on the device
     gc.collect()
     alive = gc.get_objects()
     tensors = [o for o in alive if issubclass(type(o), torch.Tensor)]
