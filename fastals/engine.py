@@ -151,6 +151,8 @@ class Engine:
         """
         for group in self.groups:
             self._seen[id(group)] = check_constants(group, self._seen.get(id(group), ()))
+            if group["lr"] < 0:  # by the rounding of a scheduler
+                group["lr"] = 0.0 * group["lr"]
 
     def _forget(self) -> None:
         """Forget what steps have found out about the modules, as all processes do."""

@@ -1,7 +1,12 @@
-"""Hold signals back while a step is made, so that what their handlers raise comes where the step can be undone."""
+"""Hold signals back while a step is made, so that what their handlers raise comes where the step can be undone.
+
+Handlers are those of Python. What :mod:`faulthandler` has put in front of one is lost when it gets its place back.
+"""
 
 import signal
+import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +28,8 @@ class _Hold:
     def __init__(self) -> None:
         self.open = self.closed = False
         self._handlers: dict[int, Callable] = {}
-        self._pending: list[tuple[int, Any]] = []  # signals and frames
+        self._pending: deque[tuple[int, Any]] = deque()  # signals and frames
+        self._raised: BaseException | None = None  # by the last handler
 
     def begin(self) -> None:
         """Take the place of the handlers that are written in Python."""
@@ -41,16 +47,18 @@ class _Hold:
             self._give_back()
             raise
         finally:
+            self._raised = None
             self.hand_on()
 
     def hand_on(self) -> None:
         """Hand on what has waited, each signal even if the one before it raises an error."""
-        if self._pending:
-            number, frame = self._pending.pop(0)
+        while self._pending:
+            number, frame = self._pending.popleft()
             try:
                 self._handlers[number](number, frame)
-            finally:
+            except BaseException:
                 self.hand_on()
+                raise
 
     def _give_back(self) -> None:
         for number, handler in self._handlers.items():
@@ -58,12 +66,22 @@ class _Hold:
                 signal.signal(number, handler)
 
     def _take(self, number: int, frame: Any) -> None:
-        if not self.open and _here.hold is self:
+        within = frame is not None and frame.f_code is not let_through.__code__
+        if _here.hold is self and not (self.open and within and not self._unwinding()):
             self._pending.append((number, frame))
             return
-        self.open = False  # another one must not disturb what the error of this one has undone
-        self._handlers[number](number, frame)
-        self.open = True
+        try:
+            self._handlers[number](number, frame)
+        except BaseException as error:
+            self._raised = error
+            raise
+
+    def _unwinding(self) -> bool:
+        """Whether the error of a handler is on its way: another one must not disturb what it undoes."""
+        error = sys.exception()
+        while error is not None and error is not self._raised:
+            error = error.__context__
+        return error is not None
 
 
 class _Here(threading.local):

@@ -94,7 +94,7 @@ class MicroBatches:
 def _listed(closures: object) -> list[Closure]:
     if isinstance(closures, Tensor) or not isinstance(closures, Iterable):
         raise TypeError(f"a {type(closures).__name__} is no closure. {NO_CLOSURE}")
-    found = list(closures)
+    found = let_through(list, closures)  # a generator may wait for data
     if not found:
         raise TypeError("the list of micro-batches is empty: pass one closure for each")
     if not all(map(callable, found)):

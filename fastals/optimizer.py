@@ -205,7 +205,9 @@ class ALS(torch.optim.Optimizer):
                 closures differ.
 
         After any error, of the closure too, parameters, state and random generators are as before. Signals (Ctrl-C,
-        SIGTERM) come in the closure or the backward, at the end of an evaluation, or when the step is made.
+        SIGTERM) come in the closure or the backward, at the end of an evaluation, or when the step is made. A handler
+        that raises nothing sees the weights of a trial there: one that is to save a checkpoint should set a flag, and
+        the loop save after the step.
         """
         if closure is None:
             if any(float(g["lr"]) for g in self.param_groups):

@@ -1,5 +1,6 @@
 """The arguments of :class:`fastals.ALS`, sorted and checked."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -22,6 +23,7 @@ from fastals.search import (
     one_of,
 )
 
+ROUNDING = 1e-12  # as far below 0 may a scheduler of torch end
 SMALL_LR = 1e-2  # below it, lr was probably meant as a learning rate of AdamW
 #: Defaults that depend on the schedule: those of the relay, and of all others.
 RELAY_DEFAULTS = {"c": 0.3, "trust": 0.2, "growth": 1.1, "every": 2}
@@ -38,10 +40,11 @@ SETTINGS = {
     "fused": Range(lambda x: isinstance(x, bool) or x == "auto", "True, False or 'auto'"),
     "seed": number(lambda _: True, "an integer", Integral),
 }
+LR = number(lambda x: -ROUNDING < x < math.inf, NON_NEGATIVE.words)
 BETA = number(lambda x: 0 <= x < 1, "from 0 up to 1, 1 excluded")
 #: The constants of the direction; those of the search are in :data:`fastals.search.RANGES`.
 DIRECTION_RANGES = {
-    "lr": Range(lambda x: NON_NEGATIVE.holds(_plain(x)), NON_NEGATIVE.words),  # schedulers may fill a tensor
+    "lr": Range(lambda x: LR.holds(_plain(x)), NON_NEGATIVE.words),  # schedulers may fill a tensor
     "betas": Range(
         lambda x: isinstance(x, Sequence) and len(x) == 2 and all(map(BETA.holds, x)),
         "two numbers from 0 up to 1, 1 excluded",

@@ -666,7 +666,7 @@ FILES = {
     "table.tsv": (GOOD.replace(",", "\t"), "neither bbc-news, nor a csv or jsonl file"),
     "table.txt": (GOOD, "neither bbc-news, nor a csv or jsonl file"),
 }  # fmt: skip
-TO_REST = "must be greater than 0, and finite"
+TO_REST = r"must be greater than 0, and at most 1e\+30"
 LINES = {
     # values of another kind or out of their range
     **{f"steps {v}": (["--steps", v], "argument --steps: invalid int value") for v in ("a", "nan", "inf", "1.5", "")},
@@ -683,7 +683,7 @@ LINES = {
     "checkpoint-every 0": (["--checkpoint-every", "0"], "--checkpoint-every must be at least 1"),
     "seed a": (["--seed", "a"], "argument --seed: invalid int value"),
     "seed large": (["--seed", "99999999999999999999"], "--seed must fit in 64 bits: choose a smaller one"),
-    **{f"adamw-lr {v}": (["--adamw-lr", v], f"--adamw-lr {TO_REST}") for v in ("0", "-1", "nan", "inf")},
+    **{f"adamw-lr {v}": (["--adamw-lr", v], f"--adamw-lr {TO_REST}") for v in ("0", "-1", "nan", "inf", "1e38")},
     **{f"c {v}": (["--c", v], "c must be between 0 and 1") for v in ("0", "1.5", "nan", "-1")},
     "c a": (["--c", "a"], "argument --c: invalid float value"),
     **{f"trust {v}": (["--trust", v], "trust must be greater than 0 and finite") for v in ("0", "-1", "inf")},

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from helpers.commands import stopped
 from helpers.films import arguments, lines, save_model, save_table, weights
 from transformers import BertForSequenceClassification
 
@@ -115,6 +116,21 @@ def test_a_run_whose_losses_are_not_finite_comes_to_its_end(model, table, tmp_pa
     assert main(arguments(model, table, tmp_path, *more)) == 0
     assert lines(tmp_path / "runs" / "one")[-1]["loss_before"] is None
     assert "nan" in capsys.readouterr().out
+
+
+def test_a_run_that_has_diverged_goes_on(model, table, tmp_path):
+    more = ["--steps", "4", "--optimizer", "adamw", "--adamw-lr", "1e30"]
+    assert stopped(arguments(model, table, tmp_path, *more), 3)[0] == 130
+    assert main(["finetune", "--resume", str(tmp_path / "runs" / "one")]) == 0
+
+
+def test_one_run_of_a_comparison_goes_on_alone(model, table, tmp_path):
+    assert main(arguments(model, table, tmp_path, "--steps", "2", "--compare")) == 0
+    folder = tmp_path / "runs" / "one" / "adamw"
+    (folder / "summary.json").unlink()
+    assert main(["finetune", "--resume", str(folder)]) == 0
+    assert (folder / "summary.json").exists()
+    assert not (folder / "als").exists()
 
 
 def test_presets_and_patterns_train(model, table, tmp_path):

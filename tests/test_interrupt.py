@@ -4,8 +4,11 @@ import signal
 import threading
 
 import pytest
+import torch
 from helpers.interruptions import terminated
+from torch import nn
 
+import fastals
 from fastals.interrupt import hand_on, held_back, let_through, uninterrupted
 
 
@@ -71,6 +74,43 @@ def test_a_signal_comes_at_once_in_the_code_of_the_user():
 
     with pytest.raises(KeyboardInterrupt):
         run(lambda: let_through(closure))
+    assert not done
+
+
+def test_another_one_comes_as_well_where_the_user_has_caught_the_first():
+    caught = []
+
+    def closure():
+        for _ in range(3):
+            try:
+                press()
+            except KeyboardInterrupt:
+                caught.append(True)
+
+    run(lambda: let_through(closure))
+    assert len(caught) == 3
+
+
+def test_thousands_may_wait():
+    heard = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: heard.append(number))
+    try:
+        run(lambda: [signal.raise_signal(signal.SIGALRM) for _ in range(5000)])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert len(heard) == 5000
+
+
+def test_what_makes_the_micro_batches_may_be_interrupted():
+    model, done = nn.Linear(2, 1), []
+
+    def micro_batches():
+        press()
+        done.append(True)
+        yield lambda: model(torch.ones(1, 2)).square().sum()
+
+    with pytest.raises(KeyboardInterrupt):
+        fastals.ALS(model).step(micro_batches())
     assert not done
 
 

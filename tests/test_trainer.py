@@ -350,6 +350,14 @@ def test_a_smaller_batch_is_found(tmp_path):
     assert trainer.state.global_step == optimizer_of(trainer).param_groups[0]["count"] == 3
 
 
+def test_a_method_that_the_user_has_put_on_an_instance_stays(tmp_path):
+    trainer, calls = make(tmp_path, bert(), labelled()), []
+    plain = trainer.accelerator.backward
+    trainer.accelerator.backward = lambda loss, **more: (calls.append(loss), plain(loss, **more))
+    trainer.train()
+    assert len(calls) == trainer.state.global_step > 1
+
+
 def test_a_loss_that_is_not_finite_moves_nothing(tmp_path):
     watch = Watch()
 

@@ -119,6 +119,16 @@ def test_schedulers_scale_the_largest_step(scheduler, factors):
         assert all(u.step_size == pytest.approx(1e-3 * factor, rel=1e-3) for u in opt.report.units)
 
 
+def test_a_schedule_may_end_a_rounding_below_zero():
+    model = TinyTransformer(depth=1)
+    opt = fastals.ALS(model)
+    scheduler = torch.optim.lr_scheduler.LinearLR(opt, 0.1, 0.0, total_iters=7)
+    for batch in tiny_batches(9):
+        opt.step(lambda batch=batch: model(**batch))
+        scheduler.step()
+    assert opt.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
 def test_lr_of_zero_moves_nothing():
     model = TinyTransformer()
     opt = fastals.ALS(model, lr=0.0)

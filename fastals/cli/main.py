@@ -1,7 +1,6 @@
 """The command line: ``fastals finetune``, ``fastals report`` and ``fastals bench``."""
 
 import argparse
-import math
 import os
 import shlex
 import sys
@@ -36,6 +35,7 @@ ALS_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 NAME, OUTPUT = "run", "runs"
+MOST = 1e30  # epochs, and rate of AdamW, which float32 holds
 LONGEST_NAME = 255  # bytes, of most file systems
 PROCESSES = (
     "On several GPUs: torchrun --nproc-per-node 2 --no-python fastals finetune ... Each process takes an equal part of "
@@ -129,7 +129,8 @@ def _train_all(experiment: Experiment, runs: dict[str, RunFolder]) -> bool:
     """Train every optimizer whose run is not finished; False if the user stopped one."""
     for name, run in runs.items():
         if ranks.shared(run.read_summary) is None:
-            run.create(replace(experiment.config, optimizer=name))
+            compare = experiment.config.compare and name == experiment.config.optimizer
+            run.create(replace(experiment.config, optimizer=name, compare=compare))
             if not _train(experiment, name, run):
                 return False
     return True
@@ -188,8 +189,8 @@ def _check(values: Mapping[str, Any]) -> None:
         if values.get(name, 1) < 1:
             raise UserError(f"{_options([name])} must be at least 1")
     for name in ("epochs", "adamw_lr"):
-        if not 0 < values.get(name, 1) < math.inf:
-            raise UserError(f"{_options([name])} must be greater than 0, and finite")
+        if not 0 < values.get(name, 1) <= MOST:
+            raise UserError(f"{_options([name])} must be greater than 0, and at most {MOST:g}")
     if "steps" in values and "epochs" in values:
         raise UserError("give --steps or --epochs, not both")
     if abs(values["seed"]) >= 1 << 63:

@@ -296,11 +296,12 @@ def _put(written: Path, place: Path) -> None:
 @contextmanager
 def _set(owner: object, name: str, value: Any) -> Iterator[None]:
     """Cover a method of an object inside the ``with`` block."""
+    own = vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        delattr(owner, name)
+        delattr(owner, name) if own is None else setattr(owner, name, own)
 
 
 def _checked(als: object) -> dict[str, Any]:
