@@ -185,6 +185,7 @@ def test_exactness_tests_that_crash_have_failed(conftest, tmp_path, monkeypatch)
     assert conftest.verdict("it", "run") == "failed"
 
 
+@pytest.mark.slow
 def test_outcomes_are_those_of_the_tests_that_prove_a_claim(conftest, gated):
     wrong = '@pytest.mark.proves(claim="{}")\ndef test_{}():\n    {}\n\n'
     files = {

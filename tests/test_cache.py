@@ -481,7 +481,7 @@ def test_a_loss_that_comes_to_read_inside_the_blocks_is_noticed_in_that_step(fus
     assert opt.last_forwards < 1 + opt.report.trials + opt.report.joint_trials, "the cache is back"
 
 
-@pytest.mark.slow(keep=1)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:fastals")  # the first forward gives the blocks hooks, and all is verified anew
 @pytest.mark.parametrize("schedule", ["sweep", "relay"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

@@ -137,6 +137,7 @@ def test_processes_that_cannot_meet_are_told_of_torchrun(films, monkeypatch, cap
     assert "torchrun --nproc-per-node" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_torchrun_saves_a_checkpoint(films):
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastals.cli.main"]
     command = [sys.executable, "-m", *torchrun, *films.train("torchrun", "--steps", "5000")]

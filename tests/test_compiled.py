@@ -38,6 +38,7 @@ def accesses(buffers, case, *, has_m, masters):
     return sum(low if dtypes.get(b, "fp32") != "fp32" else full for b in kept)
 
 
+@pytest.mark.slow(keep=1)
 def test_whole_chunks_are_read_and_written_16_bytes_at_a_time(compiled):
     chunk_kernels = [k for k in compiled if k.get("aligned")]
     assert len(chunk_kernels) == 5 * 4 * 5

@@ -12,6 +12,7 @@ from fastals.graphs import graphed
 from fastals.graphs.graphed import WARMUP, GraphMode, pad
 
 
+@pytest.mark.slow
 @interpreted
 def test_programs_are_kept_by_signature_and_the_oldest_goes():
     log = []
@@ -32,6 +33,7 @@ def test_programs_are_kept_by_signature_and_the_oldest_goes():
     assert step._seen != {}, "another mode is another signature"
 
 
+@pytest.mark.slow
 @interpreted
 def test_frozen_and_moved_parameters_are_captured_anew():
     log = []

@@ -142,6 +142,7 @@ def capture(step, batch, turns):
         group["last_search"] = last
 
 
+@pytest.mark.slow
 @interpreted
 def test_time_and_pieces_of_captures_are_told():
     log = []

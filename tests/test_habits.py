@@ -112,7 +112,7 @@ def llama(**options):
     return hf.LlamaForCausalLM(hf.LlamaConfig(**small | options)).train()
 
 
-@pytest.mark.slow(keep=5)
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("fed", ["given tokens", "own tokens", "own expectation"])
 @searches
 def test_decoding_with_a_key_value_cache(fed, search):

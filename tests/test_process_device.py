@@ -44,7 +44,7 @@ def close(ours, theirs):
         assert joint == pytest.approx(their_joint, rel=1e-4, nan_ok=True)
 
 
-@pytest.mark.slow(keep=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_fused_steps_are_those_of_one_process(kind):
     for steps, options in CASES.values():

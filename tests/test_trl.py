@@ -39,6 +39,7 @@ def sft(out, trainer=SFT, **options):
 MICRO = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("options", [{}, MICRO, {"packing": True}, {"bf16": True}], ids=str)
 def test_metrics_count_a_mini_batch_once(options, tmp_path):
     """The first step's are those of SFTTrainer, and so are the tokens of every step."""
