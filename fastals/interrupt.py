@@ -23,10 +23,11 @@ class _Hold:
     Attributes:
         open: whether they are handed on at once.
         closed: whether nothing may open it.
+        ended: whether the handlers have their places back.
     """
 
     def __init__(self) -> None:
-        self.open = self.closed = False
+        self.open = self.closed = self.ended = False
         self._handlers: dict[int, Callable] = {}
         self._pending: deque[tuple[int, Any]] = deque()  # signals and frames
         self._raised: BaseException | None = None  # by the last handler
@@ -47,7 +48,7 @@ class _Hold:
             self._give_back()
             raise
         finally:
-            self._raised = None
+            self.ended, self._raised = True, None
             self.hand_on()
 
     def hand_on(self) -> None:
@@ -67,7 +68,7 @@ class _Hold:
 
     def _take(self, number: int, frame: Any) -> None:
         within = frame is not None and frame.f_code is not let_through.__code__
-        if _here.hold is self and not (self.open and within and not self._unwinding()):
+        if not self.ended and not (self.open and within and not self._unwinding()):
             self._pending.append((number, frame))
             return
         try:

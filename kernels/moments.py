@@ -57,6 +57,7 @@ from fastals.kernels.columns import (
 from fastals.kernels.table import BLOCK, BY_CHUNK, LAUNCH, REGISTERS, WARPS, Chunks, Table, launched
 from fastals.kernels.trial import trial
 
+ROWS = 1024  # of partial sums that a program adds up at a time
 PIECE = BLOCK // 4  # elements that a survey takes at a time of a chunk that is not whole: few registers
 SURVEY = BY_CHUNK | {"maxnreg": REGISTERS}  # left alone, the compiler takes up to 110
 PARAMETERS = 128  # parameters that one program of constants_kernel handles
@@ -257,7 +258,10 @@ def _store_sums(out, b_sums, elements, n_rows, HAS_M: tl.constexpr, THREADS: tl.
 
 @triton.jit(do_not_specialize=["n_rows", "first_unit"])
 def reduce_kernel(partials, spans, parts, n_rows, first_unit, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """Every :data:`SPLIT`-th block of a unit's rows of partial sums, added in a fixed order in float64."""
+    """Every :data:`SPLIT`-th block of a unit's rows of partial sums, added in a fixed order in float64.
+
+    The parts of programs that no unit has rows for stay 0.
+    """
     i_u, i_s = tl.program_id(0) + first_unit, tl.program_id(1)
     first = tl.load(spans + i_u * N_SPANS + SPAN_FIRST)
     last = tl.load(spans + i_u * N_SPANS + SPAN_LAST)
@@ -449,14 +453,15 @@ def _prepare_constants(table: Table, arena: Arena) -> None:
 def _add_up(table: Table, arena: Arena, unit: int | None) -> None:
     columns = triton.next_power_of_2(N_SUMS.value)
     first, units = (0, arena.units) if unit is None else (unit, 1)
-    reduce_kernel[units, N_SPLIT.value](
+    programs = min(N_SPLIT.value, triton.cdiv(table.most_chunks, ROWS) or 1)
+    reduce_kernel[units, programs](
         partials=arena.partials,
         spans=table.spans,
         parts=arena.parts,
         n_rows=table.n_chunks,
         first_unit=first,
         COLUMNS=columns,
-        ROWS=1024,
+        ROWS=ROWS,
         **BY_CHUNK,
     )
     add_parts_kernel[(units,)](parts=arena.parts, sums=arena.sums, first_unit=first, COLUMNS=columns, **LAUNCH)

@@ -9,6 +9,7 @@ A program takes up to two whole chunks of a unit, or several small ones. 144 LoR
 32 (256).
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -76,7 +77,7 @@ class Table:
         layout: int64 [parameters, 4], see :data:`LAYOUT`.
         places: int64 [parameters, 3], see :data:`PLACES`.
         spans: int32 [units, 2], see :data:`SPANS`.
-        n_chunks: number of chunks, as many rows of partial sums as there may be.
+        n_chunks: number of chunks, as many rows of partial sums as there may be; most_chunks: of the largest unit.
         by_dtypes: the programs by dtypes of parameter and gradient.
     """
 
@@ -87,7 +88,10 @@ class Table:
         self.sizes = [p.numel() for p in self.params]
         rows = [[e.flat, n, e.unit, e.rules] for e, n in zip(entries, self.sizes, strict=True)]
         self.layout = self._upload(_host(rows))
-        self.n_chunks = sum(map(_blocks, self.sizes))
+        of_units: Counter[int] = Counter()
+        for e, n in zip(entries, self.sizes, strict=True):
+            of_units[e.unit] += _blocks(n)
+        self.n_chunks, self.most_chunks = of_units.total(), max(of_units.values())
         self.by_dtypes: dict[Dtypes, Chunks] = {}
         self._dtypes: list[Dtypes] = [(p.dtype, p.dtype) for p in self.params]
         self._seen: list | None = None

@@ -9,6 +9,8 @@ import os
 import sys
 import time
 from collections import Counter
+from functools import partial
+from multiprocessing import get_context
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
@@ -23,34 +25,35 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS, help="of points, all by default")
     parser.add_argument("--stride", type=int, default=1, help="visit every n-th point only")
     parser.add_argument("--all", action="store_true", help="every execution of a line")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, as many as cores by default")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    points = faults = 0
-    with interpreter.faster(), handled():
-        for name in options.set_ups:
-            case = SETUPS[name]()
-            for kind in filter(options.kinds.__contains__, kinds_of(name)):
-                visited, wrong = visit(name, case, kind, options)
-                points, faults = points + visited, faults + wrong
-    print(f"{points} points, {faults} faults")
+    wanted = [(name, kind) for name in options.set_ups for kind in kinds_of(name) if kind in options.kinds]
+    ended, faults = Counter(), 0
+    with interpreter.faster(), handled(), get_context("fork").Pool(options.workers, maxtasksperchild=1) as pool:
+        for text, found, wrong in pool.imap_unordered(partial(visit, options), wanted):
+            print(text, flush=True)
+            ended, faults = ended + found, faults + wrong
+    print(f"{ended.total()} visits, {faults} faults")
     return int(bool(faults))
 
 
-def visit(name, case, kind, options) -> tuple[int, int]:
-    """Visit the points of a kind in every way; how many visits there were, and how many faults."""
-    visits, begin, ended, faults = Visits(case, kind), time.monotonic(), Counter(), 0
-    numbers = visits.numbers(every=options.all)[:: options.stride]
-    for action in visits.actions:
-        for number in numbers:
-            outcome = visits(number, action)
-            ended[outcome.ended] += 1
-            if outcome.fault:
-                faults += 1
-                print(f"{name}, {action} at point {number} ({visits.where[number]}): {outcome.fault}", flush=True)
-    found = ", ".join(f"{count} {how}" for how, count in ended.items())
+def visit(options, wanted) -> tuple[str, Counter, int]:
+    """Visit the points of a kind in a set-up: what there is to print, how the visits have ended, and faults."""
+    name, kind = wanted
+    begin = time.monotonic()
+    visits = Visits(SETUPS[name](), kind)
+    outcomes = visits(visits.pairs(every=options.all)[:: options.stride])
+    ended = Counter(outcome.ended for outcome in outcomes.values())
+    faults = [
+        f"{name}, {action} at point {number} ({visits.where[number]}): {outcome.fault}"
+        for (number, action), outcome in outcomes.items()
+        if outcome.fault
+    ]
+    found = ", ".join(f"{count} {how}" for how, count in ended.items()) or "none"
     seconds = time.monotonic() - begin
-    print(f"{name}, {kind}: {len(visits.where)} points, visits: {found or 'none'}, {seconds:.0f} s", flush=True)
-    return ended.total(), faults
+    summary = f"{name}, {kind}: {len(visits.where)} points, visits: {found}, {seconds:.0f} s"
+    return "\n".join([*faults, summary]), ended, len(faults)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Signals that come while a step is made: none is lost, and none comes where it cannot be undone."""
 
+import itertools
 import signal
 import threading
 
 import pytest
 import torch
-from helpers.interruptions import terminated
+from helpers.interruptions import at_lines, terminated
 from torch import nn
 
 import fastals
-from fastals.interrupt import hand_on, held_back, let_through, uninterrupted
+from fastals.interrupt import SIGNALS, hand_on, held_back, let_through, uninterrupted
 
 
 def press():
@@ -205,6 +206,31 @@ def test_a_handler_that_the_closure_sets_stays_and_may_call_the_one_before():
     finally:
         signal.signal(signal.SIGINT, before)
     assert called == ["new", "new"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_at_any_line_a_signal_leaves_the_handlers_as_they_were(number):
+    before, lines = [signal.getsignal(n) for n in SIGNALS], []
+
+    def signalled(at):
+        """At this line, and count them all."""
+        passed = itertools.count()
+
+        def point(where):
+            lines.append(where)
+            if next(passed) == at:
+                signal.raise_signal(number)
+
+        lines.clear()
+        with at_lines(None, point):
+            run(lambda: None)
+
+    signalled(None)
+    assert len(lines) > 40
+    for at in range(len(lines)):
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            signalled(at)
+        assert [signal.getsignal(n) for n in SIGNALS] == before, lines[at]
 
 
 def test_other_threads_get_no_signals_and_hold_none_back():

@@ -1,7 +1,6 @@
 """Steps that are disturbed at some of their places; ``tests/interruptions.py`` disturbs them at all."""
 
 import contextlib
-import itertools
 
 import pytest
 import torch
@@ -26,11 +25,11 @@ def faults(case, kind, most):
     """What is wrong after some visits, evenly spread over the points and the ways of this kind."""
     with handled():
         visits = Visits(case, kind)
-        pairs = list(itertools.product(visits.numbers(every=False), visits.actions))
+        pairs = visits.pairs(every=False)
         stride = max(1, len(pairs) // most) | 1  # odd, so that every way has its turn
-        outcomes = [(visits.where[n], action, visits(n, action)) for n, action in pairs[::-stride]]
+        outcomes = visits(pairs[::-stride])
     assert outcomes
-    return [found for found in outcomes if found[-1].fault]
+    return [(visits.where[n], action, found) for (n, action), found in outcomes.items() if found.fault]
 
 
 @pytest.mark.parametrize(("setup", "kind", "most"), PLACES, ids=lambda value: str(value).replace(" ", "-"))

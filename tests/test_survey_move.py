@@ -1,6 +1,7 @@
 """A survey that moves the parameters in the same pass, surveys of one unit, and what a program takes."""
 
 import math
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -172,5 +173,6 @@ def test_a_program_takes_neighbours_of_one_unit():
         assert sizes[first:last].count(BLOCK) <= 2
         assert table.spans[unit, 0] <= row < table.spans[unit, 1]
     assert all(a[3] <= b[3] for a, b in pairwise(rows))
+    assert table.most_chunks == max(Counter(unit_of).values())
     assert not len(found.of_unit(2))
     assert sum(len(found.of_unit(u)) for u in range(4)) == len(found.of_unit(None))

@@ -4,6 +4,8 @@ Written for the internals of Triton 3.6 and 3.9; the interpreter of any other ve
 """
 
 import dataclasses
+import inspect
+import math
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -16,6 +18,7 @@ VERSIONS = ("3.6.", "3.9.")
 def faster():
     """Within this context kernels are interpreted faster."""
     import triton
+    from triton.language import core
     from triton.runtime import interpreter
 
     with ExitStack() as changes:
@@ -24,6 +27,9 @@ def faster():
                 patch.object(interpreter, "_patch_lang", patched_once(interpreter._patch_lang)),
                 patch.object(interpreter, "_get_np_dtype", of_scalars(interpreter._get_np_dtype)),
                 patch.object(interpreter.interpreter_builder, "options", unasserted(interpreter)),
+                patch.object(interpreter, "_patch_builtin", searched_once(interpreter._patch_attr, core.is_builtin)),
+                patch.object(core.tensor, "__init__", tensors(core)),
+                patch.object(core.block_type, "__init__", checked_once(core.block_type.__init__)),
             ):
                 changes.enter_context(change)
         yield
@@ -60,3 +66,46 @@ def unasserted(interpreter):
     """Leave out checks for overflow: their results go to ``device_assert``, which only a debugger's option turns on."""
     options = interpreter.interpreter_builder.options
     return options if options.debug else dataclasses.replace(options, sanitize_overflow=False)
+
+
+def searched_once(patch_attr: Callable, is_builtin: Callable) -> Callable:
+    """Look up once what there is to patch in a module or class."""
+
+    @cache
+    def builtins(package):
+        return [(name, member) for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtin(package, builder, scope):
+        for name, member in builtins(package):
+            patch_attr(package, name, member, builder, scope)
+
+    return patch_builtin
+
+
+def tensors(core) -> Callable:
+    """Make the constants of a shape once, not for each tensor."""
+
+    @cache
+    def constants(shape):
+        return core.constexpr(math.prod(shape)), core.tuple([core.constexpr(n) for n in shape])
+
+    def init(self, handle, kind):
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.numel, self.shape = constants(tuple(kind.shape) if kind.is_block() else ())
+
+    return init
+
+
+def checked_once(plain: Callable) -> Callable:
+    """Check each type of a block once; types of pointers have no hash."""
+    remembered: dict = {}
+
+    def init(self, element_ty, shape):
+        key = None if element_ty.is_ptr() else (element_ty, tuple(shape))
+        if key not in remembered:
+            plain(self, element_ty, shape)
+            if key is not None:
+                remembered[key] = vars(self)
+        self.__dict__ = dict(remembered.get(key, vars(self)))
+
+    return init

@@ -1,4 +1,4 @@
-"""Errors and signals at every place of a step: each point is visited in a fork of the process, so all start alike.
+"""Errors and signals at every place of a step: at each point the process forks, and the fork is disturbed there.
 
 A visit ends well if everything is as before the step and a second try gives what an undisturbed step gives, or if the
 step is wholly made.
@@ -167,21 +167,33 @@ ACTIONS = {
 
 
 class Points:
-    """Counts the points of a step, and acts at one of them, and with ``lasting`` at all from there on."""
+    """Counts the points of a step; at those to visit it forks, once for each way, and the fork is disturbed there."""
 
-    def __init__(self, at, action, *, lasting=False):
-        self.at, self.action, self.lasting, self.count = at, action, lasting, 0
-        self.where, self.committing, self.off = [], False, False
+    def __init__(self, pairs=()):
+        self.where, self.outcomes, self.committing, self.off = [], {}, False, False
+        self.action = self.sending = None  # of a fork
+        self.ways = {}
+        for number, action in pairs:
+            self.ways.setdefault(number, []).append(action)
 
     def __call__(self, where):
-        """A point; outside of visits it is noted where it is."""
+        """A point."""
         if self.off:
             return
-        number, self.count = self.count, self.count + 1
-        if self.at is None:
-            self.where.append(where)
-        elif number == self.at or (self.lasting and number > self.at):
-            self.action()
+        if self.sending:
+            if self.action == "memory":  # it lasts
+                ACTIONS[self.action]()
+            return
+        number = len(self.where)
+        self.where.append(where)
+        for action in self.ways.get(number, ()):
+            fork = Fork()
+            if fork.child:
+                self.outcomes[number, action] = fork.received()
+                continue
+            self.action, self.sending = action, fork.send
+            ACTIONS[action]()
+            return
 
 
 @contextlib.contextmanager
@@ -362,28 +374,41 @@ class Outcome(NamedTuple):
     fault: str = ""
 
 
-def forked(function):
-    """The result of a function that runs in a fork of this process."""
-    reading, writing = os.pipe()
-    generator = random.getstate()  # Python seeds it anew in a fork
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on if other threads wait
-        child = os.fork()
-    if not child:
-        os.close(reading)
-        random.setstate(generator)
+class Fork:
+    """A copy of this process, which sends a result and ends."""
+
+    def __init__(self):
+        self.reading, self.writing = os.pipe()
+        generator = random.getstate()  # Python seeds it anew in a fork
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on if other threads wait
+            self.child = os.fork()
+        if not self.child:
+            random.setstate(generator)
+        os.close(self.writing if self.child else self.reading)
+
+    def send(self, function):
+        """In the copy: the result of the function, or its error; nothing is executed after it."""
         try:
             result = function()
         except BaseException as error:
             result = Outcome("", f"{type(error).__name__}: {error}"[:500])
-        with os.fdopen(writing, "wb") as pipe:
+        with os.fdopen(self.writing, "wb") as pipe:
             pickle.dump(result, pipe)
         os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        result = pickle.load(pipe)
-    os.waitpid(child, 0)
-    return result
+
+    def received(self):
+        """What the copy has sent."""
+        with os.fdopen(self.reading, "rb") as pipe:
+            result = pickle.load(pipe)
+        os.waitpid(self.child, 0)
+        return result
+
+
+def forked(function):
+    """The result of a function that runs in a fork of this process."""
+    fork = Fork()
+    return fork.received() if fork.child else fork.send(function)
 
 
 class Visits:
@@ -394,51 +419,60 @@ class Visits:
         self.at, self.actions = KINDS[kind]
         self.first = case.snapshot()
         self.last = forked(self._undisturbed)
-        self.where = forked(self._found)
+        self.where = forked(lambda: self._walked(Points()).where)
 
     def _undisturbed(self):
         self.case.step()
         return self.case.snapshot()
 
-    def _found(self):
-        points = Points(None, None)
-        with contextlib.suppress(KeyboardInterrupt), self.at(self.case, points):
-            self.case.step()
-        return points.where
+    def pairs(self, *, every=True):
+        """Points to visit, and how; without ``every`` the first and the last execution of every line."""
+        numbers = range(len(self.where))
+        if not every and self.at in (at_lines, at_lines_after_ctrl_c):
+            of_line = {}
+            for number, where in enumerate(self.where):
+                of_line.setdefault(where, []).append(number)
+            numbers = sorted({number for found in of_line.values() for number in (found[0], found[-1])})
+        return list(itertools.product(numbers, self.actions))
 
-    def numbers(self, *, every=True):
-        """The points to visit; without ``every`` the first and the last execution of every line."""
-        if every or self.at not in (at_lines, at_lines_after_ctrl_c):
-            return range(len(self.where))
-        places = {where: [i for i, w in enumerate(self.where) if w == where] for where in dict.fromkeys(self.where)}
-        return sorted({number for found in places.values() for number in (found[0], found[-1])})
+    def __call__(self, pairs):
+        """Visit points, each in one way; the outcomes by point and way."""
+        outcomes = forked(lambda: self._walked(Points(pairs)).outcomes)
+        missed = Outcome("", "the point was not reached")
+        return {pair: outcomes.get(pair, missed) for pair in pairs}
 
-    def __call__(self, number, action):
-        """Visit a point."""
-        return forked(lambda: self._disturbed(number, action))
-
-    def _disturbed(self, number, action):
-        points, raised = Points(number, ACTIONS[action], lasting=action == "memory"), ""
+    def _walked(self, points):
+        """Make a step with points; a fork that is disturbed at one sends how it has ended."""
+        error = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 with self.at(self.case, points):
                     self.case.step()
-            except (RuntimeError, KeyboardInterrupt, SystemExit) as error:
-                raised = f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}"
+            except BaseException as raised:
+                error = raised
             self.case.evaluated = lambda: None
-            if points.count <= number:
-                return Outcome("", f"the point was not reached, {raised}")
-            if not raised and action in ("ctrl-c", "sigterm"):
-                return Outcome("", "the signal was lost")
-            now = self.case.snapshot()
-            if raised and not different(now, self.first):
-                self.case.step()
-                found = different(self.case.snapshot(), self.last)
-                return Outcome("as before", found and f"the second try: {found}")
+            if points.sending:
+                points.sending(lambda: self._outcome(points.action, error))
+        if error is not None and not isinstance(error, KeyboardInterrupt):
+            raise error
+        return points
+
+    def _outcome(self, action, error):
+        now = self.case.snapshot()
+        if error is None:
+            lost = "the signal was lost" if action in ("ctrl-c", "sigterm") else different(now, self.last)
+            return Outcome("passed", lost)
+        if not isinstance(error, RuntimeError | KeyboardInterrupt | SystemExit):
+            raise error
+        if not (left := different(now, self.first)):
+            self.case.step()
+            found = different(self.case.snapshot(), self.last)
+            return Outcome("as before", found and f"the second try: {found}")
         found = different(now, self.last)
-        fault = f"neither as before ({different(now, self.first)}) nor made ({found}); {raised}"
-        return Outcome("made" if raised else "passed", found and fault)
+        notes = getattr(error, "__notes__", "")
+        fault = f"neither as before ({left}) nor made ({found}); {type(error).__name__}: {error} {notes}"
+        return Outcome("made", found and fault)
 
 
 def different(a, b):
