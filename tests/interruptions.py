@@ -1,7 +1,7 @@
 """Disturb steps at every place, in every way and in every set-up: ``python tests/interruptions.py``, for a night.
 
-Of the executions of a line it visits the first and the last one, with ``--all`` every one. It goes on after a fault,
-prints each, and exits with 1 if there was any.
+Of the executions of a line it visits the first and the last one, by Ctrl-C and by SIGTERM in turn, with ``--all`` every
+one by both. It goes on after a fault, prints each, and exits with 1 if there was any.
 """
 
 import argparse

@@ -6,6 +6,7 @@ step is wholly made.
 
 import contextlib
 import copy
+import gc
 import itertools
 import os
 import pickle
@@ -417,6 +418,7 @@ class Visits:
     def __init__(self, case, kind):
         self.case = case
         self.at, self.actions = KINDS[kind]
+        gc.collect()  # so that what others have left is not met in one step and gone in the next
         self.first = case.snapshot()
         self.last = forked(self._undisturbed)
         self.where = forked(lambda: self._walked(Points()).where)
@@ -426,14 +428,14 @@ class Visits:
         return self.case.snapshot()
 
     def pairs(self, *, every=True):
-        """Points to visit, and how; without ``every`` the first and the last execution of every line."""
+        """Points to visit, and how; without ``every`` the first and last execution of each line, the ways by turns."""
         numbers = range(len(self.where))
-        if not every and self.at in (at_lines, at_lines_after_ctrl_c):
-            of_line = {}
-            for number, where in enumerate(self.where):
-                of_line.setdefault(where, []).append(number)
-            numbers = sorted({number for found in of_line.values() for number in (found[0], found[-1])})
-        return list(itertools.product(numbers, self.actions))
+        if every or self.at not in (at_lines, at_lines_after_ctrl_c):
+            return list(itertools.product(numbers, self.actions))
+        last = {where: number for number, where in enumerate(self.where)}
+        first = {where: number for number, where in reversed([*enumerate(self.where)])}
+        numbers = sorted({*first.values(), *last.values()})
+        return list(zip(numbers, itertools.cycle(self.actions), strict=False))
 
     def __call__(self, pairs):
         """Visit points, each in one way; the outcomes by point and way."""
@@ -444,6 +446,7 @@ class Visits:
     def _walked(self, points):
         """Make a step with points; a fork that is disturbed at one sends how it has ended."""
         error = None
+        gc.disable()  # a collection may call lines of fastals
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -488,8 +491,11 @@ def different(a, b):
 
 @contextlib.contextmanager
 def handled():
-    """Signals as a program has them that takes SIGTERM for an exit; in the background Ctrl-C would do nothing."""
-    handlers = {signal.SIGTERM: terminated, signal.SIGINT: signal.default_int_handler}
+    """Signals as a program has them that takes SIGTERM for an exit; in the background Ctrl-C would do nothing.
+
+    A handler of SIGCHLD, which torch sets for its data loaders, would be called at the end of every visit.
+    """
+    handlers = {signal.SIGTERM: terminated, signal.SIGINT: signal.default_int_handler, signal.SIGCHLD: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
