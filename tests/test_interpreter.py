@@ -1,5 +1,7 @@
 """The interpreter that runs the tests faster gives the results of Triton's own, to the last bit."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from helpers.interpreter import faster
+from helpers.remembered import remembered
 from helpers.tiny import TinyTransformer, assert_same, tiny_batches
 from triton.runtime import interpreter
 
@@ -76,6 +79,35 @@ def test_steps_have_the_same_results(dtype, options):
     with faster():
         fast = step_results(dtype, options)
     assert_same(fast, plain)
+
+
+def test_a_remembered_launch_is_one_on_the_same_memory():
+    """With another element of a gradient, a parameter or a buffer of its own, a kernel is interpreted anew."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    opt = fastals.ALS(model, fused=True, schedule="sweep")
+    x, memory, sizes = torch.randn(4, 3), {}, []
+
+    def step():
+        with remembered(memory):
+            opt.step(lambda: model(x).square().mean())
+        sizes.append(len(memory))
+
+    step()
+    start = [p.detach().clone() for p in model.parameters()], copy.deepcopy(opt.state_dict())
+    ends = []
+    for change in (None, None, model.weight, x):
+        opt.load_state_dict(copy.deepcopy(start[1]))
+        with torch.no_grad():
+            for p, before in zip(model.parameters(), start[0], strict=True):
+                p.copy_(before)
+            if change is not None:
+                change[0, 0] += 1.0
+        step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert_same(ends[1], ends[0])
+    assert sizes[2] == sizes[1]
+    assert sizes[1] < sizes[3] < sizes[4]
 
 
 @pytest.mark.skipif(not triton.__version__.startswith(("3.6.", "3.9.")), reason="this Triton is interpreted as it is")

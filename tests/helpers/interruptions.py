@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from helpers.remembered import remembered
 from helpers.tiny import assert_same
 from torch import nn
 from torch.utils import _python_dispatch
@@ -420,12 +421,14 @@ class Visits:
         self.at, self.actions = KINDS[kind]
         gc.collect()  # so that what others have left is not met in one step and gone in the next
         self.first = case.snapshot()
-        self.last = forked(self._undisturbed)
+        self.memory = {}  # of launches
+        self.last, self.memory = forked(self._undisturbed)
         self.where = forked(lambda: self._walked(Points()).where)
 
     def _undisturbed(self):
-        self.case.step()
-        return self.case.snapshot()
+        with remembered(self.memory):
+            self.case.step()
+        return self.case.snapshot(), self.memory
 
     def pairs(self, *, every=True):
         """Points to visit, and how; without ``every`` the first and last execution of each line, the ways by turns."""
@@ -447,7 +450,7 @@ class Visits:
         """Make a step with points; a fork that is disturbed at one sends how it has ended."""
         error = None
         gc.disable()  # a collection may call lines of fastals
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), remembered(self.memory):
             warnings.simplefilter("ignore")
             try:
                 with self.at(self.case, points):
