@@ -295,7 +295,7 @@ class DeviceBatch:
     def rewind(self) -> None:
         """Put every unit back to w_t, and go on from there."""
         start, outdated = self.start, self.arena.flags[:, OUTDATED].clone()
-        self.restore()
+        _to_start(self.table, self.arena)
         all_units.begin(self.arena, start, again=True)
         self.arena.flags[:, OUTDATED] = outdated
         for unit in self.units:
@@ -417,9 +417,14 @@ class DeviceBatch:
 
 def put_back(table: Table, arena: Arena) -> None:
     """Put every unit back to w_t, bitwise, if a step is under way; after a launch that fails it may be tried again."""
+    _to_start(table, arena)
+    all_units.end(arena)
+
+
+def _to_start(table: Table, arena: Arena) -> None:
+    """Put every unit back to w_t, bitwise; the step stays under way, and if what follows fails, can still be undone."""
     all_units.restore(arena)
     trial(table, arena)
-    all_units.end(arena)
 
 
 def _write_clipping(

@@ -290,23 +290,27 @@ def test_a_kernel_of_the_commit_that_cannot_be_compiled_is_met_before_it(kernel,
     opt.step(lambda: model(**batch))
 
 
-def test_units_are_put_back_after_a_launch_that_has_failed_to_do_so(monkeypatch):
-    """Amid the verification of the first step, whose weights are far from w_t then."""
+@pytest.mark.parametrize(
+    ("where", "name", "fails"), [(device_module, "trial", 0), (all_units, "begin", 1)], ids=["trial", "begin"]
+)
+def test_units_are_put_back_after_a_launch_that_has_failed_to_do_so(where, name, fails, monkeypatch):
+    """Amid the verification of the first step, whose weights are far from w_t then and again after it."""
     model, opt = build(depth=1)
-    (batch,), plain, calls = batches(1), device_module.trial, itertools.count()
+    (batch,), plain, calls = batches(1), getattr(where, name), itertools.count()
     before = snapshot(model, opt)
 
-    def failing(*args):
-        if not next(calls):
+    def failing(*args, **kwargs):
+        if next(calls) == fails:
             raise BrokenError
-        plain(*args)
+        plain(*args, **kwargs)
 
-    monkeypatch.setattr(device_module, "trial", failing)
+    monkeypatch.setattr(where, name, failing)
     with pytest.raises(BrokenError):
         opt.step(lambda: model(**batch))
     monkeypatch.undo()
     assert next(calls) > 2
     assert_same(snapshot(model, opt)[0], before[0])
+    opt.step(lambda: model(**batch))
 
 
 @pytest.mark.parametrize(
