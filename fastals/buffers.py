@@ -83,7 +83,7 @@ class Unit:
         flat: Flat | None = None,
         share: Callable[[Tensor], float] = lambda _: 1.0,
     ) -> None:
-        """Take over the state of the parameters, if they have one.
+        """Take over the state of the parameters, if they have one, and leave it as it is.
 
         Args:
             groups: the parameter groups of the unit; several if units were merged.
@@ -228,6 +228,12 @@ class Unit:
         stored = {name: placed_like(flat[i], self.members[i][0]) for name, flat in self._stored(i).items()}
         return {"step": step} | stored
 
+    def show_known(self, state: dict) -> None:
+        """Enter the parameters that the optimizer's state has been taken over of."""
+        for i, (p, _) in enumerate(self.members):
+            if p in state:
+                self._pack(i, state)
+
     def _unpack(self, state: dict) -> None:
         """Take over the state of parameters that have one (a loaded checkpoint, a merged unit)."""
         for i, (p, _) in enumerate(self.members):
@@ -236,7 +242,6 @@ class Unit:
                     if name not in state[p]:
                         raise ValueError(f"the state has no {name!r}: it was saved with another momentum or direction")
                     flat[i].copy_(part_for(state[p][name], p))
-                self._pack(i, state)
 
 
 def unit_groups(groups: Sequence[dict]) -> list[list[dict]]:

@@ -70,6 +70,7 @@ class DeviceUnits:
         self.shares = self.arena.sums.new_tensor(shares).unsqueeze(1) if set(shares) != {1.0} else None
         self._compiled: set[tuple] = set()  # dtypes and alignments for which the kernels of a commit are
         self.shown: dict[int, list[int]] = {}  # by row, the parameters of the unit that the optimizer's state shows
+        self._show(state)
 
     def _flat(self, row: int, where: slice) -> Flat:
         """The unit's part of the arena's buffers."""
@@ -79,16 +80,20 @@ class DeviceUnits:
         return Flat(m, v, w, arena.counts[first:])
 
     def _fill_arena(self) -> None:
-        """Write counts, roundings and memory of the units into the arena, and show its memory in the groups."""
+        """Write counts, roundings and memory of the units into the arena."""
         arena, units = self.arena, self.units
         counts = [count for unit in units for count in unit.counts]
         memory = [[float(unit.rules[name]) for name in REMEMBERED] for unit in units]
         arena.counts.copy_(torch.tensor(counts, dtype=torch.float32, device="cpu"))
         arena.rounding.copy_(torch.tensor([u.rounding for u in units], dtype=torch.float64, device="cpu"))
         arena.memory.copy_(torch.tensor(memory, dtype=torch.float64, device="cpu"))
-        for unit in units:
+
+    def _show(self, state: dict) -> None:
+        """Show the arena's memory in the groups and in the optimizer's state, once everything is written there."""
+        for unit in self.units:
             for group in unit.groups:
-                group.update({name: arena.memory[unit.row, i] for i, name in enumerate(REMEMBERED)})
+                group.update({name: self.arena.memory[unit.row, i] for i, name in enumerate(REMEMBERED)})
+            unit.show_known(state)
 
     def begin(
         self, losses: Losses, units: list[Unit], start: Tensor, seed: str, executor: "Executor | None" = None

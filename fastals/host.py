@@ -53,6 +53,8 @@ class HostUnits:
         kinds = {(unit.dtype, unit.device) for unit in self.units}
         scratch = {kind: Scratch(*kind) for kind in kinds}
         self.passes = {unit: Passes(unit, scratch[unit.dtype, unit.device]) for unit in self.units}
+        for unit in self.units:
+            unit.show_known(state)
 
     def begin(self, losses: Losses, units: list[Unit], start: Tensor, seed: str) -> "HostBatch":
         """Start a mini-batch at f(w_t) = ``start`` with the units that have gradients, in forward order."""

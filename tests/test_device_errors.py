@@ -313,6 +313,24 @@ def test_units_are_put_back_after_a_launch_that_has_failed_to_do_so(where, name,
     opt.step(lambda: model(**batch))
 
 
+def test_units_that_cannot_be_made_again_leave_the_state_as_it_was(monkeypatch):
+    """They are after a merge and a load; state that shows what is not written yet would be read at the next try."""
+    model, opt = build(depth=1)
+    data = batches(3)
+    train(model, opt, data[:2])
+    opt.load_state_dict(opt.state_dict())
+    before = snapshot(model, opt)
+
+    def failing(units):
+        raise torch.OutOfMemoryError("deliberate")
+
+    monkeypatch.setattr(device_module.DeviceUnits, "_fill_arena", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        opt.step(lambda: model(**data[2]))
+    monkeypatch.undo()
+    assert_same(snapshot(model, opt), before)
+
+
 @pytest.mark.parametrize(
     ("capability", "compiler", "reason"),
     [((7, 5), "/bin/gcc", "compute capability 7.5"), ((9, 0), None, "no C compiler"), ((9, 0), "/bin/gcc", "")],

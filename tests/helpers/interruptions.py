@@ -201,7 +201,8 @@ class Points:
 @contextlib.contextmanager
 def at_evaluations(case, points):
     case.evaluated = lambda: points("evaluation")
-    yield
+    with whole_launches(points):
+        yield
     case.evaluated = lambda: None
 
 

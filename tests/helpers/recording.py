@@ -18,8 +18,9 @@ interpreted = pytest.mark.skipif(
 class Recording:
     """Runs the captured actions anew at each replay, writes results where the first ones lie, and keeps a log."""
 
-    def __init__(self, params, *, linked, log, draws):
+    def __init__(self, params, *, linked, log, draws, buffers=()):
         self.params, self.linked, self.log, self.draws, self.fails = params, linked, log, draws, False
+        self.buffers = buffers  # of the model
 
     def session(self):
         return contextlib.nullcontext()
@@ -28,8 +29,12 @@ class Recording:
         return 0
 
     def capture_head(self, action):
-        self.seed = torch.initial_seed()
-        result = action()
+        self.seed, before = torch.initial_seed(), [b.clone() for b in self.buffers]
+        try:
+            result = action()
+        finally:  # a capture computes nothing
+            for b, values in zip(self.buffers, before, strict=True):
+                b.data.copy_(values)  # and nobody is to see a write
         grads = [p.grad for p in self.params]
 
         def again():
@@ -80,10 +85,10 @@ class Recording:
 
 def recorded(opt, model, loss_fn, *, linked=False, log=None, **options):
     """A captured step of the optimizer with this back end."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    params, buffers = [p for p in model.parameters() if p.requires_grad], list(model.buffers())
 
     def backend(device, stream, *, draws):
-        return Recording(params, linked=linked, log=[] if log is None else log, draws=draws)
+        return Recording(params, linked=linked, log=[] if log is None else log, draws=draws, buffers=buffers)
 
     return GraphedStep(opt, loss_fn, backend=backend, **options)
 
