@@ -14,7 +14,7 @@ from helpers.units import device_units, passes
 from fastals.buffers import Gradients, Unit
 from fastals.kernels import all_units, armijo
 from fastals.kernels.arena import BATCH, OUTCOMES, REMEMBERED, SPLIT, STATE, SUMS
-from fastals.kernels.moments import _add_up, advance, survey
+from fastals.kernels.moments import ROWS, _add_up, advance, survey
 from fastals.kernels.plain import rounding
 from fastals.kernels.table import BLOCK
 from fastals.kernels.trial import trial
@@ -258,6 +258,7 @@ def test_partial_sums_of_units_of_any_size(rows):
     spans = torch.tensor([[0, rows], [rows, rows], [rows, rows + 5]], dtype=torch.int32, device=CUDA)
     partials = numbers(len(SUMS) * (rows + 5), torch.float32, 1).view(len(SUMS), -1)
     parts = torch.zeros(3, SPLIT, len(SUMS), dtype=torch.float64, device=CUDA)
+    parts[:, : min(SPLIT, -(-max(rows, 5) // ROWS))] = math.nan  # of a step before, where there are programs
     sums = torch.full((3, len(SUMS)), math.nan, dtype=torch.float64, device=CUDA)
     table = SimpleNamespace(spans=spans, n_chunks=rows + 5, most_chunks=max(rows, 5))
     _add_up(table, SimpleNamespace(partials=partials, parts=parts, sums=sums, units=3), None)

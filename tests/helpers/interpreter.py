@@ -101,11 +101,13 @@ def checked_once(plain: Callable) -> Callable:
     remembered: dict = {}
 
     def init(self, element_ty, shape):
-        key = None if element_ty.is_ptr() else (element_ty, tuple(shape))
+        if element_ty.is_ptr():
+            plain(self, element_ty, shape)
+            return
+        key = element_ty, tuple(shape)
         if key not in remembered:
             plain(self, element_ty, shape)
-            if key is not None:
-                remembered[key] = vars(self)
-        self.__dict__ = dict(remembered.get(key, vars(self)))
+            remembered[key] = dict(vars(self))
+        vars(self).update(remembered[key])
 
     return init
