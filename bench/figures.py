@@ -1,0 +1,405 @@
+"""The figures in README and docs, from stored results: a page names a table between two comments, this fills it in.
+
+python bench/figures.py            # write them into the pages
+python bench/figures.py --demo DIR # store the runs of ``make demo`` first
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from records import Record, read, speedup
+from report import _table as table
+from stamp import stamp
+from tuning import best_rate, merit, of_method, spread
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+CPU, H100, H200 = (RESULTS / n for n in ("intel-r-xeon-r-processor", "nvidia-h100-80gb-hbm3", "nvidia-h200"))
+PROFILE = CPU / "8dfd1f5.json"  # the newest full profile
+DEMO = CPU / "demo.json"
+RELAY, GRAPHS = H200 / "0a83002-first-light.json", H100 / "e7e5e47-first-light.json"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->).*?(<!-- end of figures -->)", re.DOTALL)
+TASKS = {"bbc-news": "BBC News", "film-reviews": "film reviews", "tweets": "tweets", "sms-spam": "SMS spam"}
+STEPS = 240
+BEFORE = " before 3260cb2"  # steps of full length where the gradient is small
+
+
+def fill(text: str) -> str:
+    """The page with the figures that it names.
+
+    Raises:
+        KeyError: there are no figures of a name in it.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        figures = FIGURES[match[2]]()
+        gap = "\n\n" if "\n" in figures else ""
+        return f"{match[1]}{gap}{figures}{gap}{match[3]}"
+
+    return MARKED.sub(block, text)
+
+
+# Convergence
+
+
+@cache
+def _stored() -> dict[tuple[str, int, str], list[Record]]:
+    """Runs by task, steps and method: the newest ones, and those from before a change of the method if no others."""
+    runs = [r for folder in (CPU, H200) for r in read(folder / "convergence.jsonl").runs if r["regime"] == "full"]
+    newest: dict[tuple[str, int, str], list[Record]] = {}
+    for suffix in ("", BEFORE):
+        named = [r for r in runs if r["method"].endswith(suffix)]
+        for run in named:
+            key = run["task"], run["steps"], run["method"].removesuffix(suffix)
+            chosen = newest.setdefault(key, [])
+            if not chosen or (chosen[0]["device"], chosen[0]["older"]) == (run["device"], bool(suffix)):
+                chosen.append(run | {"method": key[2], "older": bool(suffix)})
+    return newest
+
+
+def _runs(task: str, method: str, steps: int = STEPS) -> list[Record]:
+    return _stored()[task, steps, method]
+
+
+def _all_of(task: str, family: str) -> list[Record]:
+    """The runs of all methods of a family, by their names."""
+    return [
+        r for (of, steps, name), runs in sorted(_stored().items(), key=lambda item: item[0])
+        if (of, steps) == (task, STEPS) and re.fullmatch(rf"{family} [\d.e-]+", name)
+        for r in runs
+    ]  # fmt: skip
+
+
+def _rates(task: str) -> list[Record]:
+    return _all_of(task, "adamw")
+
+
+def _best_adamw(task: str) -> list[Record]:
+    return of_method(_rates(task), best_rate(_rates(task)))
+
+
+def _shares(task: str) -> list[Record]:
+    return _all_of(task, "capped")
+
+
+def _best_share(task: str) -> list[Record]:
+    """Units moved by a relative step without a search: the best size by hindsight."""
+    shares = _shares(task)
+    return max((of_method(shares, m) for m in {r["method"] for r in shares}), key=lambda rs: _mean(map(merit, rs)))
+
+
+def _sizes(runs: Iterable[Record]) -> int:
+    return len({r["method"] for r in runs})
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.mean(values)
+
+
+def _passes(runs: Iterable[Record]) -> float:
+    return _mean(r["forwards"][-1] for r in runs)
+
+
+def _spent(runs: Sequence[Record]) -> float:
+    """Forward passes of one run of every method, which finding the best one takes."""
+    return sum(_passes(of_method(runs, m)) for m in {r["method"] for r in runs})
+
+
+def accuracies() -> str:
+    """Held-out accuracy of the telling methods on every task, and the forward passes of one run, tuning included."""
+    rates, shares = _sizes(_rates("bbc-news")), _sizes(_shares("bbc-news"))
+    telling = {
+        "**ALS (relay)**": (lambda t: _runs(t, "als"), lambda t: _passes(_runs(t, "als"))),
+        f"AdamW, best of {rates} rates": (_best_adamw, lambda t: _spent(_rates(t))),
+        "AdamW at 3e-4": (lambda t: _runs(t, "adamw 0.0003"), lambda t: _passes(_runs(t, "adamw 0.0003"))),
+        f"no search, best of {shares} sizes": (_best_share, lambda t: _spent(_shares(t))),
+        "no search, r = 0.2": (lambda t: _runs(t, "capped 0.2"), lambda t: _passes(_runs(t, "capped 0.2"))),
+    }
+    rows = [
+        [name, *(f"{_mean(r['accuracy'] for r in runs(t)):.1%}" for t in TASKS), f"{_mean(map(cost, TASKS)):,.0f}"]
+        for name, (runs, cost) in telling.items()
+    ]
+    return table(["method", *TASKS.values(), "forward passes"], rows)
+
+
+def passes() -> str:
+    """Forward passes that a step of the relay takes, a backward counted as two."""
+    return f"{_mean(_passes(_runs(t, 'als')) for t in TASKS) / STEPS:.1f}"
+
+
+def gap() -> str:
+    """Most that the relay's mean accuracy lies below that of AdamW at its best rate, in points."""
+    gaps = [_mean(r["accuracy"] for r in _best_adamw(t)) - _mean(r["accuracy"] for r in _runs(t, "als")) for t in TASKS]
+    return f"{100 * max(gaps):.1f}"
+
+
+def share_of_tuning() -> str:
+    """Forward passes of the relay by those of AdamW at every rate."""
+    return f"{_mean(_passes(_runs(t, 'als')) / _spent(_rates(t)) for t in TASKS):.0%}"
+
+
+def scatter() -> str:
+    """Largest difference of two seeds of the relay, in points of accuracy."""
+    accuracies = [[r["accuracy"] for r in _runs(t, "als")] for t in TASKS]
+    return f"{100 * max(max(a) - min(a) for a in accuracies):.1f}"
+
+
+def rises() -> str:
+    """How many steps of the relay raised the loss of their mini-batch, of how many."""
+    runs = [r for t in TASKS for r in _runs(t, "als")]
+    return f"{sum(r['rises'] for r in runs)} of {sum(len(r['losses']) for r in runs):,}"
+
+
+def on_task(task: str) -> str:
+    """Loss, accuracy and work of every method on one task, then where and when they were run."""
+    rates, shares = _rates(task), _shares(task)
+    best, size = _best_adamw(task), _best_share(task)
+    methods = {
+        "**ALS, relay**": _runs(task, "als"),
+        f"AdamW at {_number(best)}, best of {_sizes(rates)} rates": best,
+        "AdamW at 3e-4": _runs(task, "adamw 0.0003"),
+        f"no search, r = {_number(size)}, best of {_sizes(shares)}": size,
+        "no search, r = 0.2": _runs(task, "capped 0.2"),
+        "ALS, sweep": _runs(task, "als sweep"),
+        "SaLSA": _runs(task, "salsa"),
+        "schedule-free AdamW at 3e-4": _runs(task, "schedule-free 3e-4"),
+        "Prodigy": _runs(task, "prodigy"),
+    }
+    if best[0]["method"] == "adamw 0.0003":
+        del methods["AdamW at 3e-4"]
+    rows = [[name, *_outcome(runs)] for name, runs in methods.items()]
+    columns = ["method", "training loss", "held-out accuracy", "forward passes", "steps that raised the loss", "seeds"]
+    return f"{table(columns, rows)}\n\n{_origins(methods)}"
+
+
+def _number(runs: Sequence[Record]) -> str:
+    """The rate or the relative step in a method's name, as 1e-4 or 0.0015."""
+    number = runs[0]["method"].rpartition(" ")[2]
+    return f"{float(number):.0e}".replace("e-0", "e-") if float(number) < 1e-3 else number
+
+
+def _outcome(runs: Sequence[Record]) -> list[str]:
+    raised = str(sum(r["rises"] for r in runs)) if all("rises" in r for r in runs) else "-"
+    loss, accuracy = (spread([r[key] for r in runs], 3) for key in ("loss", "accuracy"))
+    return [loss, accuracy, f"{_passes(runs):,.0f}", raised, str(len(runs))]
+
+
+def _origins(methods: dict[str, list[Record]]) -> str:
+    """A sentence for each device and commit: which rows are of it."""
+    places = {
+        name.replace("*", ""): (runs[0]["device"], runs[0]["torch"], _commits(runs), runs[0]["older"])
+        for name, runs in methods.items()
+    }
+    sentences = []
+    names: Iterable[str]
+    for (device, torch, commit, older), names in groupby(sorted(places, key=lambda n: places[n]), places.get):
+        note = "; steps of full length where the gradient is small, as they were then" if older else ""
+        sentences.append(f"{'; '.join(names)}: {device}, torch {torch}, commit {commit}{note}.")
+    return " ".join(sentences)
+
+
+def _commits(runs: Iterable[Record]) -> str:
+    return ", ".join(dict.fromkeys(r["commit"] for r in runs))
+
+
+def language_model() -> str:
+    """Held-out perplexity of the language model, whole and by LoRA, after 60 steps."""
+    rows = []
+    for task, kind in {"dialogues": "whole", "dialogues-lora": "LoRA"}.items():
+        methods = [
+            name for of, _, name in _stored() if of == task and re.fullmatch(r"als|(adamw|capped) [\d.e-]+", name)
+        ]
+        for name in sorted(methods, key=lambda n: (n != "als", n)):
+            runs = _runs(task, name, 60)
+            perplexity = spread([r["perplexity"] for r in runs], 1)
+            rows.append([kind, _title(name), perplexity, f"{_passes(runs):,.0f}", str(len(runs)), _commits(runs)])
+    return table(["training", "method", "held-out perplexity", "forward passes", "seeds", "commit"], rows)
+
+
+def _title(method: str) -> str:
+    family, _, number = method.partition(" ")
+    return {"als": "**ALS, relay**", "adamw": f"AdamW at {number}", "capped": f"no search, r = {number}"}[family]
+
+
+# Speed
+
+
+def _cases(path: Path, test: str) -> list[Record]:
+    return [c for c in read(path).cases if f"::{test}[" in c["fullname"]]
+
+
+def _case(case: Record) -> str:
+    return case["fullname"].partition("[")[2].removesuffix("]")
+
+
+def against_eager() -> str:
+    """Whole steps against the eager baseline on a CPU."""
+    rows = []
+    for case in _cases(PROFILE, "test_step"):
+        info, (median, low, high) = case["extra_info"], speedup(case)
+        size = f"{info['batch']} x {info['length']}" if info["length"] else f"{info['batch']} images"
+        trials = f"{info['trials_per_unit'][0]:g}"
+        rows.append(
+            [_case(case), size, f"{median:.2f}x ({low:.2f} - {high:.2f})", f"{info['by_forwards']:.2f}x", trials]
+        )
+    head = ["case", "mini-batch", "speed-up (lowest - highest)", "from forward passes alone", "trials a unit"]
+    return f"{table(head, rows)}\n\n{_made(PROFILE)}"
+
+
+def against_adamw() -> str:
+    """Time of a step by that of AdamW on a CPU."""
+    rows = []
+    for case in _cases(PROFILE, "test_instead"):
+        info, (median, low, high) = case["extra_info"], speedup(case)
+        name = _case(case).removesuffix("-minilm")
+        by_passes = 1 / info["by_forwards"]
+        rows.append([name, f"{1 / median:.2f}x ({1 / high:.2f} - {1 / low:.2f})", f"{by_passes:.2f}x"])
+    head = ["optimizer", "time of a step by AdamW's (lowest - highest)", "from forward passes alone"]
+    return f"{table(head, rows)}\n\n{_made(PROFILE)}"
+
+
+def memory() -> str:
+    """Peak memory of two steps by that of AdamW."""
+    cases = [c for c in _cases(PROFILE, "test_step") if "peak_mib" in c["extra_info"]]
+    rows = []
+    for case in cases:
+        peak = case["extra_info"]["peak_mib"]
+        rows.append(
+            [_case(case), *(str(peak[k]) for k in ("als", "eager", "adamw")), f"{peak['als'] / peak['adamw']:.2f}x"]
+        )
+    return table(["case", "ALS, MiB", "eager, MiB", "AdamW, MiB", "ALS by AdamW"], rows)
+
+
+def _made(path: Path) -> str:
+    info = read(path).cases[0]["extra_info"]
+    return f"{info['device']}, {info['cores']} cores, torch {info['torch']}, commit {info['commit']}."
+
+
+# GPU
+
+
+def _milliseconds(path: Path) -> dict[str, list[str]]:
+    """By name: milliseconds of a step at both sizes of the mini-batch."""
+    figures = [f for f in read(path).figures if f["unit"] == "ms" and "measured" in f]
+    return {name: [f"{f['measured']:.1f}" for f in fs] for name, fs in _by_name(figures).items()}
+
+
+def _by_name(figures: Iterable[Record]) -> dict[str, list[Record]]:
+    grouped: dict[str, list[Record]] = {}
+    for figure in figures:
+        grouped.setdefault(figure["name"], []).append(figure)
+    return grouped
+
+
+def on_gpus() -> str:
+    """Milliseconds of a step on both GPUs."""
+    names = {
+        "relay, while, without waits between": "relay, captured, no wait between steps",
+        "joint, while, without waits between": "`joint`, captured, no wait between steps",
+        "joint accepted at once, while": "`joint`, captured",
+        "sweep, while": "sweep, captured, loops on the device (`while`)",
+        "sweep, host": "sweep, captured, loops by the host (`host`)",
+        "sweep, eager fused": "sweep, fused kernels without capture",
+        "sweep, eager baseline": "sweep, eager baseline",
+        "AdamW": "AdamW, torch's fused one",
+        "AdamW, captured": "AdamW, captured",
+    }
+    h100, h200 = _milliseconds(GRAPHS), _milliseconds(RELAY)
+    rows = [[text, *h100.get(name, ["-"] * 2), *h200.get(name, ["-"] * 2)] for name, text in names.items()]
+    columns = ["step", "H100, batch 8", "H100, 32", "H200, 8", "H200, 32"]
+    conditions = "; ".join(_light_conditions(path) for path in (GRAPHS, RELAY))
+    return f"{table(columns, rows)}\n\n{conditions}."
+
+
+def on_gpus_in_short() -> str:
+    """The lines of README."""
+    h100, h200 = _milliseconds(GRAPHS), _milliseconds(RELAY)
+    rows = [
+        ["relay, captured", "H200", *h200["relay, while, without waits between"]],
+        ["AdamW, captured", "H200", *h200["AdamW, captured"]],
+        ["AdamW, torch's fused one", "H200", *h200["AdamW"]],
+        ["sweep, captured", "H100", *h100["sweep, while"]],
+        ["sweep, eager baseline", "H100", *h100["sweep, eager baseline"]],
+    ]
+    return table(["step", "GPU", "batch 8, ms", "batch 32, ms"], rows)
+
+
+def _light_conditions(path: Path) -> str:
+    made = json.loads(path.read_text())["stamp"]
+    return (
+        f"{made['device']}, driver {made['driver']}, torch {made['torch']}, Triton {made['triton']}, "
+        f"commit {made['commit']}"
+    )
+
+
+def captured() -> str:
+    """Captured steps timed in turn with something."""
+    rows = []
+    for path in sorted(H100.glob("*-*.json")) + sorted(H200.glob("*-*.json")):
+        for case in (c for c in read(path).cases if "bench_graph.py" in c["fullname"]):
+            info, (median, low, high) = case["extra_info"], speedup(case)
+            what = f"{case['fullname'].split('::test_')[1]} against {info['against']}"
+            ratio = f"{median:.2f}x ({low:.2f} - {high:.2f})"
+            rows.append([info["device"].removeprefix("NVIDIA "), what, str(info["batch"]), ratio, info["commit"]])
+    return table(["GPU", "case", "batch", "speed-up (lowest - highest)", "commit"], rows)
+
+
+# The first run
+
+
+def keep_demo(folder: Path) -> None:
+    """Store the summaries of the runs of ``make demo``."""
+    runs = {"als": folder, "eager": folder / "eager", "adamw": folder / "adamw"}
+    summaries = {name: json.loads((run / "summary.json").read_text()) for name, run in runs.items()}
+    DEMO.write_text(json.dumps({"stamp": stamp(), "runs": summaries}, indent=1) + "\n")
+
+
+def demo() -> str:
+    """The table that ``make demo`` ends with."""
+    rows = [
+        [name, f"{s['loss']:.4f}", f"{s['accuracy']:.1%}", f"{s['seconds']:.0f}", f"{s['forwards']:.0f}"]
+        for name, s in _demo()["runs"].items()
+    ]
+    return table(["run", "training loss", "held-out accuracy", "seconds", "forward passes"], rows)
+
+
+def demo_minutes() -> str:
+    """Minutes that the three runs took."""
+    return f"{sum(s['seconds'] for s in _demo()['runs'].values()) / 60:.0f}"
+
+
+@cache
+def _demo() -> dict[str, Any]:
+    return json.loads(DEMO.read_text())
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "accuracies": accuracies, "passes": passes, "gap": gap, "share-of-tuning": share_of_tuning, "scatter": scatter,
+    "rises": rises, "language-model": language_model, "against-eager": against_eager, "against-adamw": against_adamw,
+    "memory": memory, "on-gpus": on_gpus, "on-gpus-in-short": on_gpus_in_short, "captured": captured, "demo": demo,
+    "demo-minutes": demo_minutes, **{task: partial(on_task, task) for task in TASKS},
+}  # fmt: skip
+
+
+def main() -> None:
+    """Fill in all pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, metavar="DIR", help="store the runs of make demo in this folder first")
+    arguments = parser.parse_args()
+    if arguments.demo:
+        keep_demo(arguments.demo)
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
