@@ -8,7 +8,7 @@ import figures
 import pytest
 
 import fastals
-from fastals.schedule import SCHEDULES
+from fastals.settings import RELAY_DEFAULTS
 
 README = (figures.ROOT / "README.md").read_text()
 
@@ -49,9 +49,8 @@ def test_the_options_of_the_readme_have_their_defaults():
     rows = re.findall(r"^\| `(\w+)` \| `?(.*?)`? \|", section, re.MULTILINE)
     assert len(rows) > 5
     parameters = inspect.signature(fastals.ALS).parameters
-    relay = SCHEDULES["relay"].defaults
     for name, default in rows:
-        assert literal_eval(default) == relay.get(name, parameters[name].default), name
+        assert literal_eval(default) == RELAY_DEFAULTS.get(name, parameters[name].default), name
 
 
 def test_the_readme_can_be_read_in_one_go():
