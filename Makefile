@@ -13,7 +13,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_PYTHON ?= $(shell for p in python3.12 "$$(pyenv prefix 3.12 2> /dev/null)/bin/python3.12" $(PYTHON); do \
 	"$$p" -c "" 2> /dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test test-slow test-oldest fuzz check audit bench convergence clean
+.PHONY: demo test test-slow test-oldest fuzz check docs audit bench convergence clean
 
 $(STAMP): $(REQUIREMENTS) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -49,6 +49,9 @@ check: $(STAMP)  ## lint, format and types
 	rm -rf build && $(BIN)/python $(INSTALL) --no-deps --no-build-isolation --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fastals
 	MYPYPATH=build/types:bench $(BIN)/mypy bench/report.py bench/compare.py
+
+docs: $(STAMP)  ## the site, in build/site; a link that leads nowhere is an error
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 audit:  ## known weaknesses of the pinned packages, by PyPI's advisories
 	$(PYTHON) -m venv build/audit
