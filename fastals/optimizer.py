@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 
 class ALS(torch.optim.Optimizer):
-    r"""Adam or SGD with step sizes from an Armijo line search in every unit of the model.
+    """Adam or SGD with step sizes from an Armijo line search in every unit of the model.
 
     For every mini-batch with loss f, unit u with gradient g and direction d tries step sizes η, the largest first,
     until
 
-    .. math:: f(w_u - \eta d_u) \le R - c\,\eta\,\langle g_u, d_u\rangle
+        f(w_u − η d_u) ≤ R − c η ⟨g_u, d_u⟩
 
     with the other units frozen and the dropout masks held. A unit is a parameter group, see :func:`fastals.units`.
 
@@ -52,7 +52,9 @@ class ALS(torch.optim.Optimizer):
         lr: factor on the largest step that may be tried (``trust`` and ``eta_max``), for schedulers. It is no learning
             rate: 1 is the usual value. In the relay it multiplies the remembered steps as well. Accepted
             steps are in ``group["step_size"]``.
-        betas, eps, weight_decay: as in AdamW; the decay is decoupled and part of the tested direction.
+        betas: decay rates of the averages of gradient and squared gradient, as in AdamW.
+        eps: is added to the root of the averaged squares, as in AdamW.
+        weight_decay: as in AdamW; the decay is decoupled and part of the tested direction.
         model: the module whose activations are cached and whose buffers (running statistics) trials leave alone;
             needed only if ``params`` is neither the model nor the groups of :func:`fastals.units`.
         modules: further modules that the closure uses and this optimizer does not train (a teacher, a discriminator):
@@ -80,9 +82,13 @@ class ALS(torch.optim.Optimizer):
             start small and adapters that start at zero can move); ``None`` for no cap. Default: 0.2 for the relay, for
             which it is a guard, 0.006 for the others.
         initial: first step of a search: ``"warm"``, ``"reset"``, ``"polyak"`` or ``"random"``.
-        eta_init, eta_min, eta_max: first step ever (``None``: the largest allowed), smallest and largest step.
+        eta_init: first step ever; ``None``: the largest allowed.
+        eta_min: smallest step; a search ends below it.
+        eta_max: largest step.
         reference: R of the test: ``"monotone"``, ``"nonmonotone"`` (Zhang-Hager) or ``"smoothed"`` (SaLSA).
-        polyak_c, nonmonotone_weight, smoothing: constants of those rules.
+        polyak_c: constant of ``initial="polyak"``, whose first step is f / (polyak_c ⟨g, d⟩).
+        nonmonotone_weight: weight of the past in the nonmonotone reference, from 0 to 1.
+        smoothing: weight of the past in SaLSA's averages of decrease and slope.
         merge_below: if the smallest step of a unit is below this, merge the unit with that of the next smallest step;
             two units stay.
         max_grad_norm: clip the gradient's norm in the direction; the slope keeps the true gradient. Use

@@ -1,4 +1,4 @@
-"""The README's examples run, and a wheel holds the package and nothing else."""
+"""The loops of README and docs train, and a wheel holds the package and nothing else."""
 
 import importlib.metadata
 import importlib.util
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.hf import tiny_bert
+from helpers.pages import block
 from transformers import TrainingArguments
 
 import fastals
@@ -29,12 +30,6 @@ def test_the_readme_example_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     before, after = map(float, re.match(r"([\d.]+) -> ([\d.]+)", done.stdout).groups())
     assert after < before
-
-
-def block(containing):
-    """The README's block of Python that contains this."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return next(b for b in blocks if containing in b)
 
 
 @pytest.fixture
