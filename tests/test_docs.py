@@ -57,7 +57,12 @@ def known(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*:FutureWarning",  # of Lightning
+    "ignore:.*gradient_checkpointing_enable.*:FutureWarning",  # its name, since transformers 5.23
+    "ignore:'pin_memory' argument:UserWarning",  # of the Trainer without a GPU
+    "ignore:torch.distributed is disabled:UserWarning",  # a checkpoint of one process
+)
 @pytest.mark.parametrize("section", RUN, ids=lambda section: f"{section.page}-{section.heading}")
 def test_the_blocks_of_a_section_run(section, known):
     try:

@@ -1,4 +1,4 @@
-"""The warnings and errors that a user can meet, read from the sources, and those that the page of troubleshooting lists.
+"""The warnings and errors that a user can meet, as the sources have them and as the page of troubleshooting lists them.
 
 A message is written here as its user sees it, with … for what varies.
 """
@@ -6,6 +6,7 @@ A message is written here as its user sees it, with … for what varies.
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from helpers.pages import ROOT
@@ -38,6 +39,7 @@ def listed() -> list[str]:
     return found
 
 
+@cache
 def in_sources() -> list[str]:
     """The messages of all warnings and errors of the sources but for :data:`INTERNAL`."""
     paths = [*sorted(ROOT.glob("fastals/**/*.py")), *sorted(ROOT.glob("kernels/*.py"))]
