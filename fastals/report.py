@@ -33,13 +33,19 @@ class UnitReport:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step on one mini-batch, units in forward order.
+    """One step on one mini-batch.
 
-    ``loss_after`` is the loss at the new weights under the same dropout masks. It is NaN if no trial was made there:
-    a unit kept its remembered step, or moved along a momentum direction that was not tested. ``factor`` is the
-    common factor of the steps that the joint test has accepted: 1 without such a test, 0 if it has put all units back.
-    With several processes, ``collectives`` is the number of reductions that the step has made besides those of the
-    closure and its backward, and ``reduced_bytes`` what this process has put into them; 0 after a graphed step.
+    Attributes:
+        loss_before: f at the weights before the step.
+        loss_after: the loss at the new weights under the same dropout masks. It is NaN if no trial was made there: a
+            unit kept its remembered step, or moved along a momentum direction that was not tested.
+        units: the reports of the units, in forward order.
+        joint_trials: loss evaluations in which several units moved together.
+        factor: the common factor of the steps that the joint test has accepted: 1 without such a test, 0 if it has
+            put all units back.
+        collectives: with several processes, the number of reductions that the step has made besides those of the
+            closure and its backward; 0 after a graphed step.
+        reduced_bytes: what this process has put into them.
     """
 
     loss_before: float

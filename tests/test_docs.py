@@ -1,6 +1,7 @@
 """What the documentation says of code, tests and messages is so."""
 
 import re
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,12 @@ def known(tmp_path, monkeypatch):
     batches = [{"input_ids": i, "labels": i[:, 0] % 3} for i in ids]
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
     return {
         "fastals": fastals, "torch": torch, "folder": tmp_path, "model": model, "batch": batches[0],
         "opt": fastals.ALS(model), "loader": torch.utils.data.DataLoader(batches, batch_size=None),
         "batches": batches, "batches_of_micro_batches": [batches[:2], batches[2:]],
-        "data": [{"input_ids": i, "labels": i[0] % 3} for i in ids[0]], "backend": "eager",
+        "data": [{"input_ids": i, "labels": i[0] % 3} for i in ids[0]],
         "generator": torch.nn.Linear(2, 2), "discriminator": torch.nn.Linear(2, 2),
     }  # fmt: skip
 

@@ -46,14 +46,24 @@ class Stepper(Protocol):
 
 
 class GraphMode(NamedTuple):
-    """How steps run: ``while`` (loops on the device), ``host`` (pieces, a flag read per trial) or ``eager``."""
+    """How steps run, and why so.
+
+    Attributes:
+        name: ``while`` (loops on the device), ``host`` (pieces, a flag read per trial) or ``eager``.
+        reason: why it is this one.
+    """
 
     name: str
     reason: str
 
 
 class Pieces(NamedTuple):
-    """Pieces that were ``captured``, and how many steps are made of: ``used`` counts a piece in each of its places."""
+    """Pieces of captured steps.
+
+    Attributes:
+        captured: the pieces that there are.
+        used: how many the steps are made of; a piece counts in each of its places.
+    """
 
     captured: int
     used: int
