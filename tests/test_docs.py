@@ -1,13 +1,14 @@
 """What the documentation says of code, tests and messages is so."""
 
 import re
+import sys
 from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.hf import tiny_bert
+from helpers.hf import DEVICE, tiny_bert
 from helpers.messages import begins, in_sources, listed
 from helpers.pages import PAGES, blocks, sections
 
@@ -44,19 +45,24 @@ def test_every_block_of_python_compiles(page):
 @pytest.fixture
 def known(tmp_path, monkeypatch):
     """What the pages take as known."""
-    model = tiny_bert(vocab_size=30, num_labels=3).train()
+    model = tiny_bert(vocab_size=30, num_labels=3).to(DEVICE).train()
     ids = torch.randint(0, 30, (4, 8, 12), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": i, "labels": i[:, 0] % 3} for i in ids]
+    batches = [{"input_ids": i, "labels": i[:, 0] % 3} for i in ids.to(DEVICE)]
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
-    return {
+    yield {
         "fastals": fastals, "torch": torch, "folder": tmp_path, "model": model, "batch": batches[0],
         "opt": fastals.ALS(model), "loader": torch.utils.data.DataLoader(batches, batch_size=None),
         "batches": batches, "batches_of_micro_batches": [batches[:2], batches[2:]],
         "data": [{"input_ids": i, "labels": i[0] % 3} for i in ids[0]],
         "generator": torch.nn.Linear(2, 2), "discriminator": torch.nn.Linear(2, 2),
     }  # fmt: skip
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if state := sys.modules.get("accelerate.state"):  # it would be that of the next test, too
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 @pytest.mark.filterwarnings(
@@ -74,9 +80,6 @@ def test_the_blocks_of_a_section_run(section, known):
         if missing.name not in OTHER_PACKAGES:
             raise
         pytest.skip(f"{missing.name} is not installed")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def test_every_message_has_an_entry_in_troubleshooting():
