@@ -13,7 +13,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_PYTHON ?= $(shell for p in python3.12 "$$(pyenv prefix 3.12 2> /dev/null)/bin/python3.12" $(PYTHON); do \
 	"$$p" -c "" 2> /dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test test-slow test-oldest fuzz check docs audit bench convergence clean
+.PHONY: demo test test-slow test-oldest fuzz check docs audit bench convergence figures dist clean
 
 $(STAMP): $(REQUIREMENTS) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -71,6 +71,15 @@ $(DATA_STAMP): $(STAMP) requirements-data.txt
 convergence: $(DATA_STAMP)  ## loss curves of every task and method; RUNS="--tasks tweets --seeds 1" for some
 	out=bench/results/$$(dirname "$$($(BIN)/python -P bench/stamp.py)")/convergence.jsonl; \
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/convergence.py --out "$$out" $(RUNS)
+
+figures: $(STAMP)  ## write the figures of README and docs from bench/results
+	$(BIN)/python bench/figures.py
+
+dist:  ## wheel and source distribution in dist/, checked as the package index would
+	rm -rf dist && $(PYTHON) -m venv build/dist
+	build/dist/bin/python $(INSTALL) build==1.6.1 twine==7.0.0
+	build/dist/bin/python -m build --outdir dist .
+	build/dist/bin/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build *.egg-info

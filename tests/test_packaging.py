@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import zipfile
 from pathlib import Path
 
@@ -68,13 +67,15 @@ def test_the_trainer_of_the_readme_trains(bert, tmp_path):
     assert names["trainer"].optimizer.optimizer.param_groups[0]["count"] == 60
 
 
-def test_the_loop_with_accelerate_of_the_readme_trains(bert):
-    accelerate = pytest.importorskip("accelerate")
+@pytest.fixture
+def loader():
     ids = torch.randint(0, 30, (5, 16, 12))
-    names = {"accelerator": accelerate.Accelerator(cpu=True), "model": bert, "opt": fastals.ALS(bert)}
-    names["loader"] = torch.utils.data.DataLoader(
-        [{"input_ids": i, "labels": i[:, 0] % 3} for i in ids], batch_size=None
-    )
+    return torch.utils.data.DataLoader([{"input_ids": i, "labels": i[:, 0] % 3} for i in ids], batch_size=None)
+
+
+def test_the_loop_with_accelerate_of_the_docs_trains(bert, loader):
+    pytest.importorskip("accelerate")
+    names = {"fastals": fastals, "model": bert, "loader": loader}
     exec(block("backward=accelerator.backward"), names)
     report = names["opt"].report
     assert names["opt"].param_groups[0]["count"] == 5
@@ -82,28 +83,11 @@ def test_the_loop_with_accelerate_of_the_readme_trains(bert):
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-def test_the_module_for_lightning_of_the_readme_trains(bert, tmp_path):
-    lightning = pytest.importorskip("lightning")
-    names = {}
-    exec(f"def training_step(self, batch, i):\n{textwrap.indent(block('self.manual_backward'), '    ')}", names)
-
-    class Module(lightning.LightningModule):
-        training_step = names["training_step"]
-
-        def __init__(self):
-            super().__init__()
-            self.net, self.automatic_optimization = bert, False
-
-        def configure_optimizers(self):
-            return fastals.ALS(self.net)
-
-    ids = torch.randint(0, 30, (5, 16, 12))
-    data = [{"input_ids": i, "labels": i[:, 0] % 3} for i in ids]
-    trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
-    trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=None))
+def test_the_module_for_lightning_of_the_docs_trains(bert, loader):
+    pytest.importorskip("lightning")
+    names = {"fastals": fastals, "model": bert, "loader": loader}
+    exec(block("self.manual_backward"), names)
+    trainer = names["trainer"]
     assert trainer.global_step == 5
     assert trainer.optimizers[0].report.loss_before == trainer.callback_metrics["loss"]
 
