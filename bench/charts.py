@@ -9,100 +9,140 @@ from typing import Any
 
 from records import Record, bandwidth, mini_batch, speedup
 from stamp import slug
-from tuning import diverged, of_method, sweep_cost
+from tuning import FAMILIES, diverged, family_of, of_method
 
-from fastals.cli.plots import new_figure, running_mean
+from fastals.cli.plots import (
+    COLORS,
+    SPACING,
+    STYLES,
+    begin_at_zero,
+    draw_factors,
+    label_units,
+    legend_below,
+    new_figure,
+    running_mean,
+    wrapped,
+)
 
-LINES = ("-", ":")  # line style of the first ten methods, and of the next ten; dashes mark the charged sweep
 ARITHMETIC = "from forward passes alone"
+BAR, MARK = COLORS[:2]
 
 
 def bars(title: str, cases: list[Record], out: Path) -> Path:
     """Speed-ups with their spread, beside the ratio of forward passes."""
-    figure, axes = new_figure(height=1 + 0.45 * len(cases))
+    figure, axes = new_figure(height=1 + 0.3 * len(cases))
+    _bars(axes, [label(c) for c in cases], map(speedup, cases))
     for i, case in enumerate(reversed(cases)):
-        info, (median, low, high) = case["extra_info"], speedup(case)
-        axes.barh(i, median, xerr=[[median - low], [high - median]], color="C0", alpha=0.7, capsize=3)
-        if "by_forwards" in info:
-            axes.plot([info["by_forwards"]] * 2, [i - 0.4, i + 0.4], color="C3", label=ARITHMETIC)
-    axes.set_yticks(range(len(cases)), [label(c) for c in reversed(cases)])
+        if "by_forwards" in case["extra_info"]:
+            x = case["extra_info"]["by_forwards"]
+            axes.plot([x] * 2, [i - 0.4, i + 0.4], color=MARK, linestyle="-", marker="", linewidth=2, label=ARITHMETIC)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xlabel="speed-up: median, lowest and highest", title=title, ylim=(-0.6, len(cases) - 0.4))
-    return _saved(figure, axes, out / f"speedup_{slug(title)}.png")
+    axes.set(xlabel="speed-up", title=wrapped(title))
+    return _saved(figure, [axes], out / f"speedup_{slug(title)}.png")
 
 
 def depth(title: str, cases: list[Record], out: Path) -> Path:
     """Speed-up over the number of blocks, beside the ratio of forward passes."""
     figure, axes = new_figure()
     names = [f"{family(c)}\n{mini_batch(c)}" for c in cases]
-    for i, name in enumerate(dict.fromkeys(names)):
+    for name, style in zip(dict.fromkeys(names), STYLES, strict=False):
         infos = [c["extra_info"] for c, case_name in zip(cases, names, strict=True) if case_name == name]
         infos.sort(key=lambda info: info["depth"])
         medians, lows, highs = zip(*((info["speedup"], *info["spread"]) for info in infos), strict=True)
-        errors = [
-            [m - x for m, x in zip(medians, lows, strict=True)],
-            [x - m for m, x in zip(medians, highs, strict=True)],
-        ]
-        depths = [info["depth"] for info in infos]
-        axes.errorbar(depths, medians, yerr=errors, color=f"C{i}", fmt="none", capsize=3)
-        axes.plot(depths, medians, color=f"C{i}", marker="o", label=name)  # by itself: a legend lists error bars last
+        depths, errors = [info["depth"] for info in infos], _errors(medians, lows, highs)
+        axes.errorbar(depths, medians, yerr=errors, color=style["color"], fmt="none", capsize=3)
+        axes.plot(depths, medians, **style, label=name)  # by itself: a legend lists error bars last
         counted = [(info["depth"], info["by_forwards"]) for info in infos if "by_forwards" in info]
-        axes.plot(*zip(*counted, strict=True), color=f"C{i}", marker="_", linestyle="--", label=f"{name}\n{ARITHMETIC}")
-    axes.set(xlabel="blocks", ylabel="speed-up", title=title)
-    return _saved(figure, axes, out / f"{slug(title)}.png")
+        if counted:
+            dashed = {"color": style["color"], "marker": "_", "linestyle": "--"}
+            axes.plot(*zip(*counted, strict=True), **dashed, label=f"{name}\n{ARITHMETIC}")
+    axes.set(xlabel="blocks", ylabel="speed-up", title=wrapped(title))
+    return _saved(figure, [axes], out / f"{slug(title)}.png")
 
 
 def roof(title: str, cases: list[Record], out: Path) -> Path:
     """Bandwidth of every kernel over the copy bandwidth of the same run."""
-    points = [(f"{label(c)} {name}", k) for c in cases for name, k in c["extra_info"]["kernels"].items()]
-    figure, axes = new_figure(height=1 + 0.3 * len(points))
-    for i, (_, k) in enumerate(reversed(points)):
-        median, low, high = bandwidth(k)
-        axes.barh(i, median, xerr=[[median - low], [high - median]], color="C0", alpha=0.7, capsize=3)
-    axes.set_yticks(range(len(points)), [name for name, _ in reversed(points)])
-    axes.axvline(1, color="C3", label="measured copy bandwidth")
-    axes.set(xlabel="GB/s over the copy bandwidth of the same run", title=title, ylim=(-0.6, len(points) - 0.4))
-    return _saved(figure, axes, out / f"{slug(title)}.png")
+    kernels = [c["extra_info"]["kernels"] for c in cases]
+    figure, _ = new_figure(len(cases), [0.8 + 0.25 * len(k) for k in kernels])
+    panels = list(figure.axes)
+    for panel, case, measured in zip(panels, cases, kernels, strict=True):
+        _bars(panel, list(measured), map(bandwidth, measured.values()))
+        panel.axvline(1, color=MARK, label="copy")
+        panel.set_title(wrapped(label(case)), fontsize="medium")
+        panel.sharex(panels[0])
+        panel.label_outer()
+    panels[-1].set_xlabel("bandwidth over that of a copy")
+    return _saved(figure, panels, out / f"{slug(title)}.png")
 
 
 def losses(title: str, runs: list[Record], best: str, out: Path) -> Path:
-    """Running mean of the loss over steps, seconds and forward passes: mean and range of the seeds.
+    """Running mean of the loss over steps, seconds if there are any, and forward passes: mean and range of the seeds.
 
     The axis ends just above the first loss, so that a diverging method does not squeeze the others. It begins at 0
-    unless all losses are far from it.
+    unless all that is drawn is far from it.
     """
-    figure, panels = new_figure(rows=3)
+    keys = [k for k in ("steps", "seconds", "forwards") if k != "seconds" or timed(runs)]
+    figure, panels = new_figure(rows=len(keys), height=2.7)
     top = 1.1 * max((r["losses"][0] for r in runs if math.isfinite(r["losses"][0])), default=1)
-    lowest = min((x for r in runs for x in r["losses"] if math.isfinite(x)), default=0)
-    for panel, key in zip(panels, ("steps", "seconds", "forwards"), strict=True):
-        for i, method in enumerate(dict.fromkeys(r["method"] for r in runs)):
-            members, wide = of_method(runs, method), method == best or not method.startswith("adamw")
+    methods = styles(dict.fromkeys(r["method"] for r in runs), best)
+    lowest = min((x for m in methods for x in _curve(of_method(runs, m), "steps")[2]), default=0)
+    for panel, key in zip(panels, keys, strict=True):
+        for i, (method, style) in enumerate(methods.items()):
+            members, wide = of_method(runs, method), method == best or family_of(method) == "als"
             name = f"{method} (diverged)" if any(map(diverged, members)) else method
-            color, (x, y, low, high) = f"C{i % 10}", _curve(members, key)
-            panel.plot(x, y, LINES[i // 10 % 2], color=color, label=name, linewidth=2 if wide else 1)
-            if wide and len(members) > 1:
-                panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-            if method == best and key != "steps":
-                before = statistics.mean(sweep_cost(r, runs, key) - r[key][-1] for r in members)
-                panel.plot([before + v for v in x], y, "--", color=color, label=f"{method}, after the other rates")
-        panel.set(xlabel={"forwards": "forward passes"}.get(key, key), ylabel="loss, running mean")
-        panel.set(ylim=(0 if lowest < top / 2 else 0.9 * lowest, top))
-    panels[0].set(title=title, xlim=(0, runs[0]["steps"]))
-    return _saved(figure, panels[1], out / f"loss_{slug(title)}.png")
+            x, y, low, high = _curve(members, key)
+            panel.plot(
+                x, y, **style, label=name, linewidth=2.2 if wide else 1.2, markevery=(0.03 * (i % 4), SPACING), zorder=3
+            )
+            if len(members) > 1:
+                panel.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        panel.set(xlabel={"forwards": "forward passes"}.get(key, key), ylabel="training loss", ylim=(0.9 * lowest, top))
+        begin_at_zero(panel, [lowest, top])
+    panels[0].set(title=wrapped(title), xlim=(0, runs[0]["steps"]))
+    return _saved(figure, panels[:1], out / f"loss_{slug(title)}.png")
+
+
+def styles(methods: Iterable[str], best: str) -> dict[str, dict[str, str]]:
+    """A style of its own for each method, in the colour of its family; the best rate of a family has the whole line."""
+    free, chosen = list(STYLES), {}
+    for method in sorted(methods, key=lambda m: (m != best, not family_of(m))):
+        color = COLORS[FAMILIES.index(family_of(method))] if family_of(method) else COLORS[-1]
+        free = free or list(STYLES)
+        chosen[method] = next((style for style in free if style["color"] == color), free[0])
+        free.remove(chosen[method])
+    return {method: chosen[method] for method in methods}
+
+
+def timed(runs: Iterable[Record]) -> bool:
+    """Whether any of the runs has seconds: those that shared a device have none."""
+    return any(math.isfinite(second) for r in runs for second in r["seconds"])
 
 
 def heat_map(title: str, run: Record, out: Path) -> Path:
-    """Step size by unit and step; white if the unit did not move."""
-    figure, axes = new_figure()
-    sizes = [[math.log10(s) if s > 0 else math.nan for s in row] for row in run["step_sizes"].values()]
-    extent = (-0.5, len(run["losses"]) - 0.5, len(sizes) - 0.5, -0.5)
-    image = axes.imshow(sizes, aspect="auto", interpolation="nearest", extent=extent)
-    figure.colorbar(image, label="log10 of the step size")
-    axes.set_yticks(range(len(sizes)), list(run["step_sizes"]))
-    axes.set(xlabel="step", title=f"{title}: step size of each unit, {run['method']}, seed {run['seed']}")
-    path = out / f"step_sizes_{slug(title)}.png"
-    figure.savefig(path, dpi=100)
-    return path
+    """Step size by unit and step, the top of the model at the top, and the common factor of the joint tests below.
+
+    White if the unit did not move. The scale leaves out the smallest fiftieth, with which a schedule ends.
+    """
+    from matplotlib.colors import LogNorm
+
+    factors, units, steps = run.get("factors"), list(run["step_sizes"]), len(run["losses"])
+    figure, _ = new_figure(*((2, (3.4, 1.2)) if factors else (1, 3.6)))
+    axes, *below = figure.axes
+    sizes = [[s if s > 0 else math.nan for s in row] for row in run["step_sizes"].values()]
+    moved = sorted(s for row in sizes for s in row if s > 0) or [1.0]
+    image = axes.imshow(
+        sizes, norm=LogNorm(moved[len(moved) // 50], moved[-1]), origin="lower", aspect="auto", interpolation="nearest",
+        extent=(-0.5, steps - 0.5, -0.5, len(units) - 0.5),
+    )  # fmt: skip
+    bar = figure.colorbar(image, ax=axes, label="step size", extend="min")
+    bar.ax.minorticks_off()
+    axes.grid(visible=False)
+    label_units(axes, units)
+    axes.set(xlabel="step", title=wrapped(f"Step size of each unit, {run['method']}"))
+    for panel in below:
+        width = steps / len(factors)
+        draw_factors(panel, axes, [(i + 0.5) * width - 0.5 for i in range(len(factors))], factors)
+    return _saved(figure, [], out / f"step_sizes_{slug(title)}.png")
 
 
 def label(case: Record) -> str:
@@ -136,10 +176,27 @@ def _means(points: Iterable[Sequence[float]]) -> list[float]:
     return [statistics.mean(values) for values in points]
 
 
-def _saved(figure: Any, axes: Any, path: Path) -> Path:
-    """Save with a legend that names each line once, or without one if no line has a name."""
-    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    if named:
-        axes.legend(named.values(), named.keys(), fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=100)
+def _bars(axes: Any, names: Sequence[str], measured: Iterable[Sequence[float]]) -> None:
+    """A bar for each median, the first on top, with an error bar from the lowest to the highest."""
+    medians, lows, highs = zip(*measured, strict=True)
+    places = range(len(names))[::-1]
+    axes.barh(places, medians, xerr=_errors(medians, lows, highs), color=BAR, alpha=0.7, capsize=3)
+    axes.set_yticks(places, names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.locator_params(axis="x", nbins=6)
+    axes.grid(visible=False, axis="y")
+
+
+def _errors(medians: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> list[list[float]]:
+    """Lengths of the error bars, below and above."""
+    return [
+        [m - x for m, x in zip(medians, lows, strict=True)],
+        [x - m for m, x in zip(medians, highs, strict=True)],
+    ]
+
+
+def _saved(figure: Any, panels: Sequence[Any], path: Path) -> Path:
+    """Save with a legend that names each line of the panels once."""
+    legend_below(figure, *panels)
+    figure.savefig(path)
     return path

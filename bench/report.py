@@ -1,5 +1,6 @@
 """The Markdown page of stored results, for ``fastals bench report``."""
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
@@ -8,8 +9,27 @@ import sensitivity
 import tuning
 from records import Record, Results, bandwidth, device, mini_batch, quartiles, read_all, speedup
 from stamp import STAMP
+from tuning import of_method
 
 from fastals.cli.errors import UserError
+
+CONTENTS = 3  # sections of a page without a table of contents, at most
+SPREAD = "Means of the seeds, in brackets the lowest and the highest of them."
+NAMES = {  # beginning of a method's name: what it is
+    "als": "`als` is fastals with its defaults, or with other arguments where the name has some.",
+    "adamw": "`adamw` is torch's AdamW with this learning rate.",
+    "capped": "`capped` moves the units as `als` does, by this share of their weights, without a search.",
+    "salsa": "`salsa` is SaLSA, a line search over all weights at once.",
+    "schedule-free": "`schedule-free` is schedule-free AdamW, with its default learning rate or this one.",
+    "prodigy": "`prodigy` is Prodigy, which estimates a learning rate.",
+    "eager": "`eager` makes the search of `als` without the cache of activations.",
+}
+AFTER = {  # within a method's name: what it is
+    "before": "`before` a commit: measured before this commit changed the method.",
+    "equal work": "`equal work`: fewer steps, with about the forward passes of AdamW.",
+    "constant lr": "`constant lr`: without the cosine that the others anneal by.",
+    "x steps": "`4x steps`: four times as many steps.",
+}
 
 
 def report(files: Sequence[Path], out: Path) -> Path:
@@ -27,7 +47,8 @@ def report(files: Sequence[Path], out: Path) -> Path:
     except OSError as error:
         raise UserError(f"{out} is no folder to write the page to: {error.strerror}") from error
     page = out / "report.md"
-    page.write_text("\n\n".join(["# Benchmark report", *_sections(results, out)]) + "\n")
+    sections = _sections(results, out)
+    page.write_text("\n\n".join([*_beginning(results, sections), *sections]) + "\n")
     return page
 
 
@@ -51,24 +72,84 @@ def _refuse_equal(records: Iterable[Record], identity: Callable[[Record], tuple[
         seen.add(key)
 
 
+def _beginning(results: Results, sections: list[str]) -> list[str]:
+    """Title, a sentence that says what the page is, and a table of contents if there are many sections."""
+    records = _stamped(results)
+    devices, commits = (_listed(str(r.get(key, "unknown")) for r in records) for key in ("device", "commit"))
+    titles = [line.removeprefix("## ") for section in sections for line in section.splitlines() if line[:3] == "## "]
+    contents = "\n".join(f"* [{title}](#{_anchor(title)})" for title in titles)
+    sentence = (
+        f"Measurements of fastals on {devices} at commit {commits}, drawn from stored results by `fastals bench "
+        "report`. How they are made is in `bench/README.md`; versions and settings are [at the end](#conditions)."
+    )
+    return [f"# Benchmarks on {devices}", sentence, *([contents] if len(titles) > CONTENTS else [])]
+
+
+def _listed(words: Iterable[str]) -> str:
+    *others, last = dict.fromkeys(words)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _anchor(title: str) -> str:
+    """The address of a heading within the page."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
 def _sections(results: Results, out: Path) -> list[str]:
-    """The conditions, then the sections of each device."""
-    cases, runs, figures = results
-    sections = [_conditions([c["extra_info"] for c in cases] + runs + figures)]
-    devices = list(dict.fromkeys([*map(device, cases), *(r["device"] for r in runs + figures)]))
+    """The sections of each device, then the names of the methods and the conditions."""
+    sections = []
+    devices = list(dict.fromkeys(r["device"] for r in _stamped(results)))
     for name in devices:
         suffix = f" ({name})" if len(devices) > 1 else ""
-        sections += _case_sections([c for c in cases if device(c) == name], suffix, out)
-        sections += _first_light([f for f in figures if f["device"] == name], suffix)
-        sections += _task_sections([r for r in runs if r["device"] == name], suffix, out)
-    return sections
+        cases = [c for c in results.cases if device(c) == name]
+        runs, figures = ([r for r in records if r["device"] == name] for records in results[1:])
+        sections += [_gates_sentence(cases, suffix)] if cases else []
+        sections += _overview(runs, suffix)
+        sections += _case_sections(cases, suffix, out)
+        sections += _first_light(figures, suffix)
+        sections += _task_sections(runs, suffix, out)
+    return [*sections, *_names(results.runs), _conditions(_stamped(results))]
 
 
-def _conditions(records: Iterable[Record]) -> str:
-    """A table of the distinct stamps, without the columns that are empty in all of them."""
-    stamps = list(dict.fromkeys(tuple(str(r.get(k, "")) for k in STAMP) for r in records))
-    filled = [i for i, _ in enumerate(STAMP) if any(s[i] for s in stamps)]
-    return "## Conditions\n\n" + _table([STAMP[i] for i in filled], [[s[i] for i in filled] for s in stamps])
+def _stamped(results: Results) -> list[Record]:
+    return [c["extra_info"] for c in results.cases] + results.runs + results.figures
+
+
+def _conditions(records: list[Record]) -> str:
+    """What all stamps have in common, and an entry for each with the rest of it."""
+    keys = ["commit", *(key for key in STAMP if key != "commit")]
+    stamps = list(dict.fromkeys(tuple(f"{k} {r[k]}" if r.get(k, "") != "" else "" for k in keys) for r in records))
+    common = [len(set(column)) == 1 for column in zip(*stamps, strict=True)]
+    entries = [", ".join(text for text, shared in zip(s, common, strict=True) if text and not shared) for s in stamps]
+    every = ", ".join(text for text, shared in zip(stamps[0], common, strict=True) if text and shared)
+    return "\n".join(["## Conditions", "", *(f"* {entry}" for entry in [every, *entries] if entry)])
+
+
+def _names(runs: list[Record]) -> list[str]:
+    """What the names of the methods mean."""
+    names = {r["method"] for r in runs}
+    notes = [note for start, note in NAMES.items() if any(name.startswith(start) for name in names)]
+    notes += [note for part, note in AFTER.items() if any(part in name for name in names)]
+    return ["\n".join(["## Names of the methods", "", *(f"* {note}" for note in notes)])] if notes else []
+
+
+def _overview(runs: list[Record], suffix: str) -> list[str]:
+    """Held-out figures of the tasks side by side, if there are several tasks."""
+    tasks = _by_task(runs, suffix)
+    if len(tasks) < 2:
+        return []
+    rows = [
+        [f"[{title.replace(', all training samples', '')}](#{_anchor(title)})", *tuning.overview(members)]
+        for title, members in tasks.items()
+    ]
+    filled = [i for i in range(len(rows[0])) if any(row[i] != "-" for row in rows)]
+    head = ["task", *tuning.FAMILIES]
+    table = _table([head[i] for i in filled], [[row[i] for i in filled] for row in rows])
+    words = (
+        f"Held-out accuracy, or perplexity of language models (the numbers above 1), at equal steps. {SPREAD} Where "
+        "several rates or shares were tried, the best one by hindsight, which is named."
+    )
+    return [f"## All tasks{suffix}\n\n{words}\n\n{table}"]
 
 
 def _first_light(figures: list[Record], suffix: str) -> list[str]:
@@ -77,7 +158,8 @@ def _first_light(figures: list[Record], suffix: str) -> list[str]:
         return []
     rows = [[f["name"], f["unit"], str(f["batch"] or "-"), _predicted(f), *_measured(f)] for f in figures]
     columns = ["figure", "unit", "batch", "predicted", "measured", "measured / predicted"]
-    return [f"## First light{suffix}\n\n{_table(columns, rows)}"]
+    words = "Figures of a short run, beside the predictions that were made before it."
+    return [f"## First light{suffix}\n\n{words}\n\n{_table(columns, rows)}"]
 
 
 def _predicted(figure: Record) -> str:
@@ -92,24 +174,24 @@ def _measured(figure: Record) -> list[str]:
 
 
 def _case_sections(cases: list[Record], suffix: str, out: Path) -> list[str]:
-    """Outcome of the exactness tests, tables and pictures of the cases of one device."""
+    """Tables and pictures of the cases of one device."""
     ratios = [c for c in cases if "speedup" in c["extra_info"]]
     kernels = [c for c in cases if "kernels" in c["extra_info"]]
     roofs = [c for c in cases if "copy_roof_gbs" in c["extra_info"]]
     times = [c for c in cases if c not in ratios + kernels + roofs]
-    sections = [_gates_sentence(cases, suffix)] if cases else []
+    sections = []
+    ratios.sort(key=lambda c: not _of_default(c))
     for title in dict.fromkeys(map(charts.family, ratios)):
         members = [c for c in ratios if charts.family(c) == title]
-        picture = charts.bars(title + suffix, members, out)
-        sections.append(f"## {_capital(title)}{suffix}\n\n{_ratio_table(members)}\n\n{_image(picture)}")
+        picture = _speedups(title, members, charts.bars(title + suffix, members, out))
+        sections.append("\n\n".join([f"## {_capital(title)}{suffix}", *_ratio_tables(members), picture]))
     deep = [c for c in ratios if "depth" in c["extra_info"]]
     if deep:
-        sections.append(f"## Depth{suffix}\n\n{_image(charts.depth('Depth' + suffix, deep, out))}")
+        sections.append(f"## Depth{suffix}\n\n{_depths(charts.depth('Depth' + suffix, deep, out))}")
     if kernels or roofs:
         sections.append("\n\n".join([f"## Kernels{suffix}", *map(_roofs, roofs)]))
     if kernels:
-        picture = charts.roof("Kernels under the roof" + suffix, kernels, out)
-        sections += [_kernel_table(kernels), _image(picture)]
+        sections += [_kernel_table(kernels), _kernels(charts.roof("Kernels under the roof" + suffix, kernels, out))]
     return [*sections, f"## Times{suffix}\n\n{_time_table(times)}"] if times else sections
 
 
@@ -136,12 +218,23 @@ def _case_table(columns: Sequence[str], rows: Iterable[tuple[Record, Sequence[st
     return _table([columns[0], "exactness tests", *columns[1:]], [[row[0], g, *row[1:]] for g, row in marked])
 
 
-def _ratio_table(cases: list[Record]) -> str:
+def _of_default(case: Record) -> bool:
+    """Whether the case is of the default method: the relay, or ALS beside other optimizers."""
+    return not {"relay", "als"}.isdisjoint(re.split(r"[^a-z]+", charts.full_name(case)))
+
+
+def _ratio_tables(cases: list[Record]) -> list[str]:
+    """Speed-ups, and the peak memory of the cases that have it."""
     columns = [
         "case", "mini-batch", "speed-up (lowest - highest)", "from forward passes alone", "seconds", "trials a unit",
-        "peak MiB",
     ]  # fmt: skip
-    return _case_table(columns, [(case, _ratio_row(case)) for case in cases])
+    tables = [_case_table(columns, [(case, _ratio_row(case)) for case in cases])]
+    weighed = [c for c in cases if "peak_mib" in c["extra_info"]]
+    if weighed:
+        names = list(dict.fromkeys(name for c in weighed for name in c["extra_info"]["peak_mib"]))
+        rows = [_memory_row(c, names) for c in weighed]
+        tables.append("Peak memory in MiB:\n\n" + _table(["case", *names, "als over adamw"], rows))
+    return tables
 
 
 def _ratio_row(case: Record) -> list[str]:
@@ -153,14 +246,13 @@ def _ratio_row(case: Record) -> list[str]:
         f"{info['by_forwards']:.2f}x" if "by_forwards" in info else "-",
         f"{quartiles(case)[0]:.4g}",
         " / ".join(f"{t:g}" for t in info.get("trials_per_unit", ())) or "-",
-        _memory(info["peak_mib"]) if "peak_mib" in info else "-",
     ]
 
 
-def _memory(peaks: Record) -> str:
-    text = ", ".join(f"{name} {mib}" for name, mib in peaks.items())
-    both = "als" in peaks and peaks.get("adamw")
-    return f"{text} (als over adamw {peaks['als'] / peaks['adamw']:.2f}x)" if both else text
+def _memory_row(case: Record, names: list[str]) -> list[str]:
+    peaks = case["extra_info"]["peak_mib"]
+    ratio = f"{peaks['als'] / peaks['adamw']:.2f}x" if "als" in peaks and peaks.get("adamw") else "-"
+    return [charts.label(case), *(str(peaks.get(name, "-")) for name in names), ratio]
 
 
 def _roofs(case: Record) -> str:
@@ -193,25 +285,86 @@ def _time_table(cases: list[Record]) -> str:
 def _task_sections(runs: list[Record], suffix: str, out: Path) -> list[str]:
     """Table and pictures of each task in the convergence runs of one device."""
     sections = []
-    for task, regime, steps in dict.fromkeys((r["task"], r["regime"], r["steps"]) for r in runs):
-        members = [r for r in runs if (r["task"], r["regime"], r["steps"]) == (task, regime, steps)]
-        samples = "all" if regime == "full" else regime
-        title = f"{task}, {samples} training samples, {steps} steps{suffix}"
-        pictures = [charts.losses(title, members, tuning.best_rate(members), out)]
-        searched = sorted((r for r in members if "step_sizes" in r), key=lambda r: r["method"] != "als")
-        pictures += [charts.heat_map(title, run, out) for run in searched[:1]]
-        images = "\n\n".join(map(_image, pictures))
-        sections.append(f"## {_capital(title)}\n\n{_comparisons(members)}\n\n{images}")
+    for title, members in _by_task(runs, suffix).items():
+        best, names = tuning.best_rate(members), tuning.drawn(members)
+        shown = [r for name in names for r in of_method(members, name)]
+        pictures = [_curves(title, shown, members, charts.losses(title, shown, best, out))]
+        searched = sorted((r for r in members if "step_sizes" in r), key=lambda r: r["method"] not in names[:1])
+        pictures += [_step_sizes(title, run, charts.heat_map(title, run, out)) for run in searched[:1]]
+        sections.append("\n\n".join([f"## {_capital(title)}", _comparisons(members), *pictures]))
     return sections
 
 
+def _by_task(runs: list[Record], suffix: str) -> dict[str, list[Record]]:
+    """The runs by title of their section, those with the default method first."""
+    tasks: dict[str, list[Record]] = {}
+    for run in runs:
+        samples = "all" if run["regime"] == "full" else run["regime"]
+        title = f"{run['task']}, {samples} training samples, {run['steps']} steps{suffix}"
+        tasks.setdefault(title, []).append(run)
+    return dict(sorted(tasks.items(), key=lambda item: not of_method(item[1], "als")))
+
+
 def _comparisons(runs: list[Record]) -> str:
-    """Tables of the runs of one task and length: at equal steps, at equal work, and of the sensitivity."""
+    """Tables of the runs of one task and length: at equal steps, of the searches, at equal work, of the sensitivity."""
     head, *rows = tuning.at_equal_steps(runs)
-    tables = [_table(head, rows)]
-    titled = {"At equal forward passes": tuning.at_equal_work(runs), "Sensitivity": sensitivity.table(runs)}
+    tables = [SPREAD, _table(head, rows)]
+    titled = {
+        "The searches": tuning.searches(runs),
+        "At equal forward passes": tuning.at_equal_work(runs),
+        "Sensitivity": sensitivity.table(runs),
+    }
     tables += [f"### {title}\n\n{_table(head, rows)}" for title, (head, *rows) in titled.items() if rows]
     return "\n\n".join(tables)
+
+
+def _speedups(title: str, cases: list[Record], path: Path) -> str:
+    against = cases[0]["extra_info"]["against"]
+    caption = f"Bars: median speed-up against {against}, the line at 1; error bars: lowest and highest of the rounds."
+    if any("by_forwards" in c["extra_info"] for c in cases):
+        caption += " Upright marks: the speed-up if only forward passes took time, a backward counted as two."
+    return _picture(path, f"Bar chart of the speed-ups of the cases of {title}.", caption)
+
+
+def _depths(path: Path) -> str:
+    caption = (
+        "Lines: median speed-up; error bars: lowest and highest of the rounds; dashed: the speed-up if only forward "
+        "passes took time."
+    )
+    return _picture(path, "Line chart of the speed-up over the number of blocks of the model.", caption)
+
+
+def _kernels(path: Path) -> str:
+    caption = (
+        "Bars: median bandwidth of each kernel, as a share of that of a copy in the same run, the line at 1; error "
+        "bars: lowest and highest of the rounds."
+    )
+    return _picture(path, "Bar chart of the bandwidth of each kernel over that of a copy.", caption)
+
+
+def _curves(title: str, shown: list[Record], runs: list[Record], path: Path) -> str:
+    """The picture of the losses; its caption names the methods that are left out."""
+    methods = dict.fromkeys(r["method"] for r in shown)
+    several = any(len(of_method(shown, m)) > 1 for m in methods)
+    caption = "Running mean of the loss of each mini-batch before the step" + (
+        "; lines: mean of the seeds, bands: from their lowest to their highest." if several else ", of one seed each."
+    )
+    if not charts.timed(shown):
+        caption += " No panel of seconds: the runs shared the device."
+    left_out = [f"`{m}`" for m in dict.fromkeys(r["method"] for r in runs) if m not in methods]
+    if left_out:
+        caption += f" In the tables and not drawn: {', '.join(left_out)}."
+    return _picture(path, f"Line chart of the training loss of {len(methods)} methods on {title}.", caption)
+
+
+def _step_sizes(title: str, run: Record, path: Path) -> str:
+    caption = (
+        f"Step size of each unit in each step of `{run['method']}` with seed {run['seed']}, the embeddings at the "
+        "bottom and the head at the top; white: the unit did not move; darkest: this small or smaller."
+    )
+    if "factors" in run:
+        caption += " Below: the common factor of the joint tests."
+    return _picture(path, f"Heat map of the step sizes of {run['method']} by unit and step on {title}.", caption)
 
 
 def _capital(title: str) -> str:
@@ -222,5 +375,5 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows])
 
 
-def _image(path: Path) -> str:
-    return f"![{path.stem}]({path.name})"
+def _picture(path: Path, alternative: str, caption: str) -> str:
+    return f"![{alternative}]({path.name})\n\n*{caption}*"

@@ -5,6 +5,7 @@ runs, and charged with the runs of every rate. Rates outside the plan of the tas
 """
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 
@@ -12,21 +13,20 @@ from methods import EQUAL_WORK, GRADIENT, adamw, rates
 from records import MEASURES, Record
 
 Table = list[list[str]]  # the first row is the head
+FAMILIES = ("als", "adamw", "capped", "salsa", "als sweep", "schedule-free")  # of the methods in pictures
+FAMILY = re.compile(rf"({'|'.join(FAMILIES)})( [\d.e-]+)?( before \w+)?")
+KNOWN = adamw(3e-4)  # a rate that is drawn even if it is not the best
+
+
+def overview(runs: Sequence[Record]) -> list[str]:
+    """Held-out perplexity or accuracy of each family: of its default, or of its best rate or share by hindsight."""
+    return [_best_figure(family, runs) for family in FAMILIES]
 
 
 def at_equal_steps(runs: Sequence[Record]) -> Table:
     """A row per method, and AdamW's best rate charged with its sweep."""
-    names = [m for m in _methods(runs) if not m.endswith(EQUAL_WORK) and not _outside(m, runs)]
-    head = [
-        "method",
-        *figure_names(runs),
-        "seconds",
-        "forward passes",
-        "trials a step",
-        "steps that raised the loss",
-        "seeds",
-    ]
-    table = [head, *(_row(m, of_method(runs, m), runs) for m in names)]
+    table = [["method", *figure_names(runs), "seconds", "forward passes", "seeds"]]
+    table += [_row(m, of_method(runs, m), runs) for m in _at_equal_steps(runs)]
     best = best_rate(runs)
     if best:
         name = f"{best}, best of {len(_rates(runs))} rates, charged with all"
@@ -34,19 +34,40 @@ def at_equal_steps(runs: Sequence[Record]) -> Table:
     return table
 
 
+def searches(runs: Sequence[Record]) -> Table:
+    """Trials and steps that raised the loss of the methods that search; only the head if there are none."""
+    table = [["method", "trials a step", "steps that raised the loss", "seeds"]]
+    for name in _at_equal_steps(runs):
+        searched = [r for r in of_method(runs, name) if "trials" in r]  # none if it diverged at its first step
+        if searched:
+            trials = f"{statistics.mean(r['trials'] for r in searched):.1f}"
+            table.append([name, trials, str(sum(r["rises"] for r in searched)), str(len(searched))])
+    return table
+
+
 def at_equal_work(runs: Sequence[Record]) -> Table:
     """ALS at equal work, then the methods that make no more forward passes than AdamW; else only the head."""
     ours = [m for m in _methods(runs) if m.endswith(EQUAL_WORK)]
-    others = [m for m in _methods(runs) if m not in ours and not _outside(m, runs) and _frugal(of_method(runs, m))]
-    table = [["method", "steps", "forward passes", *figure_names(runs), "seconds", "seeds"]]
+    others = [m for m in _at_equal_steps(runs) if _frugal(of_method(runs, m))]
+    table = [["method", "forward passes", *figure_names(runs), "seconds", "seeds"]]
     for name in [*ours, *others] if ours else []:
         members = of_method(runs, name)
-        steps, forwards, seconds = (
-            spread([f(r) for r in members], 0)
-            for f in (lambda r: len(r["losses"]), lambda r: r["forwards"][-1], lambda r: r["seconds"][-1])
-        )
-        table.append([name, steps, forwards, *figures(members, runs), seconds, str(len(members))])
+        steps = sorted({len(r["losses"]) for r in members})
+        forwards = f"{_cost(members, 'forwards')} in {' or '.join(map(str, steps))} steps"
+        table.append([name, forwards, *figures(members, runs), _cost(members, "seconds"), str(len(members))])
     return table
+
+
+def drawn(runs: Sequence[Record]) -> list[str]:
+    """Methods of the pictures: of each family the default or the best, and AdamW at 3e-4; all if there are none."""
+    chosen = [name for family in FAMILIES for name in [_chosen(family, runs), *_known(family, runs)] if name]
+    return list(dict.fromkeys(chosen)) or _at_equal_steps(runs)
+
+
+def family_of(method: str) -> str:
+    """The family in the pictures; empty if it is in none."""
+    found = FAMILY.fullmatch(method)
+    return found[1] if found else ""
 
 
 def best_rate(runs: Sequence[Record]) -> str:
@@ -55,10 +76,8 @@ def best_rate(runs: Sequence[Record]) -> str:
     Rates that lack a seed of the others or diverged on one do not count.
     """
     members = {m: of_method(runs, m) for m in _rates(runs)}
-    most = max((len(rs) for rs in members.values()), default=0)
-    complete = {m: rs for m, rs in members.items() if len(rs) == most and not any(map(diverged, rs))}
-    means = {m: statistics.mean(map(merit, rs)) for m, rs in complete.items()}
-    return max(means, key=lambda m: means[m]) if len(members) > 1 and means else ""
+    most = max(map(len, members.values()), default=0)
+    return _best([m for m, rs in members.items() if len(rs) == most], runs) if len(members) > 1 else ""
 
 
 def merit(run: Record) -> float:
@@ -96,12 +115,53 @@ def spread(values: Sequence[float], digits: int) -> str:
     """Mean, lowest and highest; a dash where none were measured."""
     if not values or any(map(math.isnan, values)):
         return "-"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ({min(values):.{digits}f} - {max(values):.{digits}f})" if len(values) > 1 else mean
+    mean, low, high = (f"{f(values):.{digits}f}" for f in (statistics.mean, min, max))
+    return mean if low == high else f"{mean} ({low} - {high})"
 
 
 def _methods(runs: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(r["method"] for r in runs))
+    """The methods: ALS with its defaults, its variants, AdamW's rates, and the others."""
+    order = ("als", "adamw", "")
+    names = dict.fromkeys(r["method"] for r in runs)
+    return sorted(names, key=lambda m: (m != "als", next(i for i, start in enumerate(order) if m.startswith(start))))
+
+
+def _at_equal_steps(runs: Sequence[Record]) -> list[str]:
+    return [m for m in _methods(runs) if not m.endswith(EQUAL_WORK) and not _outside(m, runs)]
+
+
+def _best(methods: Sequence[str], runs: Sequence[Record]) -> str:
+    """The method of best mean merit among those that diverged on no seed; empty if there is none."""
+    members = {m: of_method(runs, m) for m in methods}
+    means = {m: statistics.mean(map(merit, rs)) for m, rs in members.items() if not any(map(diverged, rs))}
+    return max(means, key=lambda m: means[m]) if means else ""
+
+
+def _chosen(family: str, runs: Sequence[Record]) -> str:
+    """The default of the family, or its best rate or share; of an older version only if there is no newer one."""
+    members = [m for m in _at_equal_steps(runs) if family_of(m) == family]
+    newest = [m for m in members if " before " not in m] or members
+    if not newest:
+        return ""
+    if family.startswith("als"):
+        return newest[-1]
+    best = best_rate(runs) if family == "adamw" else _best(newest, runs)
+    return best or newest[0]
+
+
+def _known(family: str, runs: Sequence[Record]) -> list[str]:
+    return [KNOWN] if family == "adamw" and KNOWN in _rates(runs) else []
+
+
+def _best_figure(family: str, runs: Sequence[Record]) -> str:
+    name = _chosen(family, runs)
+    members = of_method(runs, name)
+    if not members:
+        return "-"
+    figure = "perplexity" if "perplexity" in members[0] else "accuracy"
+    text = "diverged" if any(map(diverged, members)) else spread([r[figure] for r in members], 3)
+    chosen = name.removeprefix(family).strip()
+    return f"{text}, {chosen}" if chosen else text
 
 
 def _rates(runs: Sequence[Record]) -> list[str]:
@@ -124,11 +184,12 @@ def _charged(run: Record, runs: Sequence[Record]) -> Record:
 
 
 def _row(name: str, members: Sequence[Record], runs: Sequence[Record]) -> list[str]:
-    searched = [r for r in members if "trials" in r]  # a run that diverged at its first step has none
-    trials = f"{statistics.mean(r['trials'] for r in searched):.1f}" if searched else "-"
-    rises = str(sum(r["rises"] for r in searched)) if searched else "-"
-    costs = [spread([r[key][-1] for r in members], 0) for key in ("seconds", "forwards")]
-    return [name, *figures(members, runs), *costs, trials, rises, str(len(members))]
+    costs = [_cost(members, key) for key in ("seconds", "forwards")]
+    return [name, *figures(members, runs), *costs, str(len(members))]
+
+
+def _cost(members: Sequence[Record], key: str) -> str:
+    return spread([r[key][-1] for r in members], 0)
 
 
 def _loss(runs: Sequence[Record]) -> str:

@@ -1,13 +1,25 @@
 """Pictures and tables of finished runs."""
 
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastals.cli.errors import needs_extra
 
 Lines = Sequence[Mapping[str, Any]]
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's, less yellow
+MARKERS = ("o", "^", "D", "v", "s", "P", "X")
+STYLES = [  # of the lines of a picture, told apart without colour by marker and dashes
+    {"color": color, "marker": marker, "linestyle": dashes}
+    for dashes in ("-", "--", ":", "-.")
+    for color, marker in zip(COLORS, MARKERS, strict=True)
+]
+SPACING = 0.12  # between the markers of a line, as a share of the diagonal of its axes
+WIDTH, DPI = 5.5, 180  # inches, in which text of 10 points can be read on a telephone
+CHARACTERS, LINE = 70, 0.2  # that fit into the width of a legend; height of its lines in inches
 
 COLUMNS = ("run", "steps", "training loss", "held-out accuracy", "trials a step", "seconds", "forward passes")
 
@@ -29,45 +41,76 @@ def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> Any:
 
 
 def plot_losses(runs: Mapping[str, Lines], path: Path) -> None:
-    """Loss at the start of every step, and its running mean."""
+    """Loss at the start of every step, faint, and its running mean; from 0 if a loss comes near it."""
     figure, axes = new_figure()
     for i, (name, lines) in enumerate(runs.items()):
         losses = [line["loss_before"] for line in lines]
-        axes.plot(losses, color=f"C{i}", alpha=0.25, linewidth=1)
-        axes.plot(running_mean(losses), color=f"C{i}", label=name)
-    axes.set(
-        xlabel="step", ylabel="training loss of the mini-batch", title="Loss before each step, and its running mean"
-    )
-    axes.legend()
-    figure.savefig(path, dpi=120)
+        (mean,) = axes.plot(running_mean(losses), label=name, markevery=(0.03 * (i % 4), SPACING))
+        axes.plot(
+            losses, color=mean.get_color(), linestyle=mean.get_linestyle(), marker="", alpha=0.3, linewidth=1, zorder=1
+        )
+    axes.set(xlabel="step", ylabel="training loss", title="Loss of each mini-batch and running mean")
+    begin_at_zero(axes, [line["loss_before"] for lines in runs.values() for line in lines])
+    legend_below(figure, axes)
+    figure.savefig(path)
 
 
 def plot_step_sizes(runs: Mapping[str, Lines], path: Path) -> None:
-    """Step size of every unit over the steps, log scale, and the common factor of the joint tests if there were any.
+    """Step size of every unit over the steps, and below it the common factor of the joint tests if there were any.
 
-    A merged unit starts where its parts end.
+    A merged unit counts as its parts, which all move by its step.
     """
     searched = {name: lines for name, lines in runs.items() if any(line["units"] for line in lines)}
     if not searched:
         return
-    figure, grid = new_figure(rows=len(searched))
-    for axes, (name, lines) in zip(grid if len(searched) > 1 else [grid], searched.items(), strict=True):
-        units = list(dict.fromkeys(u["name"] for line in lines for u in line["units"]))
-        for i, unit in enumerate(units):
+    factored = {name: any(line.get("joint_trials") for line in lines) for name, lines in searched.items()}
+    heights = [h for name in searched for h in ((3.4, 1.2) if factored[name] else (3.6,))]
+    figure, _ = new_figure(len(heights), heights)
+    panels = iter(list(figure.axes))
+    for name, lines in searched.items():
+        axes = next(panels)
+        units = list(dict.fromkeys(part for line in lines for u in line["units"] for part in u["name"].split("+")))
+        for unit, color in zip(units, shades(len(units)), strict=True):
             sizes = [_size(line, unit) for line in lines]
-            axes.plot(
-                sizes, color=_shade(i / max(1, len(units) - 1)), marker=".", markersize=3, linewidth=1, label=unit
-            )
-        if any(line.get("joint_trials") for line in lines):
-            factors = [line["factor"] or math.nan for line in lines]
-            axes.plot(factors, color="C3", linestyle=":", linewidth=1.5, label="common factor")
-        axes.set(xlabel="step", ylabel="step size", yscale="log", title=f"{name}: step size of each unit")
-        axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120)
+            axes.plot(sizes, color=color, marker=".", linestyle="-", markersize=3, linewidth=1, label=unit)
+        axes.set(xlabel="step", ylabel="step size", yscale="log", title=wrapped(f"Step size of each unit, {name}"))
+        _units_scale(figure, axes, units)
+        if factored[name]:
+            draw_factors(next(panels), axes, range(len(lines)), [line["factor"] for line in lines])
+    figure.savefig(path)
 
 
 def _size(line: Mapping[str, Any], unit: str) -> float:
-    return next((u["step_size"] or math.nan for u in line["units"] if u["name"] == unit), math.nan)
+    return next((u["step_size"] or math.nan for u in line["units"] if unit in u["name"].split("+")), math.nan)
+
+
+def _units_scale(figure: Any, axes: Any, units: Sequence[str]) -> None:
+    """A scale of the colours of the units beside the axes, the top of the model at its top."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    colors = ScalarMappable(Normalize(-0.5, len(units) - 0.5), ListedColormap(shades(len(units))))
+    label_units(figure.colorbar(colors, ax=axes).ax, units)
+
+
+def draw_factors(axes: Any, above: Any, steps: Sequence[float], factors: Sequence[float | None]) -> None:
+    """The common factor of the joint tests, missing where it is 0, over the steps of the axes above."""
+    axes.plot(steps, [f or math.nan for f in factors], color=COLORS[-1], marker=".", linestyle="-", markersize=3)
+    axes.set(xlabel="step", ylabel="common\nfactor", ylim=(0, None))
+    axes.sharex(above)
+    above.set_xlabel("")
+    above.tick_params(labelbottom=False)
+
+
+def label_units(axes: Any, units: Sequence[str], most: int = 9) -> None:
+    """Name the units on the y axis, on which they are numbered from the bottom of the model; not all if there are many.
+
+    A numbered block is named by the last two parts of its name.
+    """
+    last = len(units) - 1
+    shown = sorted({round(i * last / (most - 1)) for i in range(most)})
+    parts = [units[i].split(".") for i in shown]
+    axes.set_yticks(shown, [" ".join(p[-2:]) if p[-1].isdigit() else ".".join(p) for p in parts], minor=False)
 
 
 def running_mean(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -78,19 +121,56 @@ def running_mean(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return means
 
 
-def new_figure(rows: int = 1, height: float = 4.5) -> Any:
-    """A figure that needs no display, and its axes; ``height`` is that of a row, in inches."""
+def new_figure(rows: int = 1, height: float | Sequence[float] = 3.6) -> Any:
+    """A figure that needs no display, and its axes; ``height`` is that of a row, or of each, in inches.
+
+    Lines take the colours, markers and dashes of ``STYLES`` in turn.
+    """
     try:
+        from matplotlib import cycler
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise needs_extra(error) from error
-    figure = Figure(figsize=(9, height * rows), layout="constrained")
+    heights = [height] * rows if isinstance(height, int | float) else list(height)
+    figure = Figure(figsize=(WIDTH, sum(heights)), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows)
+    grid = figure.subplots(rows, height_ratios=heights)
+    for axes in figure.axes:
+        axes.set_prop_cycle(cycler(**{key: [style[key] for style in STYLES] for key in STYLES[0]}))
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    return figure, grid
 
 
-def _shade(share: float) -> Any:
+def legend_below(figure: Any, *axes: Any) -> None:
+    """Name each line of the axes once, below all, in as many columns as fit; the figure grows by their height."""
+    named: dict[str, Any] = {}
+    for one in axes:
+        named |= dict(zip(*reversed(one.get_legend_handles_labels()), strict=True))
+    if named:
+        labels = [wrapped(label, CHARACTERS - 6) for label in named]
+        longest = max(len(line) for label in labels for line in label.splitlines())
+        columns = max(1, min(len(labels), CHARACTERS // (longest + 6)))
+        lines = -(-sum(label.count("\n") + 1 for label in labels) // columns)
+        figure.set_figheight(figure.get_figheight() + LINE * lines)
+        figure.legend(named.values(), labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def begin_at_zero(axes: Any, values: Iterable[float]) -> None:
+    """Begin the y axis at 0 if the lowest of the values is nearer to it than to the highest."""
+    finite = [v for v in values if math.isfinite(v)]
+    if finite and 0 <= min(finite) < max(finite) / 2:
+        axes.set_ylim(bottom=0)
+
+
+def wrapped(text: str, width: int = 48) -> str:
+    """The text in lines that fit above the axes."""
+    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+
+
+def shades(count: int) -> list[Any]:
+    """So many colours from dark to light, none too light for a line on white."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"](0.9 * share)
+    return [colormaps["viridis"](0.9 * i / max(1, count - 1)) for i in range(count)]
