@@ -13,12 +13,12 @@ from tuning import FAMILIES, diverged, family_of, of_method
 
 from fastals.cli.plots import (
     COLORS,
-    SPACING,
     STYLES,
     begin_at_zero,
     draw_factors,
     label_units,
     legend_below,
+    marks,
     new_figure,
     running_mean,
     wrapped,
@@ -56,6 +56,7 @@ def depth(title: str, cases: list[Record], out: Path) -> Path:
         if counted:
             dashed = {"color": style["color"], "marker": "_", "linestyle": "--"}
             axes.plot(*zip(*counted, strict=True), **dashed, label=f"{name}\n{ARITHMETIC}")
+    axes.set_xticks(sorted({c["extra_info"]["depth"] for c in cases}))
     axes.set(xlabel="blocks", ylabel="speed-up", title=wrapped(title))
     return _saved(figure, [axes], out / f"{slug(title)}.png")
 
@@ -91,11 +92,9 @@ def losses(title: str, runs: list[Record], best: str, out: Path) -> Path:
             members, wide = of_method(runs, method), method == best or family_of(method) == "als"
             name = f"{method} (diverged)" if any(map(diverged, members)) else method
             x, y, low, high = _curve(members, key)
-            panel.plot(
-                x, y, **style, label=name, linewidth=2.2 if wide else 1.2, markevery=(0.03 * (i % 4), SPACING), zorder=3
-            )
+            panel.plot(x, y, **style, label=name, linewidth=2.2 if wide else 1.2, markevery=marks(i, y), zorder=3)
             if len(members) > 1:
-                panel.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+                panel.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
         panel.set(xlabel={"forwards": "forward passes"}.get(key, key), ylabel="training loss", ylim=(0.9 * lowest, top))
         begin_at_zero(panel, [lowest, top])
     panels[0].set(title=wrapped(title), xlim=(0, runs[0]["steps"]))
@@ -125,7 +124,7 @@ def heat_map(title: str, run: Record, out: Path) -> Path:
     """
     from matplotlib.colors import LogNorm
 
-    factors, units, steps = run.get("factors"), list(run["step_sizes"]), len(run["losses"])
+    factors, units, steps = run.get("factors", []), list(run["step_sizes"]), len(run["losses"])
     figure, _ = new_figure(*((2, (3.4, 1.2)) if factors else (1, 3.6)))
     axes, *below = figure.axes
     sizes = [[s if s > 0 else math.nan for s in row] for row in run["step_sizes"].values()]

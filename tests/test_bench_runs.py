@@ -210,7 +210,7 @@ def test_runs_side_by_side_are_all_stored_and_one_that_fails_takes_no_other_alon
     runs = records.read(out).runs
     assert sorted((r["seed"], r["method"]) for r in runs) == [(s, m) for s in (1, 2) for m in asked.methods]
     page = report.report([out], tmp_path / "page").read_text()
-    assert "| als | 0.500 (0.500 - 0.500) | 1.000 (1.000 - 1.000) | - | 3 (3 - 3) |" in page
+    assert "| als | 0.500 | 1.000 | - | 3 | 2 |" in page
 
 
 def test_the_mean_over_the_classes_counts_a_rare_class_as_a_common_one():

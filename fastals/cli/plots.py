@@ -45,7 +45,8 @@ def plot_losses(runs: Mapping[str, Lines], path: Path) -> None:
     figure, axes = new_figure()
     for i, (name, lines) in enumerate(runs.items()):
         losses = [line["loss_before"] for line in lines]
-        (mean,) = axes.plot(running_mean(losses), label=name, markevery=(0.03 * (i % 4), SPACING))
+        means = running_mean(losses)
+        (mean,) = axes.plot(means, label=name, markevery=marks(i, means))
         axes.plot(
             losses, color=mean.get_color(), linestyle=mean.get_linestyle(), marker="", alpha=0.3, linewidth=1, zorder=1
         )
@@ -127,7 +128,7 @@ def new_figure(rows: int = 1, height: float | Sequence[float] = 3.6) -> Any:
     Lines take the colours, markers and dashes of ``STYLES`` in turn.
     """
     try:
-        from matplotlib import cycler
+        from cycler import cycler
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -155,6 +156,11 @@ def legend_below(figure: Any, *axes: Any) -> None:
         lines = -(-sum(label.count("\n") + 1 for label in labels) // columns)
         figure.set_figheight(figure.get_figheight() + LINE * lines)
         figure.legend(named.values(), labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def marks(line: int, values: Sequence[float]) -> tuple[float, float] | None:
+    """Places of the markers of a line, those of the next one beside them; matplotlib finds none on a line of NaN."""
+    return (0.03 * (line % 4), SPACING) if any(map(math.isfinite, values)) else None
 
 
 def begin_at_zero(axes: Any, values: Iterable[float]) -> None:
