@@ -15,7 +15,7 @@ OLDEST_PYTHON ?= $(shell for p in python3.12 "$$(pyenv prefix 3.12 2> /dev/null)
 
 .PHONY: demo test test-slow test-oldest fuzz check docs audit bench convergence figures dist clean
 
-$(STAMP): $(REQUIREMENTS) pyproject.toml
+$(STAMP): $(REQUIREMENTS) pyproject.toml fastals/__init__.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) -r $(REQUIREMENTS)
 	$(BIN)/python $(INSTALL) --no-deps --no-build-isolation -e .
@@ -34,7 +34,7 @@ fuzz: $(STAMP)  ## for nights: set-ups at random, steps interrupted at every pla
 	@status=0; for part in "fuzz.py --set-ups 2000" interruptions.py "kills.py --kills 100" long_runs.py; do \
 		echo "$(BIN)/python tests/$$part"; $(BIN)/python tests/$$part || status=1; done; exit $$status
 
-$(OLDEST_STAMP): $(OLDEST_REQUIREMENTS) pyproject.toml
+$(OLDEST_STAMP): $(OLDEST_REQUIREMENTS) pyproject.toml fastals/__init__.py
 	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python $(INSTALL) -r $(OLDEST_REQUIREMENTS)
 	$(OLDEST)/bin/python $(INSTALL) --no-deps --no-build-isolation -e .

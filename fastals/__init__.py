@@ -7,4 +7,4 @@ from fastals.partition import units
 from fastals.report import StepReport, UnitReport
 
 __all__ = ["ALS", "MicroBatches", "StepReport", "UnitReport", "presets", "units"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
