@@ -1,6 +1,8 @@
 """Model, data and optimizer of a configuration of ``fastals finetune``."""
 
 import math
+import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastals
 from fastals.cli import ranks
 from fastals.cli.data import LabelledTexts, batch_rows, encode, load_texts
 from fastals.cli.errors import UserError, first_line, needs_extra
@@ -35,6 +38,23 @@ class Experiment:
         self.tokenizer = _tokenizer(config.model, self.model_path)
         self.steps = _steps(config, len(self.texts.train))
         self.options = als_options(config)
+
+    def describe(self, parameters: int, optimizers: Sequence[str]) -> str:
+        """What is trained on what, in two lines."""
+        config, texts = self.config, self.texts
+        epochs = self.steps * config.batch_size / len(texts.train)
+        together = f" in {ranks.size()} processes" if ranks.several() else ""
+        return (
+            f"{config.model} ({parameters:,} parameters) on {config.dataset}: {len(texts.train):,} training and "
+            f"{len(texts.held_out):,} held-out texts in {len(texts.classes)} classes\n"
+            f"{self.steps:,} steps of {config.batch_size} texts ({epochs:.3g} epochs) by {', '.join(optimizers)} on "
+            f"{self.device_name()} in {config.precision}{together}"
+        )
+
+    def device_name(self) -> str:
+        """The device as people know it: ``cpu``, or ``cuda`` with the name of the GPU."""
+        name = self.device.type
+        return name if name == "cpu" else f"{name} ({torch.cuda.get_device_name(self.device)})"
 
     def build_model(self) -> nn.Module:
         """The pretrained model with a fresh classifier, the same for every optimizer and in every process.
@@ -136,6 +156,16 @@ def build_optimizer(name: str, model: nn.Module, experiment: Experiment) -> torc
         return ALS(model, **arguments) if by == "block" else ALS(units(model, by=by), model=model, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on most."""
+    import transformers
+
+    return {
+        "fastals": fastals.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }  # fmt: skip
 
 
 def _steps(config: Config, size: int) -> int:

@@ -14,12 +14,12 @@ from torch import Tensor
 from fastals import rng
 from fastals.cli import ranks
 from fastals.cli.errors import first_line
-from fastals.cli.experiment import Experiment, build_optimizer
+from fastals.cli.experiment import Experiment, build_optimizer, versions
 from fastals.cli.runs import RunFolder
 from fastals.files import replacing
 from fastals.optimizer import ALS
 
-Progress = Callable[[int, int, float, int], None]  # step, steps of the run, loss, trials
+Show = Callable[[int, float, float], None]  # step, loss before it, forward passes of a step so far
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -29,7 +29,7 @@ class Interrupted(Exception):  # noqa: N818
 class TrainingLoop:
     """One optimizer's run, from the start or from its last checkpoint to the end."""
 
-    def __init__(self, experiment: Experiment, name: str, run: RunFolder, show: Progress) -> None:
+    def __init__(self, experiment: Experiment, name: str, run: RunFolder, show: Show) -> None:
         self.experiment, self.name, self.run, self.show = experiment, name, run, show
         self.model: Any = experiment.build_model()
         self.wrapped: Any = ranks.wrapped(self.model)
@@ -37,8 +37,8 @@ class TrainingLoop:
         self.scheduler = _scheduler(self.optimizer, experiment.config.anneal, experiment.steps, warmup=name == "adamw")
         self.step, self.seconds, self.forwards = 0, 0.0, 0.0
 
-    def train(self) -> None:
-        """Train, then save the model and the summary.
+    def train(self) -> dict[str, Any]:
+        """Train, then save the model and the summary, which it returns.
 
         Raises:
             Interrupted: the user pressed Ctrl-C; the run has saved a checkpoint.
@@ -49,13 +49,13 @@ class TrainingLoop:
             while self.step < self.experiment.steps:
                 line = self._one_step()
                 self.run.append_metrics(line)
-                self.show(self.step, self.experiment.steps, line["loss_before"], line["trials"])
+                self.show(self.step, line["loss_before"], self.forwards / self.step)
                 stop = ranks.total(len(interrupts)) > 0
                 if stop or self.step % config.checkpoint_every == 0:
                     self._save_checkpoint()
                 if stop:
                     raise Interrupted
-        self._finish(self.experiment.accuracy(self.model))
+        return self._finish(self.experiment.accuracy(self.model))
 
     def _one_step(self) -> dict[str, Any]:
         """Train on the next mini-batch; returns its line of metrics."""
@@ -90,12 +90,14 @@ class TrainingLoop:
         return report.as_dict() | {"trials": report.trials}
 
     @ranks.by_first
-    def _finish(self, accuracy: float) -> None:
+    def _finish(self, accuracy: float) -> dict[str, Any]:
         """Save the model and the summary."""
         with self.run.writing(self.run.model), replacing(self.run.model) as folder:
             self.model.save_pretrained(folder)
             self.experiment.tokenizer.save_pretrained(folder)
-        self.run.finish(self._summary(accuracy))
+        summary = self._summary(accuracy)
+        self.run.finish(summary)
+        return summary
 
     def _summary(self, accuracy: float) -> dict[str, Any]:
         lines = self.run.read_metrics()
@@ -108,6 +110,8 @@ class TrainingLoop:
             "trials": statistics.mean(line.get("trials", 0) for line in lines),
             "seconds": self.seconds,
             "forwards": self.forwards,
+            "device": self.experiment.device_name(),
+            "versions": versions(),
         }
 
     def _save_checkpoint(self) -> None:

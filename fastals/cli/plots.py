@@ -24,19 +24,30 @@ CHARACTERS, LINE = 70, 0.2  # that fit into the width of a legend; height of its
 COLUMNS = ("run", "steps", "training loss", "held-out accuracy", "trials a step", "seconds", "forward passes")
 
 
+def summary_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The cells of :data:`COLUMNS`, one row a run."""
+    return [
+        (
+            name, str(s["steps"]), f"{s['loss']:.4f}", f"{s['accuracy']:.1%}",
+            f"{s['trials']:.2f}" if s.get("trials") else "-",  # runs of older versions have none
+            f"{s['seconds']:.0f}", f"{s['forwards']:.0f}",
+        )
+        for name, s in summaries.items()
+    ]  # fmt: skip
+
+
 def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> Any:
     """A rich table, one row a run."""
     try:
+        from rich.markup import escape
         from rich.table import Table
     except ImportError as error:
         raise needs_extra(error) from error
-    table = Table(*COLUMNS)
-    for name, s in summaries.items():
-        trials = f"{s['trials']:.2f}" if s.get("trials") else "-"  # runs of older versions have none
-        table.add_row(
-            name, str(s["steps"]), f"{s['loss']:.4f}", f"{s['accuracy']:.1%}", trials, f"{s['seconds']:.0f}",
-            f"{s['forwards']:.0f}",
-        )  # fmt: skip
+    table = Table(COLUMNS[0])
+    for column in COLUMNS[1:]:
+        table.add_column(column, justify="right", overflow="fold")
+    for row in summary_rows(summaries):
+        table.add_row(*map(escape, row))
     return table
 
 

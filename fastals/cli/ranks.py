@@ -74,7 +74,7 @@ def by_first(function: Callable[P, T]) -> Callable[P, T]:
 def say(text: str, *, error: bool = False) -> None:
     """Print a line, or an error, in the first process."""
     if rank() == 0:
-        print(text, file=sys.stderr if error else sys.stdout)
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def agreed(function: Callable[[], T]) -> T:

@@ -20,6 +20,8 @@ NUMBER, NUMBER_OR_NULL = (int, float), (int, float, type(None))  # NaN is null i
 METRICS = {"step": int, "loss_before": NUMBER_OR_NULL, "units": list}
 UNIT = {"name": str, "step_size": NUMBER_OR_NULL}
 SUMMARY = {"steps": int, "loss": NUMBER_OR_NULL, "accuracy": NUMBER, "seconds": NUMBER, "forwards": NUMBER_OR_NULL}
+#: What may be in a summary: those of older versions have none of it.
+LATER = {"optimizer": str, "trials": NUMBER, "device": str, "versions": dict}
 CHECKPOINT = {
     "step": int, "seconds": NUMBER, "forwards": NUMBER, "rng": (list, tuple), "model": dict, "optimizer": dict,
     "scheduler": dict,
@@ -176,6 +178,7 @@ class RunFolder:
         with self._reading(self.summary):
             summary = json.loads(self.summary.read_text())
             _check_types(summary, SUMMARY)
+            _check_types(summary, {name: LATER[name] for name in LATER.keys() & summary.keys()})
             return _with_nan(summary)
 
     def writing(self, path: Path) -> Any:
