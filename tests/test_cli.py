@@ -59,7 +59,11 @@ def test_a_run_writes_metrics_summary_pictures_and_model(model, table, tmp_path,
     for picture in ("loss.png", "step_sizes.png"):
         assert (folder / picture).stat().st_size > 5000
     BertForSequenceClassification.from_pretrained(folder / "model")
-    assert "accuracy" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "accuracy" in out
+    assert out.splitlines()[-3:] == [
+        f"model    {folder / 'model'}", f"metrics  {folder / 'metrics.jsonl'}", f"report   {folder / 'report.html'}",
+    ]  # fmt: skip
 
 
 def test_compare_runs_the_same_batches_with_every_optimizer(model, table, tmp_path):

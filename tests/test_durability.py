@@ -110,7 +110,7 @@ def edited(run, change):
 def test_a_stopped_run_goes_on(run, halted):
     goes_on(run, halted)
     assert sorted(path.name for path in run.iterdir()) == [
-        "config.json", "loss.png", "metrics.jsonl", "model", "step_sizes.png", "summary.json",
+        "config.json", "loss.png", "metrics.jsonl", "model", "report.html", "step_sizes.png", "summary.json",
     ]  # fmt: skip
 
 
@@ -327,12 +327,20 @@ def test_other_data_is_refused(run, halted):
 
 def test_a_report_of_damaged_files_is_refused(run, halted, tmp_path):
     finished = Path(shutil.copytree(halted / "straight" / "runs" / "one", tmp_path / "finished"))
-    for name, text in (("summary.json", '{"steps": 4}'), ("metrics.jsonl", '{"step": 1}\n')):
+    summary = json.loads((finished / "summary.json").read_text())
+    for name, text in (
+        ("summary.json", '{"steps": 4}'),
+        ("summary.json", json.dumps(summary | {"trials": "many"})),
+        ("summary.json", json.dumps(summary | {"versions": "all"})),
+        ("metrics.jsonl", '{"step": 1}\n'),
+        ("config.json", '{"steps": "many"}'),
+    ):
         before = (finished / name).read_text()
         (finished / name).write_text(text)
         code, _, error = spoken(["report", str(finished), "--output", str(tmp_path / "pictures")])
         assert (code, error.count("\n")) == (2, 1)
         assert f"{name} is damaged" in error
+        assert not (tmp_path / "pictures" / "report.html").exists()
         (finished / name).write_text(before)
 
 

@@ -44,7 +44,7 @@ class Progress:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The run has this summary: its loss is the one of the table."""
         forwards = _forwards(summary["forwards"] / self.steps)
-        text = f"loss {summary['loss']:.4f}  {forwards}  held-out accuracy {summary['accuracy']:.1%}"
+        text = f"loss {summary['loss']:.4f}  held-out accuracy {summary['accuracy']:.1%}  {forwards}"
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=self.steps, text=text)
         else:
