@@ -57,9 +57,8 @@ def _in_site(name: str) -> str:
 
 
 def _device(report: Path) -> str:
-    """The device of a report, the first cell of its first table."""
-    rows = [line for line in report.read_text().splitlines() if line.startswith("| ")]
-    return rows[2].split("|")[1].strip()
+    """The device of a report, from its heading."""
+    return report.read_text().partition("\n")[0].removeprefix("# Benchmarks on ")
 
 
 def _mathml(formula: re.Match[str]) -> str:
