@@ -81,6 +81,7 @@ def test_every_run_of_a_loss_picture_has_a_look_of_its_own_and_is_named(figures,
 def test_losses_begin_at_zero_if_they_come_near_it(figures, tmp_path):
     for losses in ([2.0, 0.1, float("nan")], [2.0, 1.9, 1.8], [float("nan")]):
         plots.plot_losses({"als": lines(losses)}, tmp_path / "loss.png")
+    assert all(tick == int(tick) for figure in figures for tick in figure.axes[0].get_xticks())
     near, far, _ = (figure.axes[0].get_ylim()[0] for figure in figures)
     assert near == 0
     assert 1.5 < far < 1.8

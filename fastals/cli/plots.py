@@ -62,6 +62,7 @@ def plot_losses(runs: Mapping[str, Lines], path: Path) -> None:
             losses, color=mean.get_color(), linestyle=mean.get_linestyle(), marker="", alpha=0.3, linewidth=1, zorder=1
         )
     axes.set(xlabel="step", ylabel="training loss", title="Loss of each mini-batch and running mean")
+    axes.locator_params(axis="x", integer=True, nbins=7)
     begin_at_zero(axes, [line["loss_before"] for lines in runs.values() for line in lines])
     legend_below(figure, axes)
     figure.savefig(path)
@@ -86,6 +87,7 @@ def plot_step_sizes(runs: Mapping[str, Lines], path: Path) -> None:
             sizes = [_size(line, unit) for line in lines]
             axes.plot(sizes, color=color, marker=".", linestyle="-", markersize=3, linewidth=1, label=unit)
         axes.set(xlabel="step", ylabel="step size", yscale="log", title=wrapped(f"Step size of each unit, {name}"))
+        axes.locator_params(axis="x", integer=True, nbins=7)
         _units_scale(figure, axes, units)
         if factored[name]:
             draw_factors(next(panels), axes, range(len(lines)), [line["factor"] for line in lines])
