@@ -81,10 +81,18 @@ def test_every_run_of_a_loss_picture_has_a_look_of_its_own_and_is_named(figures,
 def test_losses_begin_at_zero_if_they_come_near_it(figures, tmp_path):
     for losses in ([2.0, 0.1, float("nan")], [2.0, 1.9, 1.8], [float("nan")]):
         plots.plot_losses({"als": lines(losses)}, tmp_path / "loss.png")
-    assert all(tick == int(tick) for figure in figures for tick in figure.axes[0].get_xticks())
     near, far, _ = (figure.axes[0].get_ylim()[0] for figure in figures)
     assert near == 0
     assert 1.5 < far < 1.8
+
+
+def test_steps_are_whole_numbers_on_the_axis(figures, tmp_path):
+    plots.plot_losses({"als": lines([2.0] * 20)}, tmp_path / "loss.png")
+    plots.plot_step_sizes({"als": lines([2.0] * 20, a=[0.1] * 20)}, tmp_path / "sizes.png")
+    for figure in figures:
+        ticks = figure.axes[0].get_xticks()
+        assert 3 < len(ticks) < 10
+        assert all(tick == int(tick) for tick in ticks)
 
 
 def test_step_sizes_go_from_dark_to_light_and_the_scale_names_the_units_from_the_bottom(figures, tmp_path):
