@@ -45,7 +45,7 @@ def read(path, column):
     rows = load_dataset(kind, data_files=path, split="train")
     if column not in rows.column_names:
         raise SystemExit(f"{path} has no column {column!r}: choose one of {', '.join(rows.column_names)} by --column")
-    return rows.select_columns(column).rename_column(column, "text")
+    return Dataset.from_dict({"text": list(rows[column])})
 
 
 def main():
