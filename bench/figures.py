@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from records import Record, read, speedup
-from report import _table as table
+from report import table
 from stamp import stamp
 from tuning import best_rate, merit, of_method, spread
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 CPU, H100, H200 = (RESULTS / n for n in ("intel-r-xeon-r-processor", "nvidia-h100-80gb-hbm3", "nvidia-h200"))
-PROFILE = CPU / "8dfd1f5.json"  # the newest full profile
+PROFILE = CPU / "2abec49-quick.json", CPU / "2abec49-full.json"  # the newest full profile, in two parts
 DEMO = CPU / "demo.json"
 RELAY, GRAPHS = H200 / "0a83002-first-light.json", H100 / "e7e5e47-first-light.json"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -233,8 +233,8 @@ def _title(method: str) -> str:
 # Speed
 
 
-def _cases(path: Path, test: str) -> list[Record]:
-    return [c for c in read(path).cases if f"::{test}[" in c["fullname"]]
+def _cases(test: str) -> list[Record]:
+    return [c for path in PROFILE for c in read(path).cases if f"::{test}[" in c["fullname"]]
 
 
 def _case(case: Record) -> str:
@@ -244,7 +244,7 @@ def _case(case: Record) -> str:
 def against_eager() -> str:
     """Whole steps against the eager baseline on a CPU."""
     rows = []
-    for case in _cases(PROFILE, "test_step"):
+    for case in _cases("test_step"):
         info, (median, low, high) = case["extra_info"], speedup(case)
         size = f"{info['batch']} x {info['length']}" if info["length"] else f"{info['batch']} images"
         trials = f"{info['trials_per_unit'][0]:g}"
@@ -252,24 +252,24 @@ def against_eager() -> str:
             [_case(case), size, f"{median:.2f}x ({low:.2f} - {high:.2f})", f"{info['by_forwards']:.2f}x", trials]
         )
     head = ["case", "mini-batch", "speed-up (lowest - highest)", "from forward passes alone", "trials a unit"]
-    return f"{table(head, rows)}\n\n{_made(PROFILE)}"
+    return f"{table(head, rows)}\n\n{_made()}"
 
 
 def against_adamw() -> str:
     """Time of a step by that of AdamW on a CPU."""
     rows = []
-    for case in _cases(PROFILE, "test_instead"):
+    for case in _cases("test_instead"):
         info, (median, low, high) = case["extra_info"], speedup(case)
         name = _case(case).removesuffix("-minilm")
         by_passes = 1 / info["by_forwards"]
         rows.append([name, f"{1 / median:.2f}x ({1 / high:.2f} - {1 / low:.2f})", f"{by_passes:.2f}x"])
     head = ["optimizer", "time of a step by AdamW's (lowest - highest)", "from forward passes alone"]
-    return f"{table(head, rows)}\n\n{_made(PROFILE)}"
+    return f"{table(head, rows)}\n\n{_made()}"
 
 
 def memory() -> str:
     """Peak memory of two steps by that of AdamW."""
-    cases = [c for c in _cases(PROFILE, "test_step") if "peak_mib" in c["extra_info"]]
+    cases = [c for c in _cases("test_step") if "peak_mib" in c["extra_info"]]
     rows = []
     for case in cases:
         peak = case["extra_info"]["peak_mib"]
@@ -279,8 +279,8 @@ def memory() -> str:
     return table(["case", "ALS, MiB", "eager, MiB", "AdamW, MiB", "ALS by AdamW"], rows)
 
 
-def _made(path: Path) -> str:
-    info = read(path).cases[0]["extra_info"]
+def _made() -> str:
+    info = read(PROFILE[0]).cases[0]["extra_info"]
     return f"{info['device']}, {info['cores']} cores, torch {info['torch']}, commit {info['commit']}."
 
 

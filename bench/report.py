@@ -144,12 +144,12 @@ def _overview(runs: list[Record], suffix: str) -> list[str]:
     ]
     filled = [i for i in range(len(rows[0])) if any(row[i] != "-" for row in rows)]
     head = ["task", *tuning.FAMILIES]
-    table = _table([head[i] for i in filled], [[row[i] for i in filled] for row in rows])
+    overview = table([head[i] for i in filled], [[row[i] for i in filled] for row in rows])
     words = (
         f"Held-out accuracy, or perplexity of language models (the numbers above 1), at equal steps. {SPREAD} Where "
         "several rates or shares were tried, the best one by hindsight, which is named."
     )
-    return [f"## All tasks{suffix}\n\n{words}\n\n{table}"]
+    return [f"## All tasks{suffix}\n\n{words}\n\n{overview}"]
 
 
 def _first_light(figures: list[Record], suffix: str) -> list[str]:
@@ -159,7 +159,7 @@ def _first_light(figures: list[Record], suffix: str) -> list[str]:
     rows = [[f["name"], f["unit"], str(f["batch"] or "-"), _predicted(f), *_measured(f)] for f in figures]
     columns = ["figure", "unit", "batch", "predicted", "measured", "measured / predicted"]
     words = "Figures of a short run, beside the predictions that were made before it."
-    return [f"## First light{suffix}\n\n{words}\n\n{_table(columns, rows)}"]
+    return [f"## First light{suffix}\n\n{words}\n\n{table(columns, rows)}"]
 
 
 def _predicted(figure: Record) -> str:
@@ -214,8 +214,8 @@ def _case_table(columns: Sequence[str], rows: Iterable[tuple[Record, Sequence[st
     """A table of cases; unless all passed, the second column is the outcome of their exactness tests."""
     marked = [(_gates(case), row) for case, row in rows]
     if all(gates == "passed" for gates, _ in marked):
-        return _table(columns, [row for _, row in marked])
-    return _table([columns[0], "exactness tests", *columns[1:]], [[row[0], g, *row[1:]] for g, row in marked])
+        return table(columns, [row for _, row in marked])
+    return table([columns[0], "exactness tests", *columns[1:]], [[row[0], g, *row[1:]] for g, row in marked])
 
 
 def _of_default(case: Record) -> bool:
@@ -233,7 +233,7 @@ def _ratio_tables(cases: list[Record]) -> list[str]:
     if weighed:
         names = list(dict.fromkeys(name for c in weighed for name in c["extra_info"]["peak_mib"]))
         rows = [_memory_row(c, names) for c in weighed]
-        tables.append("Peak memory in MiB:\n\n" + _table(["case", *names, "als over adamw"], rows))
+        tables.append("Peak memory in MiB:\n\n" + table(["case", *names, "als over adamw"], rows))
     return tables
 
 
@@ -308,13 +308,13 @@ def _by_task(runs: list[Record], suffix: str) -> dict[str, list[Record]]:
 def _comparisons(runs: list[Record]) -> str:
     """Tables of the runs of one task and length: at equal steps, of the searches, at equal work, of the sensitivity."""
     head, *rows = tuning.at_equal_steps(runs)
-    tables = [SPREAD, _table(head, rows)]
+    tables = [SPREAD, table(head, rows)]
     titled = {
         "The searches": tuning.searches(runs),
         "At equal forward passes": tuning.at_equal_work(runs),
         "Sensitivity": sensitivity.table(runs),
     }
-    tables += [f"### {title}\n\n{_table(head, rows)}" for title, (head, *rows) in titled.items() if rows]
+    tables += [f"### {title}\n\n{table(head, rows)}" for title, (head, *rows) in titled.items() if rows]
     return "\n\n".join(tables)
 
 
@@ -371,7 +371,7 @@ def _capital(title: str) -> str:
     return title[0].upper() + title[1:]
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows])
 
 
