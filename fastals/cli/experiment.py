@@ -47,7 +47,7 @@ class Experiment:
         return (
             f"{config.model} ({parameters:,} parameters) on {config.dataset}: {len(texts.train):,} training and "
             f"{len(texts.held_out):,} held-out texts in {len(texts.classes)} classes\n"
-            f"{self.steps:,} steps of {config.batch_size} texts ({epochs:.3g} epochs) by {', '.join(optimizers)} on "
+            f"{self.steps:,} steps of {config.batch_size} texts ({epochs:.2f} epochs) by {', '.join(optimizers)} on "
             f"{self.device_name()} in {config.precision}{together}"
         )
 

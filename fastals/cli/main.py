@@ -51,7 +51,7 @@ def finetune(arguments: argparse.Namespace) -> int:
         again = f"{launcher}fastals finetune --resume {shlex.quote(str(folder))}"
         ranks.say(f"interrupted; go on with: {again}", error=True)
         return 130
-    _show(runs, folder, folder.name)
+    _show(runs, folder, folder.resolve().name)
     first = runs[config.optimizer]
     ranks.say(f"model    {first.model}\nmetrics  {first.metrics}\nreport   {folder / PAGE}")
     return 0
