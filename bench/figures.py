@@ -30,6 +30,10 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->).*?(<!-- end of figures -->)", re.DOTALL)
 TASKS = {"bbc-news": "BBC News", "film-reviews": "film reviews", "tweets": "tweets", "sms-spam": "SMS spam"}
 STEPS = 240
+TELLING = {
+    "**ALS (relay)**": "als", "SaLSA": "salsa", "AdamW at 1e-4": "adamw 0.0001", "AdamW at 3e-5": "adamw 3e-05",
+    "AdamW at 3e-4": "adamw 0.0003", "no search, r = 0.0015": "capped 0.0015", "no search, r = 0.2": "capped 0.2",
+}  # fmt: skip
 EQUAL_WORK = "als before 639c5a7, equal work"
 BEFORE = " before 3260cb2"  # steps of full length where the gradient is small
 
@@ -116,25 +120,32 @@ def _spent(runs: Sequence[Record]) -> float:
 
 
 def accuracies() -> str:
-    """Held-out accuracy of the telling methods on every task, and the forward passes of one run, tuning included."""
-    rates, shares = _sizes(_rates("bbc-news")), _sizes(_shares("bbc-news"))
-    telling = {
-        "**ALS (relay)**": (lambda t: _runs(t, "als"), lambda t: _passes(_runs(t, "als"))),
-        f"AdamW, best of {rates} rates": (_best_adamw, lambda t: _spent(_rates(t))),
-        "AdamW at 3e-4": (lambda t: _runs(t, "adamw 0.0003"), lambda t: _passes(_runs(t, "adamw 0.0003"))),
-        f"no search, best of {shares} sizes": (_best_share, lambda t: _spent(_shares(t))),
-        "no search, r = 0.2": (lambda t: _runs(t, "capped 0.2"), lambda t: _passes(_runs(t, "capped 0.2"))),
-    }
+    """Held-out accuracy of the telling methods on every task, and the forward passes of a run."""
     rows = [
-        [name, *(f"{_mean(r['accuracy'] for r in runs(t)):.1%}" for t in TASKS), f"{_mean(map(cost, TASKS)):,.0f}"]
-        for name, (runs, cost) in telling.items()
+        [title, *_accuracy(method), f"{_mean(_passes(_runs(t, method)) for t in TASKS):,.0f}"]
+        for title, method in TELLING.items()
     ]
     return table(["method", *TASKS.values(), "forward passes"], rows)
+
+
+def _accuracy(method: str) -> list[str]:
+    return [f"{_mean(r['accuracy'] for r in _runs(task, method)):.1%}" for task in TASKS]
+
+
+def origins() -> str:
+    """Where the rows of :func:`accuracies` were made."""
+    return _origins({title: _runs("tweets", method) for title, method in TELLING.items()})
 
 
 def passes() -> str:
     """Forward passes that a step of the relay takes, a backward counted as two."""
     return f"{_mean(_passes(_runs(t, 'als')) for t in TASKS) / STEPS:.1f}"
+
+
+def sweep_passes() -> str:
+    """The fewest and the most forward passes that a step of the sweep takes, by tasks."""
+    steps = [_passes(_runs(t, "als sweep")) / STEPS for t in TASKS]
+    return f"{min(steps):.0f} to {max(steps):.0f}"
 
 
 def gap() -> str:
@@ -282,6 +293,12 @@ def against_adamw() -> str:
     return f"{table(head, rows)}\n\n{_made()}"
 
 
+def time_of_relay() -> str:
+    """Time of a step of the relay by that of AdamW on a CPU, median of the rounds."""
+    case = next(c for c in _cases("test_instead") if _case(c) == "als-minilm")
+    return f"{1 / speedup(case).median:.1f}"
+
+
 def memory() -> str:
     """Peak memory of two steps by that of AdamW."""
     cases = [c for c in _cases("test_step") if "peak_mib" in c["extra_info"]]
@@ -336,16 +353,17 @@ def on_gpus() -> str:
 
 
 def on_gpus_in_short() -> str:
-    """The lines of README."""
-    h100, h200 = _milliseconds(GRAPHS), _milliseconds(RELAY)
-    rows = [
-        ["relay, captured", "H200", *h200["relay, while, without waits between"]],
-        ["AdamW, captured", "H200", *h200["AdamW, captured"]],
-        ["AdamW, torch's fused one", "H200", *h200["AdamW"]],
-        ["sweep, captured", "H100", *h100["sweep, while"]],
-        ["sweep, eager baseline", "H100", *h100["sweep, eager baseline"]],
-    ]
-    return table(["step", "GPU", "batch 8, ms", "batch 32, ms"], rows)
+    """The lines of README: captured steps timed in turn with others."""
+    kinds = {"adamw": "AdamW, torch's fused one", "adamw-captured": "AdamW, captured", "eager": "sweep, eager baseline"}
+    rows = []
+    for case in _captured_cases():
+        name, info = _case(case), case["extra_info"]
+        schedule = {"8": "sweep", "32": "sweep"}.get(name, name.partition("-")[0])
+        if "test_captured_sweep[" in case["fullname"] or (schedule == "relay" and info["against"] in kinds):
+            median, low, high = speedup(case)
+            ratio = f"{median:.2f}x ({low:.2f} - {high:.2f})"
+            rows.append([f"{schedule}, captured", kinds[info["against"]], _gpu(info), str(info["batch"]), ratio])
+    return table(["step", "against", "GPU", "batch", "times as fast (lowest - highest)"], rows)
 
 
 def _light_conditions(path: Path) -> str:
@@ -359,13 +377,20 @@ def _light_conditions(path: Path) -> str:
 def captured() -> str:
     """Captured steps timed in turn with something."""
     rows = []
-    for path in sorted(H100.glob("*-*.json")) + sorted(H200.glob("*-*.json")):
-        for case in (c for c in read(path).cases if "bench_graph.py" in c["fullname"]):
-            info, (median, low, high) = case["extra_info"], speedup(case)
-            what = f"{case['fullname'].split('::test_')[1]} against {info['against']}"
-            ratio = f"{median:.2f}x ({low:.2f} - {high:.2f})"
-            rows.append([info["device"].removeprefix("NVIDIA "), what, str(info["batch"]), ratio, info["commit"]])
+    for case in _captured_cases():
+        info, (median, low, high) = case["extra_info"], speedup(case)
+        what = f"{case['fullname'].split('::test_')[1]} against {info['against']}"
+        rows.append([_gpu(info), what, str(info["batch"]), f"{median:.2f}x ({low:.2f} - {high:.2f})", info["commit"]])
     return table(["GPU", "case", "batch", "speed-up (lowest - highest)", "commit"], rows)
+
+
+def _captured_cases() -> list[Record]:
+    paths = (*sorted(H200.glob("*-*.json")), *sorted(H100.glob("*-*.json")))
+    return [case for path in paths for case in read(path).cases if "bench_graph.py" in case["fullname"]]
+
+
+def _gpu(info: Record) -> str:
+    return info["device"].removeprefix("NVIDIA ").partition(" ")[0]
 
 
 # The first run
@@ -398,7 +423,8 @@ def _demo() -> dict[str, Any]:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "accuracies": accuracies, "passes": passes, "gap": gap, "share-of-tuning": share_of_tuning, "scatter": scatter,
+    "accuracies": accuracies, "origins": origins, "passes": passes, "gap": gap, "share-of-tuning": share_of_tuning,
+    "scatter": scatter, "sweep-passes": sweep_passes, "time": time_of_relay,
     "rises": rises, "equal-work": equal_work, "language-model": language_model, "against-eager": against_eager,
     "against-adamw": against_adamw, "memory": memory, "on-gpus": on_gpus, "on-gpus-in-short": on_gpus_in_short,
     "captured": captured, "demo": demo, "demo-minutes": demo_minutes,

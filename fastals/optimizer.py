@@ -66,7 +66,7 @@ class ALS(torch.optim.Optimizer):
             one does not descend).
         schedule: which units are searched in a step, see :mod:`fastals.schedule`. ``"relay"``: one unit in turn is
             searched alone, to learn how far it may go, and all move together by what they have learned, tested
-            jointly; ``"sweep"``: every unit in turn, the method of the papers; ``"independent"``, ``"cycle"``,
+            jointly; ``"sweep"``: every unit in turn, in every step; ``"independent"``, ``"cycle"`` (PLASLS),
             ``"joint"``.
         order: order of the searches in a sweep: ``"top_down"``, ``"bottom_up"`` or ``"random"``.
         every: an integer N searches in every N-th step and repeats the remembered steps in between, untested but for
