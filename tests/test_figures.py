@@ -8,7 +8,7 @@ import figures
 import pytest
 
 import fastals
-from fastals.settings import RELAY_DEFAULTS
+from fastals.settings import OTHER_DEFAULTS, RELAY_DEFAULTS
 
 README = (figures.ROOT / "README.md").read_text()
 
@@ -44,13 +44,15 @@ def test_a_page_is_filled_in_where_it_says_so():
     assert figures.fill(filled) == filled
 
 
-def test_the_options_of_the_readme_have_their_defaults():
-    section = README.partition("## What you can choose")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \| `?(.*?)`? \|", section, re.MULTILINE)
+@pytest.mark.parametrize(("page", "heading"), [("README.md", "What you can choose"), ("docs/loops.md", "Options")])
+def test_the_options_of_a_page_have_their_defaults(page, heading):
+    section = (figures.ROOT / page).read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `?([^`|]+?)`?(?: \(relay\), (\S+))? \|", section, re.MULTILINE)
     assert len(rows) > 5
     parameters = inspect.signature(fastals.ALS).parameters
-    for name, default in rows:
+    for name, default, other in rows:
         assert literal_eval(default) == RELAY_DEFAULTS.get(name, parameters[name].default), name
+        assert not other or literal_eval(other) == OTHER_DEFAULTS[name], name
 
 
 def test_the_readme_can_be_read_in_one_go():
