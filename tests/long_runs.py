@@ -20,7 +20,7 @@ import psutil
 import torch
 from helpers import interpreter
 from helpers.recording import recorded
-from helpers.tiny import TinyTransformer, tiny_batches
+from helpers.tiny import TinyTransformer, matrices_only, tiny_batches
 from torch import nn
 
 import fastals
@@ -101,7 +101,7 @@ def train(steps, **options):
 def change_shapes(changes, **options):
     """What is held at the end of each period of captured steps, whose mini-batches change their shape every time."""
     torch.manual_seed(0)
-    model, period = TinyTransformer(depth=1, width=8), changes // PERIODS
+    model, period = matrices_only(TinyTransformer(depth=1, width=8)), changes // PERIODS
     opt = fastals.ALS(model, fused=True, **options)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(opt, period, eta_min=0.3)
     step = recorded(opt, model, lambda batch: model(**batch), max_signatures=KEPT)

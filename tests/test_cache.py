@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from helpers.hf import tiny_bert
 from helpers.nets import Masked
-from helpers.tiny import TinyTransformer, tiny_batches
+from helpers.tiny import TinyTransformer, matrices_only, tiny_batches
 from torch import nn
 
 import fastals
@@ -505,7 +505,7 @@ ATTENDED = {"input_ids": torch.arange(24).view(2, 12), "labels": torch.tensor([0
 
 def attending():
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return tiny_bert(vocab_size=30, attn_implementation="eager", **no_dropout).train()
+    return matrices_only(tiny_bert(vocab_size=30, attn_implementation="eager", **no_dropout)).train()
 
 
 @pytest.mark.filterwarnings("ignore:fastals")

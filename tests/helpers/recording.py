@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers.tiny import TinyTransformer
+from helpers.tiny import TinyTransformer, matrices_only
 
 import fastals
 from fastals.graphs.graphed import GraphedStep
@@ -96,7 +96,7 @@ def recorded(opt, model, loss_fn, *, linked=False, log=None, **options):
 def build(loss_fn=None, linked=False, depth=1, dropout=0.1, log=None, max_signatures=None, **options):
     """A tiny model, its optimizer and its captured step."""
     torch.manual_seed(0)
-    model = TinyTransformer(depth=depth, dropout=dropout)
+    model = matrices_only(TinyTransformer(depth=depth, dropout=dropout))
     opt = fastals.ALS(fastals.units(model), model=model, fused=True, **options)
     kept = {} if max_signatures is None else {"max_signatures": max_signatures}
     return model, opt, recorded(opt, model, loss_fn or (lambda batch: model(**batch)), linked=linked, log=log, **kept)

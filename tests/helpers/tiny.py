@@ -48,6 +48,13 @@ class TinyBlock(nn.Module):
         return x + self.dropout(self.mlp(x))
 
 
+def matrices_only(model: nn.Module) -> nn.Module:
+    """The model, of which only the matrices are trained: the same units, in a third of the chunks to interpret."""
+    for p in model.parameters():
+        p.requires_grad_(p.ndim > 1)
+    return model
+
+
 class TwoHeads(nn.Module):
     """Each batch goes through one of two heads, so the other one has no gradient."""
 
