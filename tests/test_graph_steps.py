@@ -9,10 +9,10 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 pytest.importorskip("triton")
-from helpers.hf import model_and_batches
+from helpers.hf import model_and_batches, padded_batches, tiny_bert
 from helpers.options import CAPTURED, HARD, HARD_SWEEP, values
 from helpers.recording import Recording, build, interpreted, recorded
-from helpers.tiny import tiny_batches
+from helpers.tiny import matrices_only, tiny_batches
 
 import fastals
 from fastals.graphs.graphed import WARMUP, _signature
@@ -239,8 +239,9 @@ def test_the_benchmarks_count_and_replay_what_a_captured_step_needs(schedule):
     from floor import Floor
     from rivals import Graphed, SearchRival
 
-    log, (model, batches), options = [], model_and_batches("bert"), HARD_SWEEP | {"schedule": schedule}
-    twin, params = copy.deepcopy(model), list(model.parameters())
+    log, batches, options = [], list(padded_batches(classify=True)), HARD_SWEEP | {"schedule": schedule}
+    model = matrices_only(tiny_bert(vocab_size=100)).train()
+    twin, params = copy.deepcopy(model), [p for p in model.parameters() if p.requires_grad]
 
     def backend(device, stream, *, draws):
         return Recording(params, linked=False, log=log, draws=draws)

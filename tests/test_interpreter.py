@@ -33,14 +33,16 @@ def reduce_and_overflow(numbers, floats, out):
     o = tl.arange(0, 64)
     b = tl.load(numbers + o)
     tl.store(numbers + o, twice(twice(b)) * 3 - b)
-    tl.store(out, tl.sum(tl.load(floats + o).to(tl.float64)))
-    tl.store(out + 1, tl.max(tl.load(floats + o), axis=0))
+    b_f = tl.load(floats + o)
+    tl.store(out, tl.sum(b_f.to(tl.float64)))
+    tl.store(out + 1, tl.max(b_f, axis=0))
+    tl.store(out + 2, tl.sum((b_f / (b_f * b_f + 1)).to(tl.float64)))  # two of a type below float32
 
 
 def kernel_results():
     torch.manual_seed(0)
     numbers = torch.randint(-(2**31), 2**31 - 1, (64,), dtype=torch.int32)
-    floats, out = torch.randn(64).bfloat16(), torch.zeros(2, dtype=torch.float64)
+    floats, out = torch.randn(64).bfloat16(), torch.zeros(3, dtype=torch.float64)
     reduce_and_overflow[(2,)](numbers, floats, out)
     return numbers, out
 

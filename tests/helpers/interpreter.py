@@ -12,6 +12,7 @@ from functools import cache
 from unittest.mock import patch
 
 VERSIONS = ("3.6.", "3.9.")
+OPERANDS = "binary_op_type_checking_impl"
 
 
 @contextmanager
@@ -19,6 +20,7 @@ def faster():
     """Within this context kernels are interpreted faster."""
     import triton
     from triton.language import core
+    from triton.language.semantic import TritonSemantic as Semantic
     from triton.runtime import interpreter
 
     with ExitStack() as changes:
@@ -27,9 +29,13 @@ def faster():
                 patch.object(interpreter, "_patch_lang", patched_once(interpreter._patch_lang)),
                 patch.object(interpreter, "_get_np_dtype", of_scalars(interpreter._get_np_dtype)),
                 patch.object(interpreter.interpreter_builder, "options", unasserted(interpreter)),
-                patch.object(interpreter, "_patch_builtin", searched_once(interpreter._patch_attr, core.is_builtin)),
+                patch.object(interpreter, "_patch_builtin", searched_once(interpreter.interpreter_builder)),
+                patch.object(interpreter.TensorHandle, "__post_init__", lambda self: None),  # a check
+                patch.object(core, "_unwrap_if_constexpr", unwrapped(core)),
                 patch.object(core.tensor, "__init__", tensors(core)),
                 patch.object(core.block_type, "__init__", checked_once(core.block_type.__init__)),
+                patch.object(Semantic, "broadcast_impl_value", of_one_shape(Semantic.broadcast_impl_value)),
+                patch.object(Semantic, OPERANDS, of_one_type(core.tensor, getattr(Semantic, OPERANDS))),
             ):
                 changes.enter_context(change)
         yield
@@ -68,18 +74,60 @@ def unasserted(interpreter):
     return options if options.debug else dataclasses.replace(options, sanitize_overflow=False)
 
 
-def searched_once(patch_attr: Callable, is_builtin: Callable) -> Callable:
-    """Look up once what there is to patch in a module or class."""
+def searched_once(builder) -> Callable:
+    """Look up and wrap once what there is to patch in a module or class."""
+    from triton.language import core
+    from triton.language.semantic import TritonSemantic
+
+    semantic = TritonSemantic(builder)
+
+    def interpreted(member):
+        plain = inspect.unwrap(member)  # of the check that a compiler calls it
+        return lambda *args, _semantic=None, **kwargs: plain(*args, _semantic=semantic, **kwargs)
 
     @cache
     def builtins(package):
-        return [(name, member) for name, member in inspect.getmembers(package) if is_builtin(member)]
+        found = inspect.getmembers(package)
+        return [(name, interpreted(member)) for name, member in found if core.is_builtin(member)]
 
     def patch_builtin(package, builder, scope):
         for name, member in builtins(package):
-            patch_attr(package, name, member, builder, scope)
+            scope.set_attr(package, name, member)
 
     return patch_builtin
+
+
+def unwrapped(core) -> Callable:
+    """Take constants and what is none on the short way; containers go on the long one."""
+    plain, containers = core._unwrap_if_constexpr, (list, tuple, core.tuple)
+
+    def unwrap(value):
+        if isinstance(value, core.constexpr):
+            return value.value
+        return plain(value) if isinstance(value, containers) else value
+
+    return unwrap
+
+
+def of_one_shape(plain: Callable) -> Callable:
+    """Leave two tensors of one shape as they are; :func:`tensors` has one object for each shape."""
+
+    def broadcast(self, left, right):
+        return (left, right) if left.shape is right.shape else plain(self, left, right)
+
+    return broadcast
+
+
+def of_one_type(tensor: type, plain: Callable) -> Callable:
+    """Leave two operands of one type and shape as they are, except in a division, and pointers."""
+
+    def operands(self, left, right, *options, **division):
+        alike = type(left) is type(right) is tensor and left.dtype is right.dtype and left.shape is right.shape
+        if alike and not division and len(options) < 4 and not left.dtype.is_ptr():  # the fourth says that it is one
+            return left, right
+        return plain(self, left, right, *options, **division)
+
+    return operands
 
 
 def tensors(core) -> Callable:
