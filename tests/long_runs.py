@@ -26,7 +26,7 @@ from torch import nn
 import fastals
 
 PERIODS = 5
-SHAPES, KEPT = 6, 4  # of mini-batches; programs that a captured step keeps
+SHAPES, KEPT = 3, 2  # of mini-batches; programs that a captured step keeps: some make room for others
 #: Growth that is admitted over all periods: counts of steps get longer in a checkpoint, allocators keep some memory.
 GROWTH = {"objects": 100, "tensors": 0, "elements": 0, "checkpoint": 512, "resident": 8 << 20}
 
