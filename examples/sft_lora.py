@@ -1,7 +1,7 @@
 """Fine-tune a language model by LoRA on texts of your own, with TRL's SFTTrainer and a line search in place of a rate.
 
-Type ``pip install 'fastals[trainer]' trl peft`` and ``python sft_lora.py --data notes.txt``, or ``python sft_lora.py
---help``. The data is a text file, whose paragraphs are the samples, or a csv or jsonl file with a column ``text``.
+Type ``pip install 'fastals[trainer]' trl peft``, then ``python sft_lora.py --data notes.txt``. The data is a text file,
+whose paragraphs are the samples, or a csv or jsonl file with a column ``text``.
 """
 
 import argparse

@@ -32,13 +32,14 @@ folder = Path(args.folder)
 # ## Train
 #
 # The same as `fastals finetune --model minilm --dataset bbc-news ...` in a shell. A run that is there is not made
-# again; another `--folder` makes another one.
+# again, and one that was interrupted goes on; another `--folder` makes another one.
 
 # %%
 if not (folder / "run" / "summary.json").exists():
     options = {"model": args.model, "dataset": args.dataset, "steps": args.steps, "batch-size": args.batch_size}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    if fastals(["finetune", *words, "--output", str(folder), "--name", "run"]):
+    new = [*words, "--output", str(folder), "--name", "run"]
+    if fastals(["finetune", *(["--resume", str(folder / "run")] if (folder / "run").exists() else new)]):
         raise SystemExit("the run has not come to its end: see above")
 
 # %% [markdown]

@@ -138,7 +138,7 @@ def warn_of_small_lr(lr: float) -> None:
     if 0 < float(lr) < SMALL_LR:
         warnings.warn(
             f"fastals: lr={float(lr):g} is no learning rate here: it multiplies the largest step that a "
-            "search may try, and 1.0 is the usual value",
+            "search may try. Leave it out for the usual value, 1",
             stacklevel=3,
         )
 

@@ -646,7 +646,7 @@ FILES = {
     "utf16.jsonl": (OBJECTS.encode("utf-16"), f"{JSONL}.*in UTF-8"),
     "ragged.csv": (GOOD + "a,b,c,d\n", f"saw 4.*{CSV}"),
     "columns.csv": ("a,b\n1,2\n", "no column 'text': the columns are a, b; name them with --text-column"),
-    "one.csv": ("text,label\n" + "a,1\n" * 9, "has 1 class: classification needs at least two"),
+    "one.csv": ("text,label\n" + "a,1\n" * 9, "has 1 class, and needs at least two: name the column"),
     "apart.csv": ("text,label\n" + "".join(f"a,{i}.5\n" for i in range(30)), "more examples are needed"),
     "unlabelled.csv": (GOOD + "a,\n", "1 rows have no label in the column 'label'.*row 21 first: drop them"),
     "no_text.csv": (GOOD + ",1\n", "1 rows have no text in the column 'text'.*row 21 first: drop them"),

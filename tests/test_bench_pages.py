@@ -291,7 +291,7 @@ def test_stored_results_make_pages_of_narrow_tables_and_explained_pictures(tmp_p
     for kind in ("bars", "depth", "roof", "losses", "heat_map"):  # which other tests draw
         monkeypatch.setattr(charts, kind, lambda *_, kind=kind: Path(f"{kind}.png"))
     for folder in (BENCH / "results").iterdir():
-        files = [f for f in folder.glob("*.json*") if f.name not in ("scaling.json", "exploration.jsonl")]
+        files = [f for f in folder.glob("*.json*") if f.name not in ("scaling.json", "exploration.jsonl", "demo.json")]
         page = report.report(files, tmp_path / folder.name).read_text()
         tables = [line for line in page.splitlines() if line.startswith("|")]
         assert max(line.count("|") - 1 for line in tables) <= 7

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import sys
+import warnings
 
 import pytest
 from helpers.films import arguments, save_model, save_table
@@ -59,7 +60,7 @@ def test_help_fits_a_terminal_and_has_no_empty_default(command, capsys, monkeypa
         parser(print, print).parse_args(shlex.split(example)[1:])
 
 
-def test_a_log_has_a_line_of_what_is_trained_and_one_every_tenth(train, capsys):
+def test_a_log_has_a_line_of_what_is_trained_one_of_the_first_step_and_one_every_tenth(train, capsys):
     folder = train("--steps", "20")
     out, error = capsys.readouterr()
     assert error == ""
@@ -68,6 +69,7 @@ def test_a_log_has_a_line_of_what_is_trained_and_one_every_tenth(train, capsys):
         r".*model \(5,\d{3} parameters\) on .*films.csv: 48 training and 12 held-out texts in 2 cl.*", what
     )
     assert how == "20 steps of 4 texts (1.67 epochs) by als on cpu in fp32"
+    assert re.fullmatch(r"   als   1/20  loss \d\.\d{4}  \d+\.\d forwards a step", lines.pop(0))
     for step, line in zip(range(2, 20, 2), lines[:9], strict=True):
         assert re.fullmatch(f"   als  {step:2}/20{COUNTS}", line)
     summary = json.loads((folder / "summary.json").read_text())
@@ -92,10 +94,9 @@ def test_a_terminal_has_one_line_for_each_optimizer(train, monkeypatch):
 
 
 def test_the_time_left_leaves_out_the_first_step(monkeypatch, capsys):
-    clock = iter([100.0, 101.0, 102.5])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     with progress.Progress("als", 7) as shown:
-        for step in (5, 6, 7):  # of a run that goes on
+        for step, now in ((5, 100.0), (6, 101.0), (7, 102.5)):  # of a run that goes on
+            monkeypatch.setattr(progress.time, "monotonic", lambda now=now: now)
             shown.show(step, float(step), 2.0)
         shown.finish({"loss": 6.5, "accuracy": 0.5, "forwards": 14.0})
     assert capsys.readouterr().out.splitlines() == [
@@ -103,3 +104,24 @@ def test_the_time_left_leaves_out_the_first_step(monkeypatch, capsys):
         "   als  6/7  loss 5.5000  2.0 forwards a step  0:00:01 left",
         "   als  7/7  loss 6.5000  held-out accuracy 50.0%  2.0 forwards a step",
     ]
+
+
+def test_a_log_of_slow_steps_has_a_line_every_minute(monkeypatch, capsys):
+    shown = progress.Progress("als", 1000)
+    for step, now in ((1, 100.0), (2, 150.0), (3, 161.0), (4, 200.0), (5, 222.0)):
+        monkeypatch.setattr(progress.time, "monotonic", lambda now=now: now)
+        shown.show(step, 1.0, 2.0)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1/1000", "3/1000", "5/1000"]
+
+
+def test_a_warning_is_a_line_of_text(monkeypatch):
+    texts = []
+
+    def warn(_):
+        texts.append(warnings.formatwarning("fastals: what to do", UserWarning, "a.py", 1))
+        return 0
+
+    monkeypatch.setattr("fastals.cli.main.finetune", warn)
+    assert main(["finetune"]) == 0
+    assert texts == ["fastals: what to do\n"]
+    assert "a.py" in warnings.formatwarning("fastals: what to do", UserWarning, "a.py", 1)

@@ -185,8 +185,8 @@ def _indexed(train: list[Row], held_out: list[Row]) -> LabelledTexts:
     classes = sorted({label for _, label in train}, key=lambda label: (str(type(label)), label))
     if len(classes) < 2:
         raise UserError(
-            f"the training data has {len(classes)} class: classification needs at least two. --label-column says where "
-            "they are"
+            f"the training data has {len(classes)} class, and needs at least two: name the column of the labels with "
+            "--label-column"
         )
     index = {label: i for i, label in enumerate(classes)}
     known = [(t, index[label]) for t, label in held_out if label in index]

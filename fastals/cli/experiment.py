@@ -155,7 +155,13 @@ def build_optimizer(name: str, model: nn.Module, experiment: Experiment) -> torc
             return EagerALS(units(model, by=by), **arguments)
         return ALS(model, **arguments) if by == "block" else ALS(units(model, by=by), model=model, **arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(_as_option(str(error), experiment.config)) from error
+
+
+def _as_option(message: str, config: Config) -> str:
+    """What ALS says of an argument, with the name that it has on the command line."""
+    name, _, rest = message.partition(" ")
+    return f"--{name.replace('_', '-')} {rest.replace(', or None', '')}" if name in dict(config.options) else message
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,9 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser(finetune, report).parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns at the next fork
     try:
-        code = parsed.command(parsed)
+        with _short_warnings():
+            code = parsed.command(parsed)
     except UserError as error:
         ranks.say(f"fastals: {error}", error=True)
         code = 2
     ranks.leave()
     return code
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Within this context a warning is printed as a line of text, without the line of code that it comes from."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def finetune(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,8 @@ LOSS, STEP_SIZES = "Loss", "Step sizes"
 #: How each picture is read.
 CAPTIONS = {
     LOSS: "The loss of each mini-batch before its step, pale, and its running mean, strong. Mini-batches differ, so "
-    "compare the means. Lower is better; only the held-out accuracy tells of texts that no run was trained on.",
+    "compare the means; the table has the mean over the last fifth of the steps. Lower is better; only the held-out "
+    "accuracy tells of texts that no run was trained on.",
     STEP_SIZES: "The step size of each unit, on a log scale. Compare a unit with itself over the steps: each has a "
     "scale of its own. Where a unit has no point, it has not moved in that step.",
 }

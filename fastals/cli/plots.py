@@ -57,10 +57,10 @@ def plot_losses(runs: Mapping[str, Lines], path: Path) -> None:
     for i, (name, lines) in enumerate(runs.items()):
         losses = [line["loss_before"] for line in lines]
         means = running_mean(losses)
-        (mean,) = axes.plot(means, label=name, markevery=marks(i, means))
-        axes.plot(
-            losses, color=mean.get_color(), linestyle=mean.get_linestyle(), marker="", alpha=0.3, linewidth=1, zorder=1
-        )
+        steps = range(1, len(lines) + 1)
+        (mean,) = axes.plot(steps, means, label=name, markevery=marks(i, means))
+        look = {"color": mean.get_color(), "linestyle": mean.get_linestyle(), "marker": ""}
+        axes.plot(steps, losses, **look, alpha=0.3, linewidth=1, zorder=1)
     axes.set(xlabel="step", ylabel="training loss", title="Loss of each mini-batch and running mean")
     axes.locator_params(axis="x", integer=True, nbins=7)
     begin_at_zero(axes, [line["loss_before"] for lines in runs.values() for line in lines])
@@ -82,15 +82,16 @@ def plot_step_sizes(runs: Mapping[str, Lines], path: Path) -> None:
     panels = iter(list(figure.axes))
     for name, lines in searched.items():
         axes = next(panels)
+        steps = range(1, len(lines) + 1)
         units = list(dict.fromkeys(part for line in lines for u in line["units"] for part in u["name"].split("+")))
         for unit, color in zip(units, shades(len(units)), strict=True):
             sizes = [_size(line, unit) for line in lines]
-            axes.plot(sizes, color=color, marker=".", linestyle="-", markersize=3, linewidth=1, label=unit)
+            axes.plot(steps, sizes, color=color, marker=".", linestyle="-", markersize=3, linewidth=1, label=unit)
         axes.set(xlabel="step", ylabel="step size", yscale="log", title=wrapped(f"Step size of each unit, {name}"))
         axes.locator_params(axis="x", integer=True, nbins=7)
         _units_scale(figure, axes, units)
         if factored[name]:
-            draw_factors(next(panels), axes, range(len(lines)), [line["factor"] for line in lines])
+            draw_factors(next(panels), axes, steps, [line["factor"] for line in lines])
     figure.savefig(path)
 
 
@@ -110,7 +111,9 @@ def _units_scale(figure: Any, axes: Any, units: Sequence[str]) -> None:
 def draw_factors(axes: Any, above: Any, steps: Sequence[float], factors: Sequence[float | None]) -> None:
     """The common factor of the joint tests, missing where it is 0, over the steps of the axes above."""
     axes.plot(steps, [f or math.nan for f in factors], color=COLORS[-1], marker=".", linestyle="-", markersize=3)
-    axes.set(xlabel="step", ylabel="common\nfactor", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="common\nfactor")
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
     axes.sharex(above)
     above.set_xlabel("")
     above.tick_params(labelbottom=False)

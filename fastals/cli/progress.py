@@ -11,6 +11,7 @@ from fastals.cli import ranks
 from fastals.cli.errors import needs_extra
 
 SMOOTHED = 10  # steps whose losses are averaged: single mini-batches differ
+LONGEST = 60.0  # seconds without a line in a log
 
 
 class Progress:
@@ -19,6 +20,7 @@ class Progress:
     def __init__(self, name: str, steps: int) -> None:
         self.name, self.steps = name, steps
         self.losses: deque[float] = deque(maxlen=SMOOTHED)
+        self.said = 0.0
         self.first: tuple[int, float] | None = None
         self.bar = _bar(name, steps)
 
@@ -38,7 +40,7 @@ class Progress:
         text = f"loss {statistics.fmean(self.losses):.4f}  {_forwards(forwards)}  {now}".rstrip()
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step, text=text)
-        elif 10 * step // self.steps > 10 * (step - 1) // self.steps and step < self.steps:
+        elif step < self.steps and self._is_due(step):
             self._say(step, text)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -50,7 +52,13 @@ class Progress:
         else:
             self._say(self.steps, text)
 
+    def _is_due(self, step: int) -> bool:
+        """Whether a log gets a line: after the first step, a tenth of them, or a minute."""
+        tenth = 10 * step // self.steps > 10 * (step - 1) // self.steps
+        return tenth or not self.said or time.monotonic() - self.said > LONGEST
+
     def _say(self, step: int, text: str) -> None:
+        self.said = time.monotonic()
         ranks.say(f"{self.name:>6}  {step:{len(str(self.steps))}}/{self.steps}  {text}")
 
     def _time_left(self, step: int) -> str:
