@@ -688,8 +688,8 @@ LINES = {
     "c a": (["--c", "a"], "argument --c: invalid float value"),
     **{f"trust {v}": (["--trust", v], "trust must be greater than 0 and finite") for v in ("0", "-1", "inf")},
     **{f"lr {v}": (["--lr", v], "lr must be 0 or more, and finite") for v in ("-1", "nan", "inf")},
-    **{f"weight-decay {v}": (["--weight-decay", v], "weight_decay must be 0 or more") for v in ("-1", "nan")},
-    "merge-below 0": (["--merge-below", "0"], "merge_below must be greater than 0 and finite"),
+    **{f"weight-decay {v}": (["--weight-decay", v], "--weight-decay must be 0 or more") for v in ("-1", "nan")},
+    "merge-below 0": (["--merge-below", "0"], "--merge-below must be greater than 0 and finite"),
     # names
     **{
         f"{name} unknown": ([f"--{name}", "best"], f"argument --{name}: invalid choice: 'best' .choose from")
