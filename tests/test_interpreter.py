@@ -36,7 +36,8 @@ def reduce_and_overflow(numbers, floats, out):
     b_f = tl.load(floats + o)
     tl.store(out, tl.sum(b_f.to(tl.float64)))
     tl.store(out + 1, tl.max(b_f, axis=0))
-    tl.store(out + 2, tl.sum((b_f / (b_f * b_f + 1)).to(tl.float64)))  # two of a type below float32
+    b_h = b_f.to(tl.float16)  # Triton 3.6 interprets no constants of bfloat16
+    tl.store(out + 2, tl.sum((b_h / (b_h * b_h + 1)).to(tl.float64)))  # two of a type below float32
 
 
 def kernel_results():
