@@ -55,10 +55,13 @@ units = [unit["name"] for unit in steps[0]["units"]]
 print(json.dumps(steps[-1], indent=2))
 
 
+def picture():
+    return plt.subplots(figsize=(8, 4), layout="constrained")[1]
+
+
 def save(axes, name, **labels):
     """Finish a picture and write it into the folder."""
     axes.set(xlabel="step", **labels)
-    axes.figure.tight_layout()
     axes.figure.savefig(folder / name, dpi=120)
 
 
@@ -72,7 +75,7 @@ def save(axes, name, **labels):
 # from it: take larger mini-batches, and look at the labels.
 
 # %%
-figure, axes = plt.subplots(figsize=(8, 4))
+axes = picture()
 before, after = ([step[key] for step in steps] for key in ("loss_before", "loss_after"))
 axes.vlines(numbers, after, before, color="C0", alpha=0.5)
 axes.plot(numbers, before, ".", color="C0", label="before the step")
@@ -91,7 +94,7 @@ save(axes, "loss.png", ylabel="loss of the mini-batch")
 # others stay: what this unit finds on one mini-batch fails on the next.
 
 # %%
-figure, axes = plt.subplots(figsize=(8, 4))
+axes = picture()
 colours = plt.get_cmap("viridis")
 for i, name in enumerate(units):
     sizes = [next((u["step_size"] for u in step["units"] if u["name"] == name), None) or float("nan") for step in steps]
@@ -110,7 +113,7 @@ save(axes, "step_sizes.png", ylabel="step size", yscale="log")
 # after step the gradient is not that of the loss: look for a hook that changes it, or a detached part of the loss.
 
 # %%
-figure, axes = plt.subplots(figsize=(8, 4))
+axes = picture()
 joint = [step["joint_trials"] for step in steps]
 alone = [sum(unit["trials"] for unit in step["units"]) for step in steps]
 axes.bar(numbers, joint, color="C0", label="of all units together")
@@ -129,7 +132,7 @@ save(axes, "trials.png", ylabel="trials")
 # model hardly moves.
 
 # %%
-figure, axes = plt.subplots(figsize=(8, 4))
+axes = picture()
 axes.plot(numbers, [step["factor"] for step in steps], ".-", color="C0")
 save(axes, "factor.png", ylabel="common factor", ylim=(0, 1.05))
 
