@@ -201,8 +201,6 @@ def on_task(task: str) -> str:
         "schedule-free AdamW at 3e-4": _runs(task, "schedule-free 3e-4"),
         "Prodigy": _runs(task, "prodigy"),
     }
-    if best[0]["method"] == "adamw 0.0003":
-        del methods["AdamW at 3e-4"]
     rows = [[name, *_outcome(runs)] for name, runs in methods.items()]
     columns = ["method", "training loss", "held-out accuracy", "forward passes", "steps that raised the loss", "seeds"]
     return f"{table(columns, rows)}\n\n{_origins(methods)}"
@@ -272,14 +270,17 @@ def against_eager() -> str:
     """Whole steps against the eager baseline on a CPU."""
     rows = []
     for case in _cases("test_step"):
-        info, (median, low, high) = case["extra_info"], speedup(case)
+        info = case["extra_info"]
         size = f"{info['batch']} x {info['length']}" if info["length"] else f"{info['batch']} images"
         trials = f"{info['trials_per_unit'][0]:g}"
-        rows.append(
-            [_case(case), size, f"{median:.2f}x ({low:.2f} - {high:.2f})", f"{info['by_forwards']:.2f}x", trials]
-        )
+        rows.append([_case(case), size, _ratio(case), f"{info['by_forwards']:.2f}x", trials])
     head = ["case", "mini-batch", "speed-up (lowest - highest)", "from forward passes alone", "trials a unit"]
     return f"{table(head, rows)}\n\n{_made()}"
+
+
+def _ratio(case: Record) -> str:
+    median, low, high = speedup(case)
+    return f"{median:.2f}x ({low:.2f} - {high:.2f})"
 
 
 def against_adamw() -> str:
@@ -322,15 +323,11 @@ def _made() -> str:
 
 def _milliseconds(path: Path) -> dict[str, list[str]]:
     """By name: milliseconds of a step at both sizes of the mini-batch."""
-    figures = [f for f in read(path).figures if f["unit"] == "ms" and "measured" in f]
-    return {name: [f"{f['measured']:.1f}" for f in fs] for name, fs in _by_name(figures).items()}
-
-
-def _by_name(figures: Iterable[Record]) -> dict[str, list[Record]]:
-    grouped: dict[str, list[Record]] = {}
-    for figure in figures:
-        grouped.setdefault(figure["name"], []).append(figure)
-    return grouped
+    times: dict[str, list[str]] = {}
+    for figure in read(path).figures:
+        if figure["unit"] == "ms" and "measured" in figure:
+            times.setdefault(figure["name"], []).append(f"{figure['measured']:.1f}")
+    return times
 
 
 def on_gpus() -> str:
@@ -358,12 +355,11 @@ def on_gpus_in_short() -> str:
     kinds = {"adamw": "AdamW, torch's fused one", "adamw-captured": "AdamW, captured", "eager": "sweep, eager baseline"}
     rows = []
     for case in _captured_cases():
-        name, info = _case(case), case["extra_info"]
-        schedule = {"8": "sweep", "32": "sweep"}.get(name, name.partition("-")[0])
-        if "test_captured_sweep[" in case["fullname"] or (schedule == "relay" and info["against"] in kinds):
-            median, low, high = speedup(case)
-            ratio = f"{median:.2f}x ({low:.2f} - {high:.2f})"
-            rows.append([f"{schedule}, captured", kinds[info["against"]], _gpu(info), str(info["batch"]), ratio])
+        info, is_sweep = case["extra_info"], "test_captured_sweep[" in case["fullname"]
+        if is_sweep or _case(case).startswith("relay"):
+            schedule = "sweep" if is_sweep else "relay"
+            what = [f"{schedule}, captured", kinds[info["against"]], _gpu(info), str(info["batch"])]
+            rows.append([*what, _ratio(case)])
     return table(["step", "against", "GPU", "batch", "times as fast (lowest - highest)"], rows)
 
 
@@ -379,9 +375,9 @@ def captured() -> str:
     """Captured steps timed in turn with something."""
     rows = []
     for case in _captured_cases():
-        info, (median, low, high) = case["extra_info"], speedup(case)
+        info = case["extra_info"]
         what = f"{case['fullname'].split('::test_')[1]} against {info['against']}"
-        rows.append([_gpu(info), what, str(info["batch"]), f"{median:.2f}x ({low:.2f} - {high:.2f})", info["commit"]])
+        rows.append([_gpu(info), what, str(info["batch"]), _ratio(case), info["commit"]])
     return table(["GPU", "case", "batch", "speed-up (lowest - highest)", "commit"], rows)
 
 

@@ -8,6 +8,7 @@ import charts
 import pytest
 import report
 import tuning
+from helpers.drawn import kept
 from helpers.results import BENCH, NAN, kernel, light, ratio, rows, run, shortened, stored_light, timing
 
 from fastals.cli.errors import UserError
@@ -18,15 +19,7 @@ from fastals.cli.plots import COLORS
 @pytest.fixture
 def figures(monkeypatch):
     """The axes of the figures that are drawn."""
-    drawn, new_figure = [], charts.new_figure
-
-    def kept(*args, **kwargs):
-        figure, axes = new_figure(*args, **kwargs)
-        drawn.append(axes)
-        return figure, axes
-
-    monkeypatch.setattr(charts, "new_figure", kept)
-    return drawn
+    return kept(monkeypatch, charts, 1)
 
 
 def test_a_page_holds_the_figures_of_a_first_light_beside_their_predictions(tmp_path):

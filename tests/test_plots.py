@@ -5,6 +5,7 @@ from itertools import combinations
 import matplotlib.image
 import pytest
 import torch
+from helpers.drawn import kept
 
 from fastals.cli import plots
 
@@ -18,15 +19,7 @@ LEAST = 17  # in CIELAB; 2.3 is a difference that is just seen
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn."""
-    drawn, new_figure = [], plots.new_figure
-
-    def kept(*args, **kwargs):
-        figure, grid = new_figure(*args, **kwargs)
-        drawn.append(figure)
-        return figure, grid
-
-    monkeypatch.setattr(plots, "new_figure", kept)
-    return drawn
+    return kept(monkeypatch, plots, 0)
 
 
 def lines(losses, **sizes):
