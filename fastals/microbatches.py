@@ -109,7 +109,7 @@ def checked(loss: object) -> Tensor:
         TypeError, ValueError: it is no scalar tensor.
     """
     if loss is None:
-        raise TypeError(f"the closure returned None. {NO_CLOSURE}")
+        raise TypeError(f"the closure returned None: let it return the loss. {NO_CLOSURE}")
     if not isinstance(loss, Tensor):
         raise TypeError(f"the closure returned a {type(loss).__name__}, not a tensor: return the loss (outputs.loss)")
     if is_sharded(loss):  # as with loss_parallel
